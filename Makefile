@@ -1,0 +1,67 @@
+# Every target makes its own environment in .venv (tools/venv.sh) and installs what it needs; nothing else is touched.
+#
+#   make quickstart      trains a small image tokenizer, evaluates it and writes pictures
+#   make test            the quick tests; make test-slow: the rest
+#   make PYTHON=python3.12 VENV=.venv-3.12 test     with another Python, in another folder
+
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+ifeq ($(origin PYTHON),undefined)
+PYTHON := python3
+PYTHON_CHOSEN := 0
+else
+PYTHON_CHOSEN := 1
+endif
+INSTALL := PYTHON_CHOSEN=$(PYTHON_CHOSEN) tools/venv.sh
+BIN := $(VENV)/bin
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+WORKERS ?= 2
+
+# libtpu reads these when it is loaded; without them it looks for a TPU and complains that there is none.
+TPU_ENV := JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-4
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow test-tpu test-newest lint format clean
+
+help: ## show the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
+	    printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+quickstart: ## train on the built-in data, evaluate, write pictures (about 10 minutes on 2 cores)
+	@$(INSTALL) $(VENV) "" $(PYTHON)
+	@$(BIN)/ddt-jax train --config configs/quickstart.py --workdir $(WORKDIR)
+	@$(BIN)/ddt-jax evaluate --workdir $(WORKDIR) --json $(WORKDIR)/results.json
+
+test: ## quick tests (at most 15 minutes on 2 cores)
+	@$(INSTALL) $(VENV) test $(PYTHON)
+	$(PYTEST) -m "not slow and not tpu_compile" -n $(WORKERS)
+
+test-slow: ## oracles, several processes, kills; then test-tpu
+	@$(INSTALL) $(VENV) test $(PYTHON)
+	$(PYTEST) -m "slow and not tpu_compile"
+	@$(MAKE) --no-print-directory test-tpu
+
+test-tpu: ## compile every config's train step for a TPU, in .venv-tpu
+	@$(INSTALL) $(VENV)-tpu test,tpu $(PYTHON)
+	@$(VENV)-tpu/bin/python -c 'import libtpu' # without it the tests would be skipped, not fail
+	$(TPU_ENV) $(VENV)-tpu/bin/python -m pytest -m tpu_compile tests/tpu
+
+test-newest: ## smoke tests under the newest Python (3.12 or later) of this machine, in .venv-newest
+	@newest=$$(tools/newest_python.sh) || { echo "test-newest: no Python 3.12 or later was found, so the newest JAX is not tested"; exit 0; }; \
+	PYTHON_CHOSEN=1 tools/venv.sh $(VENV)-newest test "$$newest" && \
+	$(VENV)-newest/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "with jax", jax.__version__)' && \
+	JAX_PLATFORMS=cpu $(VENV)-newest/bin/python -m pytest -m smoke
+
+lint: ## ruff: rules and format
+	@$(INSTALL) $(VENV) test $(PYTHON)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: ## let ruff rewrite the files
+	@$(INSTALL) $(VENV) test $(PYTHON)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove environments, caches and build outputs; runs/ stays
+	rm -rf .venv .venv-tpu .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,261 @@
+"""From a config file to typed settings, or to one line that says what is wrong with it.
+
+A config file is Python with `get_config(variant="...")` that returns an `ml_collections.ConfigDict`, usually
+`config.defaults()` with some values changed. Values given on the command line are laid over it. The result must fit the
+dataclasses of `settings.py` exactly. A config stored with a run is JSON: it is data and is never executed.
+"""
+
+import ast
+import copy
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import types
+import typing
+from pathlib import Path
+
+from ddt_jax import settings
+from ddt_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Raw:
+    """Text from the command line; read as whatever type its setting has."""
+
+    text: str
+
+
+def defaults(cls=settings.Experiment, **values):
+    """The default settings of a class as a ConfigDict, to be changed and returned by a config file."""
+    from ml_collections import ConfigDict
+
+    tree = dump(cls(**values))
+    return ConfigDict(tree, type_safe=False, convert_dict=True)
+
+
+def dump(value):
+    """Settings as plain dicts, lists and scalars (JSON)."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: dump(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [dump(v) for v in value]
+    return value
+
+
+def to_json(experiment: settings.Experiment) -> str:
+    return json.dumps(dump(experiment), indent=2) + "\n"
+
+
+def from_dict(tree: dict) -> settings.Experiment:
+    """Typed settings from plain dicts.
+
+    Raises:
+      UserError: for a key that is no setting, a value of the wrong type, or values that cannot go together.
+    """
+    experiment = _parse(settings.Experiment, tree, "")
+    _check(experiment)
+    return experiment
+
+
+def load(path: str, overrides: tuple[tuple[str, str], ...] = ()) -> settings.Experiment:
+    """Reads `FILE.py` or `FILE.py:VARIANT`, lays `(dotted key, text)` overrides over it, and types the result.
+
+    Raises:
+      UserError: if the file is missing or fails, or as `from_dict`.
+    """
+    file, _, variant = path.partition(":")
+    if not Path(file).is_file():
+        known = sorted(str(p) for p in Path("configs").glob("*.py"))
+        raise UserError(f"config: {file} does not exist{_nearest(file, known)}")
+    spec = importlib.util.spec_from_file_location("ddt_jax_config", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        tree = module.get_config(variant) if variant else module.get_config()
+        tree = tree.to_dict()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's file did
+        raise UserError(f"config: {path} failed with {type(error).__name__}: {error}".replace("\n", " ")) from error
+    return from_dict(override(tree, overrides))
+
+
+# Settings that a run may change when it goes on: they decide neither what is learned nor from which examples.
+_FREE = (
+    "mesh.",
+    "evaluate.",
+    "data.threads",
+    "data.workers",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.eval_source",
+    "data.max_bad_fraction",
+)
+_FREE += tuple(f"train.{k}" for k in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_every"))
+_FREE += tuple(f"train.{k}" for k in ("tensorboard", "wandb", "max_bad_steps"))
+
+
+def difference(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """Dotted names of the settings that differ, leaving out those that a run may change when it goes on."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        name, a, b = f"{prefix}{key}", before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += difference(a, b, f"{name}.")
+        elif a != b and not name.startswith(_FREE):
+            found.append(name)
+    return found
+
+
+def override(tree: dict, overrides: tuple[tuple[str, str], ...]) -> dict:
+    """`tree` with `(dotted key, text)` laid over it; the text is read as the setting's type when the tree is typed.
+
+    Raises:
+      UserError: for a key that is no setting, naming the nearest one.
+    """
+    tree = copy.deepcopy(tree)
+    for key, text in overrides:
+        _override(tree, key, text)
+    return tree
+
+
+def _override(tree, dotted, text):
+    *parents, last = dotted.split(".")
+    at = tree
+    for i, key in enumerate(parents):
+        if not isinstance(at, dict) or key not in at:
+            raise _unknown(".".join(parents[: i + 1]), at, ".".join(parents[:i]))
+        at = at[key]
+    if not isinstance(at, dict) or last not in at:
+        raise _unknown(dotted, at, ".".join(parents))
+    if isinstance(at[last], dict):
+        raise UserError(f"config: {dotted} is a group; set one of {', '.join(f'{dotted}.{k}' for k in at[last])}")
+    at[last] = _Raw(text)
+
+
+def _nearest(word, known):
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(known)}" if known else ""
+
+
+def _unknown(dotted, group, prefix):
+    keys = list(group) if isinstance(group, dict) else []
+    known = [f"{prefix}.{k}" if prefix else k for k in keys]
+    return UserError(f"config: {dotted} is not a setting{_nearest(dotted, known)}")
+
+
+def _parse(kind, value, path):
+    """`value` as a `kind` (a dataclass, a union of them, or a simple type)."""
+    name = path or "the config"
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        return _parse_union(typing.get_args(kind), value, path)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"config: {name} must be a group of settings, got {value!r}")
+        types_by_name = typing.get_type_hints(kind)
+        for key in value:
+            if key not in types_by_name:
+                raise _unknown(f"{path}.{key}".lstrip("."), dict.fromkeys(types_by_name), path)
+        return kind(**{k: _parse(types_by_name[k], v, f"{path}.{k}".lstrip(".")) for k, v in value.items()})
+    if isinstance(value, _Raw):
+        value = _read(kind, value.text)
+    if origin is typing.Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise UserError(f"config: {path}={value!r} is not one of {', '.join(map(repr, choices))}")
+        return value
+    if origin is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, list | tuple):
+            raise UserError(f"config: {path} must be a list, got {value!r}")
+        if items[-1] is not Ellipsis and len(items) != len(value):
+            raise UserError(f"config: {path} needs {len(items)} values, got {len(value)}")
+        of = [items[0]] * len(value) if items[-1] is Ellipsis else items
+        return tuple(_parse(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(zip(of, value, strict=True)))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not kind:
+        raise UserError(f"config: {path} must be {_TYPE_NAMES[kind]}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"config: {path} must be finite, got {value!r}")
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+
+def _parse_union(kinds, value, path):
+    if not isinstance(value, dict) or "kind" not in value:
+        raise UserError(f"config: {path} must be a group of settings with a kind, got {value!r}")
+    by_kind = {k.__dataclass_fields__["kind"].default: k for k in kinds}
+    chosen = value["kind"].text if isinstance(value["kind"], _Raw) else value["kind"]
+    if chosen not in by_kind:
+        raise UserError(f"config: {path}.kind={chosen!r} is not one of {', '.join(map(repr, by_kind))}")
+    return _parse(by_kind[chosen], value, path)
+
+
+def _read(kind, text):
+    """Text from the command line as a Python value; text that is no literal stays text and fails the type check."""
+    if kind is str or (typing.get_origin(kind) is typing.Literal and text in typing.get_args(kind)):
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _check(e: settings.Experiment):
+    """Combinations that cannot work, each found before anything is built."""
+
+    def need(ok, message):
+        if not ok:
+            raise UserError(f"config: {message}")
+
+    t, m, d = e.train, e.model, e.data
+    for key, value in {
+        "train.steps": t.steps,
+        "train.batch_size": t.batch_size,
+        "train.accumulate": t.accumulate,
+        "train.log_every": t.log_every,
+        "train.max_bad_steps": t.max_bad_steps,
+        "train.keep_checkpoints": t.keep_checkpoints,
+        "data.image_size": d.image_size,
+        "data.prefetch": d.prefetch,
+        "data.threads": d.threads,
+        "model.num_tokens": m.num_tokens,
+        "model.quantizer.codebook_size": m.quantizer.codebook_size,
+        "model.quantizer.code_dim": m.quantizer.code_dim,
+        "evaluate.images": e.evaluate.images,
+        "evaluate.batch_size": e.evaluate.batch_size,
+    }.items():
+        need(value >= 1, f"{key} must be at least 1, got {value}")
+    for key, value in {
+        "train.checkpoint_every": t.checkpoint_every,
+        "train.eval_every": t.eval_every,
+        "seed": e.seed,
+    }.items():
+        need(value >= 0, f"{key} must not be negative, got {value}")
+    need(
+        t.batch_size % t.accumulate == 0,
+        f"train.batch_size={t.batch_size} does not divide into train.accumulate={t.accumulate} parts",
+    )
+    need(e.optimizer.lr > 0, f"optimizer.lr must be above 0, got {e.optimizer.lr}")
+    need(0 <= t.ema < 1, f"train.ema must lie in [0, 1), got {t.ema}")
+    need(0 <= d.max_bad_fraction <= 1, f"data.max_bad_fraction must lie in [0, 1], got {d.max_bad_fraction}")
+    need(
+        all(0 < v <= 1 for v in e.evaluate.visible),
+        f"evaluate.visible holds shares in (0, 1], got {e.evaluate.visible}",
+    )
+    if isinstance(m, settings.DDTTokenizer):
+        need(
+            d.image_size % m.patch_size == 0,
+            f"data.image_size={d.image_size} is not a multiple of model.patch_size={m.patch_size}",
+        )
+        need(m.width % m.heads == 0, f"model.width={m.width} is not a multiple of model.heads={m.heads}")

@@ -1,0 +1,138 @@
+"""The device mesh, and where each array lies on it.
+
+Axes: replica (slow links between slices), data, fsdp (batch and parameters), tensor (heads, hidden widths), sequence.
+A model names the dimensions of its parameters by what they are; RULES says which mesh axis each name is spread over.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ddt_jax import settings
+from ddt_jax.errors import UserError
+
+AXES = ("replica", "data", "fsdp", "tensor", "sequence")
+BATCH = ("replica", "data", "fsdp")  # mesh axes that split the rows of a batch
+
+RULES: dict[str, str | None] = {
+    "embed": "fsdp",  # the residual width
+    "mlp": "tensor",
+    "heads": "tensor",
+    "head_dim": None,
+    "codes": "tensor",  # rows of a codebook
+    "code": None,  # features of one code
+    "tokens": None,
+    "patch": None,  # pixels or latents of one patch
+    "frequency": None,
+    "embed_out": "tensor",  # a width that is written where "embed" is read
+    "layers": None,
+}
+
+
+def make_mesh(sizes: settings.Mesh, devices=None) -> Mesh:
+    """A mesh with Auto axes over the given (default: all) devices.
+
+    Raises:
+      UserError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [getattr(sizes, axis) for axis in AXES]
+    text = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True) if n != 1)
+    if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
+        raise UserError(f"mesh: sizes are at least 1, and one of them may be -1 for the rest; got {text}")
+    fixed = int(np.prod([n for n in shape if n > 0]))
+    if -1 in shape and len(devices) % fixed == 0:
+        shape[shape.index(-1)] = len(devices) // fixed
+    if int(np.prod(shape)) != len(devices):
+        raise UserError(f"mesh: {text} does not fit {len(devices)} devices; the product must equal their number")
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A dimension that stays whole because its mesh axis does not divide it."""
+
+    path: str
+    dimension: int
+    size: int
+    axis: str
+    axis_size: int
+
+    def __str__(self):
+        return f"{self.path}: dimension {self.dimension} of {self.size} is not split over {self.axis}={self.axis_size}"
+
+
+def partition(axes, shape, mesh: Mesh, path: str = "") -> tuple[PartitionSpec, list[Fallback]]:
+    """The partition of one parameter, by RULES.
+
+    A dimension that its mesh axis does not divide is kept whole on every device and reported.
+
+    Raises:
+      ValueError: for a logical name without a rule, or two dimensions on one mesh axis.
+    """
+    spec, fallbacks = [], []
+    for i, (name, size) in enumerate(zip(axes, shape, strict=True)):
+        if name is not None and name not in RULES:
+            raise ValueError(f"{path}: no rule in mesh.RULES for the axis {name!r}")
+        axis = RULES[name] if name is not None else None
+        if axis in spec and axis is not None:
+            raise ValueError(f"{path}: axes {axes} put two dimensions on the mesh axis {axis!r}")
+        if axis is not None and size % mesh.shape[axis]:
+            fallbacks.append(Fallback(path, i, size, axis, mesh.shape[axis]))
+            axis = None
+        spec.append(axis)
+    return PartitionSpec(*spec), fallbacks
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over every batch axis, other dimensions whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
+    """Raises UserError unless the rows divide over the batch axes."""
+    parts = int(np.prod([mesh.shape[a] for a in BATCH]))
+    if batch_size % parts:
+        raise UserError(f"mesh: {name}={batch_size} does not divide over {parts} devices (replica x data x fsdp)")
+
+
+def put_batch(batch: dict, mesh: Mesh) -> dict:
+    """Host-local rows of a batch (NumPy) as global arrays."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1, timeout: int = 300) -> None:
+    """Joins the processes of a run. Without arguments a single process, which needs nothing.
+
+    Args:
+      coordinator: "host:port" of process 0.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      UserError: if the arguments are incomplete or the others do not come in time.
+    """
+    if not coordinator:
+        if num_processes > 1:
+            raise UserError("mesh: --num-processes needs --coordinator host:port as well")
+        return
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise UserError(
+            "mesh: --coordinator needs --num-processes N and --process-id in 0..N-1, "
+            f"got {num_processes} and {process_id}"
+        )
+    if jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"mesh: process {process_id} of {num_processes} could not join {coordinator} in {timeout} s: {reason}"
+        ) from error

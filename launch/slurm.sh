@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=ddt-jax
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@180
+#SBATCH --output=%x-%j.log
+# One process per node, which takes all its accelerators. Three minutes before the time is up every process is asked to stop;
+# the run saves and leaves with code 75, upon which the job queues again and goes on.
+#
+#   sbatch --nodes=4 --gres=gpu:8 launch/slurm.sh CONFIG WORKDIR [--config.a.b=value ...]
+#
+# WORKDIR must be the same storage on all nodes. `ddt-jax` must be on PATH: activate its environment before sbatch.
+set -euo pipefail
+[ $# -ge 2 ] || { sed -n '9,14p' "$0"; exit 2; }
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export COORDINATOR="${nodes[0]}:$((20000 + SLURM_JOB_ID % 20000))"
+
+status=0
+# shellcheck disable=SC2016  # the variables belong to each task, not to this script
+srun --kill-on-bad-exit=0 bash -c '
+    config=$1 workdir=$2
+    shift 2
+    exec ddt-jax train --config "$config" --workdir "$workdir" \
+        --coordinator "$COORDINATOR" --num-processes "$SLURM_NTASKS" --process-id "$SLURM_PROCID" "$@"
+' task "$@" || status=$?
+if ((status == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"

@@ -1,0 +1,159 @@
+"""The verbs as a user calls them: what they print, write and exit with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ddt_jax import cli, experiment
+from ddt_jax.training.loop import EXIT_STOPPED
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ["--config", str(ROOT / "configs" / "smoke.py:linear")]
+SHORT = ["--config.train.steps=6", "--config.train.checkpoint_every=3", "--config.train.log_every=2"]
+ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+
+def run(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    assert run("train", *SMOKE, *SHORT, "--workdir", path, "--json", path / "train.json") == 0
+    return path
+
+
+@pytest.mark.smoke
+def test_train_leaves_everything_a_run_needs(workdir):
+    assert json.loads((workdir / "train.json").read_text())["finished"] is True
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert {"loss", "reconstruction", "commitment", "codebook_perplexity", "grad_norm", "learning_rate"} <= set(
+        lines[0]
+    )
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 6
+    assert experiment.checkpoint_steps(workdir) == [3, 6]
+    assert list((workdir / "tensorboard").glob("events*"))
+
+
+def test_a_finished_run_is_left_alone(workdir, capsys):
+    before = experiment.digest(workdir)
+    assert run("train", *SMOKE, *SHORT, "--workdir", workdir) == 0
+    assert "finished at step 6" in capsys.readouterr().out
+    assert experiment.digest(workdir) == before
+
+
+@pytest.mark.smoke
+def test_evaluate_writes_figures_and_pictures(workdir, tmp_path, capsys):
+    assert run("evaluate", "--workdir", workdir, "--json", tmp_path / "sub" / "r.json") == 0
+    results = json.loads((tmp_path / "sub" / "r.json").read_text())
+    assert results == json.loads((workdir / "results.json").read_text())
+    needed = {"psnr", "psnr_by_tokens", "scenes_all_correct", "codebook_perplexity", "train_seconds", "ssim"}
+    assert needed <= set(results)
+    assert results["scenes_all_correct_originals"] == 1.0
+    out = capsys.readouterr().out
+    for name in ("reconstructions.png", "psnr_by_tokens.png", "loss.png", "results.md"):
+        assert (workdir / name).stat().st_size > 0 and name in out
+
+
+def test_reconstruct_prints_codes(workdir, tmp_path, capsys):
+    from PIL import Image
+
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (50, 40), (200, 10, 10)).save(picture)
+    assert run("reconstruct", "--workdir", workdir, "--out", tmp_path / "out.png", picture) == 0
+    codes = capsys.readouterr().out.splitlines()[0].split(": ")[1].split()
+    assert len(codes) == 4 and all(0 <= int(c) < 64 for c in codes)
+    assert (tmp_path / "out.png").exists()
+
+
+def test_data_and_config_and_checkpoint_report(workdir, tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    assert run("data", *SMOKE, "--count", 8, "--out", out, "--json", tmp_path / "d.json") == 0
+    assert json.loads((tmp_path / "d.json").read_text())["images"] == 1_000_000 and out.exists()
+    capsys.readouterr()
+    assert run("config", *SMOKE) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "smoke"
+    assert run("checkpoint", "digest", "--workdir", workdir) == 0
+    digest = capsys.readouterr().out.strip()
+    assert len(digest) == 64 and digest == experiment.digest(workdir)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", "configs/none.py", "--workdir", "{tmp}"], "configs/none.py does not exist"),
+        (["train", *SMOKE, "--workdir", "{tmp}", "--config.train.step=1"], "did you mean train.steps?"),
+        (["train", *SMOKE, "--workdir", "{tmp}", "--config.train.steps"], "needs a value"),
+        (["train", *SMOKE, "--workdir", "{tmp}", "--config.data.source=scense:train"], "scenes"),
+        (["train", *SMOKE, "--workdir", "{tmp}", "--config.data.source=folder:/nowhere"], "/nowhere"),
+        (["train", *SMOKE, "--workdir", "{tmp}", "--config.train.batch_size=12"], "does not divide over 8 devices"),
+        (["train", *SMOKE, "--workdir", "{tmp}", "--num-processes", "2"], "--coordinator"),
+        (["train", *SMOKE, "--workdir", "{run}"], "holds a run with other settings (train.steps)"),
+        (["train", *SMOKE, "--workdir", "/proc/none"], "cannot write to /proc/none"),
+        (["evaluate", "--workdir", "{tmp}"], "holds no run"),
+        (["evaluate", "--workdir", "{run}", "--config.evaluate.image=3"], "did you mean evaluate.images?"),
+        (["evaluate", "--workdir", "{run}", "--config.data.eval_source=digits:test"], "evaluate.verifier"),
+        (["reconstruct", "--workdir", "{run}", "/nowhere.png"], "/nowhere.png does not exist"),
+        (["reconstruct", "--workdir", "{run}", __file__], "cannot be read"),
+        (["config", *SMOKE, "--json", "/proc/none/x.json"], "cannot write /proc/none/x.json"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(workdir, tmp_path, capsys, arguments, message):
+    places = {"{tmp}": str(tmp_path), "{run}": str(workdir)}
+    assert run(*[places.get(a, a) for a in arguments]) == cli.EXIT_USER
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "Traceback" not in error and error.splitlines()[-1].startswith("ddt-jax: ")
+
+
+def test_help_of_every_verb_explains_itself(capsys):
+    for verb in cli._VERBS:
+        with pytest.raises(SystemExit) as done:
+            run(verb, "--help")
+        assert done.value.code == 0
+        assert len(capsys.readouterr().out) > 150
+
+
+def start(workdir, *more):
+    command = [sys.executable, "-m", "ddt_jax.cli", "train", *SMOKE, "--workdir", str(workdir), *more]
+    return subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_log(process, path, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and path.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no line in {path}: {process.communicate()}")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nothing_behind(tmp_path):
+    more = ["--config.train.steps=100000", "--config.train.log_every=1"]
+    process = start(tmp_path, *more)
+    wait_for_log(process, tmp_path / "metrics.jsonl")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STOPPED, err
+    assert "the same command goes on" in out
+    assert "Traceback" not in err and "Warning" not in err and "SIGINT: saving after this step" in err
+    assert len(experiment.checkpoint_steps(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_quits_at_once(tmp_path):
+    process = start(tmp_path, "--config.train.steps=100000", "--config.train.log_every=1")
+    wait_for_log(process, tmp_path / "metrics.jsonl")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, EXIT_STOPPED, 130)  # 75: it was quicker than the second signal

@@ -1,0 +1,118 @@
+"""Settings from files and the command line: what is wrong is said in one line that names it."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ddt_jax import config, settings
+from ddt_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from ddt_jax import config\n"
+        "def get_config(variant='a'):\n"
+        "    c = config.defaults()\n"
+        "    c.name = variant\n"
+        "    return c\n"
+    )
+    return str(path)
+
+
+def fails(message, tree_or_overrides, file=None):
+    with pytest.raises(UserError) as error:
+        if file:
+            config.load(file, tuple(tree_or_overrides))
+        else:
+            config.from_dict(tree_or_overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_survive_a_round_trip():
+    assert config.from_dict(config.dump(settings.Experiment())) == settings.Experiment()
+    assert config.from_dict(json.loads(config.to_json(settings.Experiment()))) == settings.Experiment()
+
+
+def test_variant_and_overrides_reach_the_settings(config_file):
+    e = config.load(f"{config_file}:b", (("optimizer.lr", "1e-4"), ("data.flip", "true"), ("train.steps", "7")))
+    assert (e.name, e.optimizer.lr, e.data.flip, e.train.steps) == ("b", 1e-4, True, 7)
+    assert config.load(config_file).name == "a"
+
+
+def test_override_reads_lists_and_keeps_text_that_looks_like_a_number(config_file):
+    e = config.load(config_file, (("evaluate.visible", "[0.5, 1]"), ("name", "12")))
+    assert e.evaluate.visible == (0.5, 1.0)
+    assert e.name == "12"
+
+
+def test_unknown_key_names_the_nearest(config_file):
+    fails("optimizer.lr_ is not a setting; did you mean optimizer.lr?", [("optimizer.lr_", "1")], config_file)
+    fails("optimiser is not a setting; did you mean optimizer?", [("optimiser.lr", "1")], config_file)
+    fails("did you mean model.width", {"model": {"kind": "ddt", "widht": 3}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.steps", "many", "train.steps must be a whole number, got 'many'"),
+        ("train.steps", "1.5", "train.steps must be a whole number"),
+        ("train.steps", "True", "train.steps must be a whole number"),
+        ("optimizer.lr", "nan", "optimizer.lr must be a number"),
+        ("optimizer.lr", "1e999", "optimizer.lr must be finite"),
+        ("data.flip", "1", "data.flip must be True or False"),
+        ("data.crop", "middle", "data.crop='middle' is not one of 'center', 'random', 'stretch'"),
+        ("data.background", "[1, 2]", "data.background needs 3 values, got 2"),
+        ("train", "3", "train is a group"),
+        ("model.kind", "gan", "model.kind='gan' is not one of"),
+        ("train.accumulate", "3", "train.batch_size=32 does not divide into train.accumulate=3"),
+        ("train.steps", "0", "train.steps must be at least 1"),
+        ("data.image_size", "33", "is not a multiple of model.patch_size"),
+        ("model.heads", "5", "model.width=96 is not a multiple of model.heads=5"),
+        ("evaluate.visible", "[0, 1]", "evaluate.visible"),
+        ("train.ema", "1", "train.ema"),
+    ],
+)
+def test_wrong_values_are_named(config_file, key, value, message):
+    fails(message, [(key, value)], config_file)
+
+
+def test_missing_and_failing_files_are_user_errors(tmp_path):
+    fails("does not exist", [], str(tmp_path / "none.py"))
+    bad = tmp_path / "bad.py"
+    bad.write_text("def get_config():\n    return 1 / 0\n")
+    fails("failed with ZeroDivisionError", [], str(bad))
+
+
+def test_difference_ignores_what_a_run_may_change():
+    before = config.dump(settings.Experiment())
+    after = config.dump(dataclasses.replace(settings.Experiment(), seed=1, train=settings.Train(log_every=7)))
+    assert config.difference(before, after) == ["seed"]
+    assert config.difference(before, before) == []
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_named_config_is_as_reviewed(path):
+    """To accept a change: DDT_JAX_UPDATE_GOLDENS=1 pytest tests/test_config.py, and read the diff."""
+    found = config.to_json(config.load(str(path)))
+    golden = ROOT / "tests" / "goldens" / "configs" / f"{path.stem}.json"
+    if os.environ.get("DDT_JAX_UPDATE_GOLDENS"):
+        golden.write_text(found)
+    assert golden.exists(), f"no golden for {path.name}; see this test's docstring"
+    assert found == golden.read_text(), (
+        f"{path.name} resolves to other settings than {golden.name}; see this test's docstring"
+    )
+
+
+def test_every_golden_has_its_config():
+    goldens = {p.stem for p in (ROOT / "tests" / "goldens" / "configs").glob("*.json")}
+    assert goldens == {p.stem for p in CONFIGS}

@@ -1,0 +1,76 @@
+"""Meshes and the rules that lay parameters over them, on 8 fake devices."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from ddt_jax import mesh as meshes
+from ddt_jax import settings
+from ddt_jax.errors import UserError
+
+
+def test_axes_are_auto_and_minus_one_takes_the_rest():
+    mesh = meshes.make_mesh(settings.Mesh(tensor=2))
+    assert dict(mesh.shape) == {"replica": 1, "data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        settings.Mesh(fsdp=3),
+        settings.Mesh(data=3),
+        settings.Mesh(data=-1),
+        settings.Mesh(fsdp=0),
+        settings.Mesh(fsdp=16),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_in_one_line(sizes):
+    with pytest.raises(UserError) as error:
+        meshes.make_mesh(sizes)
+    assert "\n" not in str(error.value)
+
+
+def test_rules_split_what_divides_and_report_what_does_not():
+    mesh = meshes.make_mesh(settings.Mesh(fsdp=4, tensor=2))
+    assert meshes.partition(("embed", "mlp"), (8, 6), mesh) == (PartitionSpec("fsdp", "tensor"), [])
+    spec, missed = meshes.partition(("embed", "mlp"), (8, 5), mesh, "w")
+    assert spec == PartitionSpec("fsdp", None)
+    assert [str(m) for m in missed] == ["w: dimension 1 of 5 is not split over tensor=2"]
+
+
+def test_two_dimensions_on_one_axis_and_unknown_names_are_errors():
+    mesh = meshes.make_mesh(settings.Mesh())
+    with pytest.raises(ValueError, match="two dimensions on the mesh axis 'fsdp'"):
+        meshes.partition(("embed", "embed"), (8, 8), mesh)
+    with pytest.raises(ValueError, match="no rule"):
+        meshes.partition(("embd",), (8,), mesh)
+
+
+def test_batch_must_divide_over_the_batch_axes():
+    mesh = meshes.make_mesh(settings.Mesh(data=2, fsdp=2, tensor=2))
+    meshes.check_batch(8, mesh, "train.batch_size")
+    with pytest.raises(UserError, match="train.batch_size=6 does not divide over 4 devices"):
+        meshes.check_batch(6, mesh, "train.batch_size")
+
+
+def test_put_batch_keeps_rows_in_order():
+    mesh = meshes.make_mesh(settings.Mesh(data=2, fsdp=4))
+    x = jnp.arange(16).reshape(16, 1)
+    placed = meshes.put_batch({"x": jax.device_get(x)}, mesh)["x"]
+    assert (placed == x).all()
+    assert len({str(s.index) for s in placed.addressable_shards}) == 8
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_processes": 2},
+        {"coordinator": "localhost:1"},
+        {"coordinator": "localhost:1", "num_processes": 2, "process_id": 2},
+    ],
+)
+def test_half_a_multi_process_start_is_refused(arguments):
+    with pytest.raises(UserError):
+        meshes.initialize(**arguments)

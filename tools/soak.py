@@ -1,0 +1,424 @@
+"""Long measurements, run by hand; each leaves its figures in docs/soak/NAME.json for good.
+
+    python tools/soak.py quickstart               configs/quickstart.py for seeds 0, 1, 2, against its gates
+    python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
+    python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
+
+A record holds the commit (and whether the checkout differed from it), the resolved config, seeds, machine, date,
+command line, wall seconds, every figure and every gate. What a document states must be in such a record, or in a test.
+Nothing else should run on the machine meanwhile. Ctrl-C stops the measurement and writes nothing.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this checkout, whatever else is installed
+PATIENCE = 10  # seconds in which the children of a run may follow it
+SAVED = 75  # exit code of a run that was asked to stop and has saved
+
+
+class Failed(Exception):
+    """A run that should have worked did not: the measurement has no figures."""
+
+
+# ---------------------------------------------------------------- what a record says about where it was made
+
+
+def git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def machine() -> dict:
+    """CPU, memory and versions."""
+    cpu, memory = platform.processor() or platform.machine(), None
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    with contextlib.suppress(OSError, ValueError):
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "cpu": cpu,
+        "cores": usable,
+        "memory_gb": memory,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+# ---------------------------------------------------------------- running the command line program
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "ddt_jax.cli", *args]
+
+
+@dataclass
+class Outcome:
+    code: int
+    stdout: str
+    seconds: float
+    complaints: list[str]  # warnings and tracebacks that it printed
+    leftover: int  # processes of its session that outlived it
+    session: int
+
+
+def run(args: list[str], *, after: float | None = None, send: signal.Signals = signal.SIGKILL) -> Outcome:
+    """Runs a command in a session of its own and shows what it says.
+
+    Args:
+      after: send it a signal after so many seconds, if it still runs then.
+    """
+    start, complaints = time.monotonic(), []
+    child = subprocess.Popen(
+        args, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+
+    def follow():
+        for line in child.stderr:
+            print(f"    {line.rstrip()}", file=sys.stderr, flush=True)
+            if "Warning" in line or "Traceback" in line:
+                complaints.append(line.rstrip())
+
+    said = []
+    readers = [threading.Thread(target=follow), threading.Thread(target=lambda: said.extend(child.stdout))]
+    for reader in readers:
+        reader.start()
+    try:
+        try:
+            code = child.wait(after)
+        except subprocess.TimeoutExpired:
+            child.send_signal(send)
+            code = child.wait()
+        seconds = time.monotonic() - start
+        leftover = session_members(child.pid, patience=PATIENCE)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # on Ctrl-C the child, else what it left behind
+        child.wait()
+        for reader, pipe in zip(readers, (child.stderr, child.stdout), strict=True):
+            reader.join()
+            pipe.close()
+    return Outcome(code, "".join(said), seconds, complaints, leftover, child.pid)
+
+
+def session_members(session: int, patience: float) -> int:
+    """How many processes of a session are still there after some seconds of patience."""
+    end = time.monotonic() + patience
+    while True:
+        done = subprocess.run(["ps", "-o", "stat=", "-s", str(session)], capture_output=True, text=True)
+        count = sum(not line.startswith("Z") for line in done.stdout.split())
+        if not count or time.monotonic() > end:
+            return count
+        time.sleep(0.2)
+
+
+def must(outcome: Outcome, what: str, codes: tuple[int, ...] = (0,)) -> Outcome:
+    if outcome.code not in codes:
+        raise Failed(f"{what} ended with code {outcome.code}; its output is above")
+    return outcome
+
+
+def digest(workdir: Path) -> str:
+    return must(run(command("checkpoint", "digest", "--workdir", str(workdir))), "checkpoint digest").stdout.split()[-1]
+
+
+def note(text: str) -> None:
+    print(f"soak: {text}", flush=True)
+
+
+# ---------------------------------------------------------------- gates
+
+
+def gate(name: str, value, limit, ok: bool) -> dict:
+    note(f"{'ok    ' if ok else 'MISSED'} {name}: {value} (limit {limit})")
+    return {"gate": name, "value": value, "limit": limit, "passed": bool(ok)}
+
+
+def at_least(name, value, limit):
+    return gate(name, value, f">= {limit}", value is not None and value >= limit)
+
+
+def at_most(name, value, limit):
+    return gate(name, value, f"<= {limit}", value is not None and value <= limit)
+
+
+def ladder(results: dict) -> list[float]:
+    """PSNR by number of tokens shown, fewest first."""
+    by_tokens = results["psnr_by_tokens"]
+    return [by_tokens[k] for k in sorted(by_tokens, key=int)]
+
+
+def tokens_carry_the_image(results: dict) -> list[dict]:
+    """The gates that every trained tokenizer has to pass."""
+    steps = [b - a for a, b in zip(ladder(results), ladder(results)[1:], strict=False)]
+    return [
+        at_least("images evaluated", results["n"], 1000),
+        gate("smallest rise of PSNR with tokens", round(min(steps), 3), "> 0", min(steps) > 0),
+        at_least("PSNR lost by shuffling codes", results["psnr_drop_shuffled"], 3.0),
+    ]
+
+
+def quiet(outcomes: list[Outcome]) -> list[dict]:
+    return [
+        at_most("warnings and tracebacks", sum(len(o.complaints) for o in outcomes), 0),
+        at_most("processes left over", sum(o.leftover for o in outcomes), 0),
+    ]
+
+
+# ---------------------------------------------------------------- measurements: (options, folder) -> part of the record
+
+
+def quickstart(options, folder: Path) -> dict:
+    """Seeds, one after the other: train, evaluate, check the gates of the quickstart."""
+    runs, gates, began = {}, [], time.monotonic()
+    for done, seed in enumerate(options.seeds):
+        left = (time.monotonic() - began) / done * (len(options.seeds) - done) / 60 if done else None
+        note(f"seed {seed}, {done + 1} of {len(options.seeds)}" + (f", about {left:.0f} min left" if left else ""))
+        results, outcomes = train_and_evaluate("configs/quickstart.py", folder / f"seed{seed}", seed, options)
+        runs[str(seed)] = results
+        rungs = ladder(results)[-3:]  # 1/4, 1/2 and all tokens
+        checks = [
+            at_least("PSNR, all tokens", results["psnr"], 28.0),
+            at_least("PSNR from 1/4 to 1/2 of the tokens", rungs[1] - rungs[0], 1.5),
+            at_least("PSNR from 1/2 to all tokens", rungs[2] - rungs[1], 1.5),
+            at_least("scenes read fully right", results.get("scenes_all_correct"), 0.75),
+            at_least("codebook perplexity", results["codebook_perplexity"], 400),
+            at_most("seconds of training", results.get("train_seconds"), 300),
+            at_most("seconds in all", round(sum(o.seconds for o in outcomes), 1), 600),
+            *tokens_carry_the_image(results),
+            *quiet(outcomes),
+        ]
+        gates += [{"seed": seed, **check} for check in checks]
+    return {"config": "configs/quickstart.py", "seeds": options.seeds, "results": runs, "gates": gates}
+
+
+def cifar10(options, folder: Path) -> dict:
+    """Trains on the Parquet files for some minutes of wall time; PCA on the same held-out images is what to beat."""
+    results, outcomes = train_and_evaluate(
+        "configs/ddt_cifar10.py", folder / "run", options.seeds[0], options, minutes=options.minutes
+    )
+    note("fitting PCA to the training images ...")
+    baseline = pca_psnr("configs/ddt_cifar10.py", options, components=32, images=results["n"])
+    gates = [
+        at_least("PSNR against PCA with 32 coefficients", results["psnr"], baseline["psnr"]),
+        *tokens_carry_the_image(results),
+        *quiet(outcomes),
+    ]
+    results |= {
+        "stopped_by_the_clock": outcomes[0].code == SAVED,
+        "wall_seconds_of_training": round(outcomes[0].seconds, 1),
+    }
+    return {
+        "config": "configs/ddt_cifar10.py",
+        "seeds": options.seeds[:1],
+        "results": {**results, "pca": baseline},
+        "gates": gates,
+    }
+
+
+def kill(options, folder: Path) -> dict:
+    """SIGKILL at random moments, start-up and saving included; each time the same command goes on."""
+    rng = random.Random(options.seeds[0])
+    overrides = [f"--config.seed={options.seeds[0]}", *options.overrides]
+
+    def train(workdir):
+        return command("train", "--config", "configs/smoke.py", "--workdir", str(workdir), *overrides)
+
+    undisturbed = must(run(train(folder / "undisturbed")), "the undisturbed run")
+    wanted, length = digest(folder / "undisturbed"), undisturbed.seconds
+    note(f"undisturbed: {length:.1f} s, digest {wanted[:16]}")
+
+    kills, ends, outcomes, runs, began = [], [], [undisturbed], 0, time.monotonic()
+    workdir = folder / "killed0"
+    while True:
+        enough = len(kills) >= options.kills
+        outcome = run(train(workdir), after=None if enough else rng.uniform(0.1, 1.0) * length)
+        outcomes.append(outcome)
+        if outcome.code == -signal.SIGKILL:
+            kills.append({"run": runs, "after_seconds": round(outcome.seconds, 2), "checkpoints": saved_steps(workdir)})
+            left = (time.monotonic() - began) / len(kills) * (options.kills - len(kills)) / 60
+            saved = kills[-1]["checkpoints"]
+            note(f"kill {len(kills)} of {options.kills}, checkpoints {saved}; about {left:.0f} min left")
+            continue
+        must(outcome, f"run {runs} after {sum(k['run'] == runs for k in kills)} kills")
+        ends.append({"run": runs, "kills": sum(k["run"] == runs for k in kills), "digest": digest(workdir)})
+        note(f"run {runs} reached its end after {ends[-1]['kills']} kills, digest {ends[-1]['digest'][:16]}")
+        if enough:
+            break
+        shutil.rmtree(workdir)
+        runs += 1
+        workdir = folder / f"killed{runs}"
+    different = sum(end["digest"] != wanted for end in ends if end["kills"])
+    disturbed = sum(end["kills"] > 0 for end in ends)
+    return {
+        "config": "configs/smoke.py",
+        "seeds": options.seeds[:1],
+        "results": {"digest": wanted, "undisturbed_seconds": round(length, 1), "kills": kills, "ends": ends},
+        "gates": [
+            at_least("kills", len(kills), options.kills),
+            at_least("runs that were killed and reached their end", disturbed, 1),
+            at_most("of these, with another digest", different, 0),
+            *quiet(outcomes),
+        ],
+    }
+
+
+def train_and_evaluate(config: str, workdir: Path, seed: int, options, minutes: float | None = None):
+    """The figures of `evaluate`, and the outcomes of both commands; after `minutes` training is asked to stop."""
+    args = command("train", "--config", config, "--workdir", str(workdir), f"--config.seed={seed}", *options.overrides)
+    trained = run(args, after=minutes and minutes * 60, send=signal.SIGTERM)
+    must(trained, "train", (0, SAVED) if minutes else (0,))
+    path = workdir / "soak.json"
+    evaluated = must(run(command("evaluate", "--workdir", str(workdir), "--json", str(path))), "evaluate")
+    return json.loads(path.read_text()), [trained, evaluated]
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the committed checkpoints in a folder; unfinished ones have a longer name."""
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def load_config(config: str, options):
+    from ddt_jax import config as configs
+
+    pairs = [text.removeprefix("--config.").partition("=") for text in options.overrides]
+    return configs.load(str(ROOT / config), tuple((key, value) for key, _, value in pairs))
+
+
+def dump_config(config: str, options) -> dict:
+    from ddt_jax import config as configs
+
+    return configs.dump(load_config(config, options))
+
+
+def pca_psnr(config: str, options, *, components: int, images: int) -> dict:
+    """PSNR of PCA with unquantised coefficients, fitted to the training images, on the images that `evaluate` takes."""
+    import numpy as np
+    from scipy.linalg import eigh
+
+    from ddt_jax.data.base import open_source
+    from ddt_jax.data.images import prepare
+    from ddt_jax.data.loader import Loader
+    from ddt_jax.evaluation.metrics import psnr
+
+    s = load_config(config, options)
+    source, held_out = (
+        open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir)
+        for spec in (s.data.source, s.data.eval_source)
+    )
+    rows = np.stack([prepare(source[i]["image"], s.data).ravel() for i in range(len(source))]).astype(np.float32)
+    mean = rows.mean(axis=0)
+    rows -= mean
+    size = rows.shape[1]
+    basis = eigh(rows.T @ rows / len(rows), subset_by_index=[size - components, size - 1])[1]
+
+    loader = Loader(held_out, s.data, batch_size=s.train.batch_size, seed=s.seed)
+    batches = list(loader.eval_batches(images, s.evaluate.batch_size))
+    truth = np.concatenate([batch["image"][batch["valid"]] for batch in batches])
+    flat = truth.reshape(len(truth), -1) - mean
+    decoded = np.clip(np.rint(flat @ basis @ basis.T + mean), 0, 255).astype(np.uint8).reshape(truth.shape)
+    return {
+        "components": components,
+        "fitted_to": len(rows),
+        "n": len(truth),
+        "psnr": round(float(psnr(truth, decoded).mean()), 4),
+    }
+
+
+MEASUREMENTS: dict[str, Callable] = {"quickstart": quickstart, "cifar10": cifar10, "kill": kill}
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--config.NAME.NAME=VALUE changes a setting of the config, for a trial; the record keeps it.",
+    )
+    parser.add_argument("name", choices=MEASUREMENTS, help="which measurement")
+    parser.add_argument("--seeds", default="", metavar="N,N", help="seeds of the runs (quickstart: 0,1,2; others: 0)")
+    parser.add_argument("--minutes", type=float, default=10, help="cifar10: wall time of training, start-up included")
+    parser.add_argument("--kills", type=int, default=50, help="kill: how many (default: 50)")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak", metavar="DIR", help="where NAME.json goes")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep the runs in this new folder (else they are removed)"
+    )
+    options, rest = parser.parse_known_args(argv)
+    wrong = [text for text in rest if not text.startswith("--config.") or "=" not in text]
+    if wrong:
+        parser.error(f"unknown: {' '.join(wrong)}")
+    if options.keep and options.keep.exists():
+        parser.error(f"--keep {options.keep} exists already; give a new folder")
+    options.overrides = rest
+    options.seeds = [int(n) for n in (options.seeds or ("0,1,2" if options.name == "quickstart" else "0")).split(",")]
+    return options
+
+
+def main(argv=None) -> int:
+    options = parse(argv)
+    changed = git("status", "--porcelain").splitlines()
+    if changed:
+        note(f"{len(changed)} files differ from the commit, as the record will say; to publish a figure, commit first")
+    record = {
+        "name": options.name,
+        "commit": git("rev-parse", "HEAD") or None,
+        "dirty": bool(changed),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python tools/soak.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "machine": machine(),
+    }
+    began = time.monotonic()
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="soak-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    try:
+        found = MEASUREMENTS[options.name](options, folder)
+    except Failed as error:
+        print(f"soak: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("soak: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    record |= {
+        **found,
+        "overrides": options.overrides,
+        "settings": dump_config(found["config"], options),
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "passed": all(check["passed"] for check in found["gates"]),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    missed = sum(not check["passed"] for check in record["gates"])
+    note(f"{path}: {len(record['gates']) - missed} gates passed, {missed} missed, {record['wall_seconds']:.0f} s")
+    return 0 if record["passed"] else 1
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run that is going on ends as well
+    sys.exit(main())
