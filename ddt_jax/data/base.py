@@ -1,0 +1,186 @@
+"""What a data source is, and how a spec such as `parquet:/data/train-*.parquet` becomes one.
+
+A source is random access with a length, so that any step's examples can be named by their index. It opens its files
+lazily in each process and can be pickled, because worker processes receive a copy.
+"""
+
+import difflib
+import re
+from typing import Any, Protocol, TypedDict
+
+from ddt_jax.errors import UserError
+
+
+class BadRecord(Exception):  # noqa: N818  not an error of the program: the record is counted and redrawn
+    """One record cannot be used; the text says why in a few words ("truncated JPEG")."""
+
+
+class Record(TypedDict, total=False):
+    """One example. Only `image` is always there; what a source does not know is absent, never empty.
+
+    image: encoded bytes, or uint8 [H, W, 3].
+    caption: non-empty text.
+    label: class number.
+    meta: whatever else the source knows.
+    """
+
+    image: Any
+    caption: str
+    label: int
+    meta: dict
+
+
+class Source(Protocol):
+    """Random access to records.
+
+    Attributes:
+      name: the spec's short form, for messages.
+      label_names: class names by number, or None.
+    """
+
+    name: str
+    label_names: tuple[str, ...] | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Raises BadRecord when this record cannot be read."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """Where the record lives, e.g. `train-00002.parquet row 417`."""
+        ...
+
+
+class CaptionFromLabel:
+    """A source whose captions are made from class names: "a photo of a deer"."""
+
+    def __init__(self, source: Source):
+        if not source.label_names:
+            raise UserError(f"data: {source.name} has no class names, so ?caption=label has nothing to write")
+        self.source = source
+        self.name = source.name
+        self.label_names = source.label_names
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        record = dict(self.source[index])
+        record.pop("caption", None)
+        label = record.get("label", -1)
+        if 0 <= label < len(self.label_names):
+            name = self.label_names[label]
+            article = "an" if name[:1].lower() in "aeiou" else "a"
+            record["caption"] = f"a photo of {article} {name}"
+        return record
+
+    def describe(self, index):
+        return self.source.describe(index)
+
+
+OPTIONS = {
+    "parquet": ("image", "caption", "label", "cache_mb"),
+    "webdataset": ("caption",),
+    "folder": ("caption",),
+    "tfds": ("data_dir", "image", "caption", "label"),
+    "arrayrecord": ("caption",),
+    "scenes": (),
+    "digits": ("caption",),
+}
+SPLITS = {"scenes": ("train", "heldout"), "digits": ("train", "test")}
+
+# `?` is a wildcard too, so only `?key=value` at the very end counts as options.
+_OPTIONS_AT_END = re.compile(r"^(?P<rest>.*?)\?(?P<options>[a-z_]+=[^&?]*(?:&[a-z_]+=[^&?]*)*)$", re.DOTALL)
+
+
+def nearest(word: str, choices) -> str:
+    """`; did you mean X?` when one of the choices is close, else the list of them."""
+    return did_you_mean(word, choices) or f"; choose from {', '.join(choices)}"
+
+
+def did_you_mean(word: str, choices) -> str:
+    """The same, but empty when no choice is close."""
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
+    """Splits `kind:rest?key=value&...`.
+
+    Raises:
+      UserError: unknown kind, option or split.
+    """
+    kind, colon, rest = spec.partition(":")
+    if not colon or not rest:
+        if kind in SPLITS:
+            raise UserError(f"data: {spec} names no split; write {kind}:{' or '.join(SPLITS[kind])}")
+        raise UserError(f"data: {spec!r} is not a source; write kind:where, e.g. parquet:/data/train-*.parquet")
+    if kind not in OPTIONS:
+        raise UserError(f"data: {kind} in {spec!r} is not a kind of source{nearest(kind, OPTIONS)}")
+    options: dict[str, str] = {}
+    match = _OPTIONS_AT_END.match(rest)
+    if match:
+        rest = match["rest"]
+        options = dict(pair.split("=", 1) for pair in match["options"].split("&"))
+    for key in options:
+        if key not in OPTIONS[kind]:
+            known = nearest(key, OPTIONS[kind]) if OPTIONS[kind] else "; it takes none"
+            raise UserError(f"data: {key} is not an option of {kind}{known}")
+    if kind in SPLITS and rest not in SPLITS[kind]:
+        raise UserError(f"data: {rest} is not a split of {kind}{nearest(rest, SPLITS[kind])}")
+    return kind, rest, options
+
+
+def open_source(spec: str, *, image_size: int = 32, cache_dir: str = "") -> Source:
+    """Opens a source.
+
+    Args:
+      spec: `kind:rest?options`, see OPTIONS; `${NAME}` and `~` expand. `?caption=label` writes captions from
+        class names.
+      image_size: side of the pictures that embedded sources draw.
+      cache_dir: where offset indices and local copies live; "" = $XDG_CACHE_HOME/ddt_jax.
+
+    Raises:
+      UserError: the spec is wrong, nothing matches it, or the data lack what it needs.
+    """
+    from ddt_jax.data import files
+
+    kind, rest, options = parse_spec(files.expand(spec))
+    from_label = options.get("caption") == "label"
+    if from_label:
+        del options["caption"]
+    elif "caption" in options and kind not in ("parquet", "tfds"):
+        raise UserError(f"data: {kind} has no columns; the only choice is ?caption=label")
+    match kind:
+        case "parquet":
+            from ddt_jax.data.parquet import ParquetSource
+
+            source = ParquetSource(rest, **options)
+        case "webdataset":
+            from ddt_jax.data.webdataset import WebDatasetSource
+
+            source = WebDatasetSource(rest, cache_dir=cache_dir)
+        case "folder":
+            from ddt_jax.data.folder import FolderSource
+
+            source = FolderSource(rest)
+        case "tfds":
+            from ddt_jax.data.tfds import TfdsSource
+
+            source = TfdsSource(rest, **options)
+        case "arrayrecord":
+            from ddt_jax.data.array_record import ArrayRecordSource
+
+            source = ArrayRecordSource(rest, cache_dir=cache_dir)
+        case "digits":
+            from ddt_jax.data.digits import DigitsSource
+
+            source = DigitsSource(rest, image_size)
+        case "scenes":
+            from ddt_jax.data.scenes import ScenesSource
+
+            source = ScenesSource(rest, image_size)
+    if not len(source):
+        raise UserError(f"data: {spec} holds no images")
+    return CaptionFromLabel(source) if from_label else source

@@ -1,0 +1,125 @@
+"""From encoded bytes to uint8 [S, S, 3]: decode, check, lay over the background, crop, resize, flip.
+
+Whatever Pillow can open becomes plain 8-bit RGB or a BadRecord: never a guess, never a grey picture.
+"""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ddt_jax.data.base import BadRecord
+from ddt_jax.settings import Data
+
+# The formats that training data come in. Pillow knows more, some of which start other programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "GIF", "TIFF")
+# Sizes are checked against data.max_pixels before decoding; Pillow's second opinion at half of it is noise.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def prepare(image, data: Data, rng: np.random.Generator | None = None):
+    """One image as the model takes it.
+
+    Args:
+      image: encoded bytes, or uint8 [H, W, 3].
+      data: image_size, crop, flip, background, min_image_size, max_pixels.
+      rng: for random crops and flips, drawn in this order; None = center crop, no flip (evaluation).
+
+    Returns:
+      uint8 [S, S, 3], contiguous.
+
+    Raises:
+      BadRecord: corrupt, too large, too small, or of a kind that has no plain RGB reading.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise BadRecord(f"array of {image.dtype} {list(image.shape)} is not an image")
+        _check_size(image.shape[1], image.shape[0], data)
+    else:
+        image = decode(image, data)
+    image = _fit(image, data, rng)
+    if data.flip and rng is not None and rng.random() < 0.5:
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def decode(encoded: bytes, data: Data):
+    """Encoded bytes to uint8 [H, W, 3], upright; the first frame of an animation.
+
+    Raises:
+      BadRecord: see `prepare`.
+    """
+    kind = "image"
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            kind = image.format
+            _check_size(*image.size, data)
+            image.load()
+            return _to_rgb(_upright(image), data.background)
+    except BadRecord:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadRecord("empty file" if not encoded else "not an image in a known format") from None
+    except Image.DecompressionBombError:
+        raise BadRecord("more pixels than Pillow opens") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        if any(word in str(error).lower() for word in ("truncated", "unexpected end", "eof")):
+            raise BadRecord(f"truncated {kind}") from None
+        raise BadRecord(f"corrupt {kind} ({error})") from None
+
+
+def _check_size(width: int, height: int, data: Data):
+    if width * height > data.max_pixels:
+        raise BadRecord(f"{width} x {height} pixels, more than data.max_pixels={data.max_pixels}")
+    if min(width, height) < data.min_image_size:
+        raise BadRecord(f"{width} x {height} pixels, smaller than data.min_image_size={data.min_image_size}")
+
+
+def _upright(image):
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return image
+
+
+def _to_rgb(image, background):
+    mode = image.mode
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        return _over(image.convert("RGBA"), background)
+    if mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise BadRecord(f"32-bit pixels ({grey.min()} to {grey.max()})")
+        # A 16-bit file says nothing about the range it uses, so the full range is taken: 65535 = 257 * 255.
+        return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    if mode == "F":
+        raise BadRecord("floating-point pixels")
+    return np.asarray(image.convert("RGB"))
+
+
+def _over(image, background):
+    rgba = np.asarray(image).astype(np.int32)
+    alpha = rgba[..., 3:]
+    mixed = rgba[..., :3] * alpha + np.asarray(background, np.int32) * (255 - alpha)
+    return ((mixed + 127) // 255).astype(np.uint8)
+
+
+def _fit(image, data: Data, rng):
+    """Crop and antialiased resize of uint8 [H, W, 3] to the model's size."""
+    size = data.image_size
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if data.crop == "stretch":
+        left, top, crop_width, crop_height = 0, 0, width, height
+    elif data.crop == "random" and rng is not None:
+        left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+        crop_width = crop_height = side
+    else:
+        left, top = (width - side) // 2, (height - side) // 2
+        crop_width = crop_height = side
+    image = image[top : top + crop_height, left : left + crop_width]
+    if image.shape[:2] == (size, size):
+        return image
+    # Pillow widens the bicubic kernel by the scale when it shrinks an image, which is the antialiasing.
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((size, size), Image.Resampling.BICUBIC))

@@ -1,0 +1,320 @@
+"""The loader: batch i of a run as a pure function of (seed, i), made by threads or processes of Grain.
+
+Global row g = step * B + slot; epoch = g // n; record = permutation(seed, epoch)[g % n]. Each host makes its own
+contiguous slots of the global batch, so a run may stop, go on and change its number of hosts without seeing other rows.
+A record that cannot be used is replaced by one drawn from (seed, step, slot, attempt): no other slot moves.
+"""
+
+import logging
+import os
+import signal
+import threading
+import weakref
+from dataclasses import dataclass, field
+from multiprocessing import connection, parent_process
+from typing import Any
+
+import numpy as np
+
+from ddt_jax.data import images
+from ddt_jax.data.base import BadRecord, Source
+from ddt_jax.data.permutation import Permutation, keyed_generator, keyed_integers
+from ddt_jax.errors import UserError
+from ddt_jax.settings import Data
+
+MAX_ATTEMPTS = 100  # draws for one slot; when all fail, nothing in the source can be read
+MIN_SEEN = 1000  # the rate of bad records is judged from here on, or from 1 / max_bad_fraction where that is less
+EXAMPLES_KEPT = 20  # reasons kept for the log
+ENDLESS = 1 << 40  # batches of a run without a stop
+
+log = logging.getLogger("ddt_jax.data")
+
+
+@dataclass(frozen=True)
+class Batcher:
+    """Makes batches. Holds no state, so that a thread, a process or a test may ask for any step in any order."""
+
+    source: Source
+    data: Data
+    batch_size: int  # of the global batch
+    seed: int
+    shard_index: int
+    shard_count: int
+    shuffle: bool
+    with_captions: bool
+
+    def slots(self, batch_size):
+        """The rows of a global batch that this host makes."""
+        share = batch_size // self.shard_count
+        return np.arange(self.shard_index * share, (self.shard_index + 1) * share)
+
+    def order(self, rows):
+        """Record index of each global row. int64 [b] -> int64 [b]"""
+        n = len(self.source)
+        epochs, positions = rows // n, rows % n
+        if self.shuffle:
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                positions[here] = Permutation(n, self.seed, int(epoch))(positions[here])
+        return positions
+
+    def make(self, step: int):
+        """One training batch and what was wrong on the way: (batch, [(where, why), ...])."""
+        slots = self.slots(self.batch_size)
+        batch, errors = _empty(slots, self.data.image_size), []
+        captions = []
+        for row, index in enumerate(self.order(step * self.batch_size + slots)):
+            slot = int(slots[row])
+            for attempt in range(1, MAX_ATTEMPTS + 1):
+                rng = None
+                if self.data.flip or self.data.crop == "random":
+                    rng = keyed_generator("augment", self.seed, step, slot)
+                try:
+                    captions.append(self._fill(batch, row, int(index), rng))
+                    break
+                except BadRecord as error:
+                    errors.append((self.source.describe(int(index)), str(error)))
+                (drawn,) = keyed_integers(1, "redraw", self.seed, step, slot, attempt)
+                index = drawn % len(self.source)
+            else:
+                where, why = errors[-MAX_ATTEMPTS]
+                raise UserError(
+                    f"data: none of {MAX_ATTEMPTS} images tried from {self.source.name} could be used "
+                    f"(first: {where}: {why})"
+                )
+        if self.with_captions:
+            batch["caption"] = captions
+        return batch, errors
+
+    def make_eval(self, start: int, stop: int, batch_size: int):
+        """Records [start, stop) of the first epoch without augmentation, padded to the batch size: see `make`."""
+        slots = self.slots(batch_size)
+        batch, errors = _empty(slots, self.data.image_size), []
+        batch["valid"] = np.zeros(len(slots), bool)
+        batch["index"][:] = -1
+        captions = [""] * len(slots)
+        rows = start + slots
+        rows = rows[rows < stop]
+        for row, index in enumerate(self.order(rows)):
+            try:
+                captions[row] = self._fill(batch, row, int(index), None)
+                batch["valid"][row] = True
+            except BadRecord as error:
+                errors.append((self.source.describe(int(index)), str(error)))
+        if self.with_captions:
+            batch["caption"] = captions
+        return batch, errors
+
+    def _fill(self, batch, row, index, rng):
+        """Puts one record into its row and returns its caption. Raises BadRecord and leaves the row as it was."""
+        record = self.source[index]
+        caption = record.get("caption", "")
+        if self.with_captions and not caption:
+            raise BadRecord("no caption")
+        batch["image"][row] = images.prepare(record["image"], self.data, rng)
+        batch["label"][row] = record.get("label", -1)
+        batch["index"][row] = index
+        return caption
+
+
+def _empty(slots, size) -> dict[str, Any]:
+    return {
+        "image": np.zeros((len(slots), size, size, 3), np.uint8),
+        "slot": slots.astype(np.int32),
+        "index": np.zeros(len(slots), np.int32),
+        "label": np.full(len(slots), -1, np.int32),
+    }
+
+
+class _Steps:
+    """Batches of the steps [start, stop) as Grain wants them: random access with a length."""
+
+    def __init__(self, batcher, start, stop):
+        self._batcher, self._start, self._stop = batcher, start, stop
+
+    def __len__(self):
+        return self._stop - self._start
+
+    def __getitem__(self, index):
+        return self._batcher.make(self._start + index)
+
+
+@dataclass
+class Stats:
+    """What this process has consumed. `examples` are the first bad records as (where, why)."""
+
+    seen: int = 0
+    bad: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Loader:
+    """Batches of a source for one host.
+
+    A batch is a dict of NumPy arrays, rows of this host only (b = batch_size / shard_count):
+      image: uint8 [b, S, S, 3].
+      slot: int32 [b], the row inside the global batch.
+      index: int32 [b], the record in the source.
+      label: int32 [b], -1 where there is none.
+      caption: list of b strings; only with captions.
+
+    Args:
+      source: what `open_source` returns.
+      data: crop, flip, limits, threads, workers, prefetch.
+      batch_size: rows of the global batch.
+      seed: of the order and of augmentation.
+      shard_index, shard_count: this host among all.
+      shuffle: False = the source's own order in every epoch.
+      with_captions: a record without a caption is then a bad one.
+
+    Raises:
+      UserError: sizes that do not fit; later, when too many records are bad.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data: Data,
+        *,
+        batch_size: int,
+        seed: int,
+        shard_index: int = 0,
+        shard_count: int = 1,
+        shuffle: bool = True,
+        with_captions: bool = False,
+    ):
+        if not 0 <= shard_index < shard_count:
+            raise ValueError(f"shard {shard_index} of {shard_count}")
+        if not 0 < len(source) < 1 << 31:
+            raise UserError(f"data: {source.name} has {len(source):,} images; between 1 and 2^31 - 1 can be used")
+        _check_divides(batch_size, shard_count, "train.batch_size")
+        self.source = source
+        self.data = data
+        self.batch_size = batch_size
+        self.stats = Stats()
+        self._batcher = Batcher(source, data, batch_size, seed, shard_index, shard_count, shuffle, with_captions)
+
+    def batch_at(self, step: int):
+        """The batch of a step, made here and now."""
+        return self._account(*self._batcher.make(step))
+
+    def iterate(self, start_step: int, stop_step: int | None = None) -> "BatchIterator":
+        """Batches of the steps from `start_step` on, made ahead. Close the iterator, or use it in a `with`."""
+        stop_step = start_step + ENDLESS if stop_step is None else stop_step
+        return BatchIterator(self, _Steps(self._batcher, start_step, stop_step))
+
+    def eval_batches(self, n: int, batch_size: int):
+        """The first n records of the fixed order (fewer if the source has fewer), each once.
+
+        No augmentation and no redraws: `valid` bool [b] is False for padding and for records that cannot be used, whose
+        pixels are zero and whose index is -1. All hosts get the same number of batches.
+        """
+        _check_divides(batch_size, self._batcher.shard_count, "evaluate.batch_size")
+        n = min(n, len(self.source))
+        for start in range(0, n, batch_size):
+            batch, errors = self._batcher.make_eval(start, n, batch_size)
+            yield self._account(batch, errors, seen=int(batch["valid"].sum()) + len(errors))
+
+    def report(self) -> str | None:
+        """One line about the bad records so far, None if there were none."""
+        if not self.stats.bad:
+            return None
+        return f"{self._counts()}; redrawn. Limit data.max_bad_fraction={self.data.max_bad_fraction} not reached."
+
+    def _counts(self):
+        verb = "used" if self._batcher.with_captions else "decoded"
+        where, why = self.stats.examples[0]
+        stats = self.stats
+        return f"data: {stats.bad:,} of {stats.seen:,} images could not be {verb} (first: {where}: {why})"
+
+    def _account(self, batch, errors, seen=None):
+        stats, limit = self.stats, self.data.max_bad_fraction
+        stats.seen += len(batch["slot"]) + len(errors) if seen is None else seen
+        for where, why in errors:
+            stats.bad += 1
+            if len(stats.examples) < EXAMPLES_KEPT:
+                stats.examples.append((where, why))
+                log.warning("data: %s: %s; left out", where, why)
+        enough = stats.seen >= min(MIN_SEEN, 1 / limit if limit > 0 else 1)
+        if errors and (stats.bad == stats.seen or (enough and stats.bad > limit * stats.seen)):
+            raise UserError(
+                f"{self._counts()}, more than data.max_bad_fraction={limit} allows; mend the data or raise the limit"
+            )
+        return batch
+
+
+def _check_divides(batch_size, shard_count, name):
+    if batch_size < 1 or batch_size % shard_count:
+        raise UserError(f"data: {name}={batch_size} does not divide among {shard_count} hosts; take a multiple of it")
+
+
+class BatchIterator:
+    """Iterator over batches with background threads or processes; `close` ends them."""
+
+    def __init__(self, loader: Loader, steps: _Steps):
+        import grain
+
+        _settle_flags()
+        data = loader.data
+        self._loader = loader
+        # In worker processes the buffer below is each worker's own queue; in this process it is the thread pool's.
+        ahead = max(1, -(-data.prefetch // max(1, data.workers)))
+        threads = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead if data.threads else 0)
+        dataset = grain.MapDataset.source(steps).to_iter_dataset(threads)
+        if data.workers:
+            processes = grain.multiprocessing.MultiprocessingOptions(data.workers, per_worker_buffer_size=ahead)
+            dataset = dataset.mp_prefetch(processes, worker_init_fn=_start_worker)
+        batches = iter(dataset)
+        # Grain's iterators close themselves when they die, which at the end of Python prints a traceback. The finalizer
+        # runs before that, and only the holder keeps the iterator alive.
+        self._holder = [batches]
+        self._finalizer = weakref.finalize(self, _close, self._holder)
+        batches.start_prefetch()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self._holder:
+            raise StopIteration
+        try:
+            return self._loader._account(*next(self._holder[0]))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """Ends threads and processes; safe to call twice."""
+        self._finalizer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def _close(holder):
+    if holder:
+        holder.pop().close()
+
+
+def _settle_flags():
+    """Grain asks absl's flags for its settings, and absl refuses while nobody has parsed a command line."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _start_worker(index: int, count: int):
+    """In a worker process: Ctrl-C is the main process's business, and without a main process there is nothing to do."""
+    _settle_flags()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process().sentinel
+
+    def follow():
+        connection.wait([parent])
+        os._exit(1)
+
+    threading.Thread(target=follow, name="follow-parent", daemon=True).start()
