@@ -1,0 +1,160 @@
+"""The train loop. One for every system; it knows steps, not models.
+
+The order inside a step is fixed, also across a restart: dispatch the step, then read the metrics of the one before (so
+the device never waits for the host), then what is due after it: log, image grids, evaluation, checkpoint, stop.
+"""
+
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddt_jax import mesh as meshes
+from ddt_jax import settings
+from ddt_jax.errors import UserError
+from ddt_jax.training.checkpoint import Checkpoints
+from ddt_jax.training.progress import Progress
+from ddt_jax.training.state import TrainState
+from ddt_jax.training.tokenizer_step import STOP
+
+EXIT_STOPPED = 75  # the run was asked to stop, has saved, and goes on with the same command (EX_TEMPFAIL)
+
+
+@dataclass
+class Hook:
+    """Something done every so many steps with the state after the step, and once at the end: evaluation, image grids.
+
+    Attributes:
+      every: steps between calls; 0 = only at the end.
+      call: (step, state) → scalars for the log.
+    """
+
+    name: str
+    every: int
+    call: Callable[[int, TrainState], dict[str, float]]
+
+
+@dataclass
+class StopRequest:
+    """Set by SIGINT and SIGTERM. All hosts learn of it through the step itself, so they stop after the same one."""
+
+    event: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def listening(self, note: Callable[[str], None]):
+        """Catches the signals; the second one ends the process at once."""
+
+        def handle(number, frame):
+            if self.event.is_set():
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.event.set()
+            note(f"{signal.Signals(number).name}: saving after this step; once more to quit at once")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, h in before.items():
+                signal.signal(s, h)
+
+
+def train(
+    state: TrainState,
+    step_fn: Callable[[TrainState, dict], tuple[TrainState, dict]],
+    batches: Iterator[dict],
+    *,
+    mesh: Any,
+    train: settings.Train,
+    checkpoints: Checkpoints,
+    config: dict,
+    progress: Progress,
+    writer: Any,
+    hooks: tuple[Hook, ...] = (),
+) -> tuple[TrainState, bool]:
+    """Trains from `state.step` to `train.steps`.
+
+    Args:
+      batches: host-local batches, the first for `state.step`.
+      config: the resolved config tree; goes into every checkpoint.
+
+    Returns:
+      (state, finished); not finished if a signal ended the run, which has then been saved.
+
+    Raises:
+      UserError: after `train.max_bad_steps` non-finite steps in a row, or when a checkpoint cannot be written.
+    """
+    done = int(state.step)
+    stop, log, pending, asked = StopRequest(), _Log(train, writer, progress), deque(), False
+    with stop.listening(progress.note):
+        while done < train.steps and not asked:
+            batch = next(batches)
+            batch[STOP] = np.full(len(batch["slot"]), stop.event.is_set(), np.int32)
+            with progress.phase("compiling") if not log.started else nullcontext():
+                state, metrics = step_fn(state, meshes.put_batch(batch, mesh))
+                if not log.started:
+                    jax.block_until_ready(metrics)  # so that the time to compile is not taken for that of a step
+                    log.started = True
+            done += 1
+            pending.append((done, metrics))
+            due = [h for h in hooks if h.every and done % h.every == 0 and done < train.steps]
+            save = train.checkpoint_every and done % train.checkpoint_every == 0 and done < train.steps
+            while len(pending) > (0 if due or save or done == train.steps else 1):
+                asked |= log.absorb(*pending.popleft())
+            for hook in due:
+                with progress.phase(hook.name):
+                    writer.write(done, hook.call(done, state))
+            if save:
+                with progress.phase("saving"):
+                    checkpoints.save(state, config)
+    for step, metrics in pending:
+        log.absorb(step, metrics)
+    with progress.phase("saving"):
+        checkpoints.save(state, config)
+        checkpoints.wait()
+    return state, done >= train.steps
+
+
+class _Log:
+    """Reads metrics, watches for bad steps, and writes the mean of every `log_every` steps."""
+
+    def __init__(self, train, writer, progress):
+        self._train, self._writer, self._progress = train, writer, progress
+        self._sums, self._n = {}, 0
+        self.started = False
+
+    def absorb(self, step: int, metrics: dict) -> bool:
+        """Takes the metrics of a step that is done or about to be; True if a host was asked to stop."""
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        asked = values.pop(STOP) > 0
+        if values["bad_step"]:
+            self._progress.note(
+                f"step {step}: loss or gradient is not finite; skipped, nothing but the counter has changed"
+            )
+        if values["bad_in_a_row"] >= self._train.max_bad_steps:
+            raise UserError(
+                f"train: {self._train.max_bad_steps} steps in a row up to step {step} were not finite "
+                "(train.max_bad_steps); "
+                "the last good state is the newest checkpoint; lower optimizer.lr or look at the data"
+            )
+        if not values["bad_step"]:
+            self._n += 1
+            for k, v in values.items():
+                self._sums[k] = self._sums.get(k, 0.0) + v
+        if step % self._train.log_every == 0 and self._n:
+            mean = {k: v / self._n for k, v in self._sums.items()}
+            self._sums, self._n = {}, 0
+            self._writer.write(step, mean)
+            self._progress.update(step, {"loss": mean["loss"]})
+        else:
+            self._progress.update(step)
+        return asked

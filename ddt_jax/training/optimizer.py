@@ -1,0 +1,104 @@
+"""The optimizer of a run, made from the declarations of its parameters:
+Muon or AdamW by group, decay, rate and clipping.
+"""
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from ddt_jax import settings
+from ddt_jax.nn.params import Declaration
+
+MUON_RMS = 0.2  # size of a Muon update, so that it shares AdamW's learning rate (arXiv 2502.16982 eq. 4)
+
+
+def learning_rate(s: settings.Optimizer, steps: int) -> optax.Schedule:
+    """Rate at each optimizer step: linear warm-up from 0, then constant, linear fall over the last share, or cosine."""
+    final = s.lr * s.final_lr_fraction
+    warmup = min(s.warmup, steps)
+    if s.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(s.lr, max(steps - warmup, 1), s.final_lr_fraction)
+    elif s.schedule == "linear":
+        fall = max(min(round(s.decay_fraction * steps), steps - warmup), 1)
+        rest = optax.linear_schedule(s.lr, final, fall, transition_begin=steps - warmup - fall)
+    else:
+        rest = optax.constant_schedule(s.lr)
+    return optax.join_schedules(
+        [optax.linear_schedule(s.lr / max(warmup, 1), s.lr, max(warmup - 1, 1)), rest], [warmup]
+    )
+
+
+def label(declaration: Declaration, s: settings.Optimizer) -> str:
+    """Which optimizer takes a parameter: "muon", "adamw" or "frozen"."""
+    if declaration.group == "frozen":
+        return "frozen"
+    return "muon" if declaration.group == "matrix" and s.name == "muon" else "adamw"
+
+
+def make_optimizer(s: settings.Optimizer, steps: int, declarations) -> optax.GradientTransformation:
+    """Clipping, then the optimizer of each parameter's group, decoupled weight decay and the learning rate.
+
+    Args:
+      declarations: tree of `Declaration` in the structure of the parameters.
+    """
+    labels = jax.tree.map(lambda d: label(d, s), declarations)
+    decays = jax.tree.map(lambda d: d.decay and d.group != "frozen", declarations)
+
+    def dimensions(updates):
+        # Explicit for every leaf: without it optax leaves all but plain 2-D kernels to Adam, without a word.
+        return jax.tree.map(
+            lambda d, u: u if isinstance(u, optax.MaskedNode) else MuonDimensionNumbers(*d.matrix),
+            declarations,
+            updates,
+        )
+
+    muon = optax.chain(
+        scale_by_muon(ns_steps=s.newton_schulz_steps, beta=s.momentum, weight_dimension_numbers=dimensions),
+        _scale_to_rms(dimensions),
+    )
+    groups = {"muon": muon, "adamw": optax.scale_by_adam(s.b1, s.b2, s.eps), "frozen": optax.set_to_zero()}
+    return optax.chain(
+        optax.clip_by_global_norm(s.clip_norm) if s.clip_norm else optax.identity(),
+        optax.partition(groups, labels),
+        optax.add_decayed_weights(s.weight_decay, decays),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda d, u: u * d.lr_scale, declarations, updates)),
+        optax.scale_by_learning_rate(learning_rate(s, steps)),
+    )
+
+
+def _scale_to_rms(dimensions):
+    """Gives an orthogonal update the root mean square MUON_RMS: times that and √max(fan in, fan out)."""
+
+    def scale(update, dims):
+        fan_in, fan_out = (jax.numpy.prod(jax.numpy.array([update.shape[i] for i in axes])) for axes in dims)
+        return update * MUON_RMS * jax.numpy.sqrt(jax.numpy.maximum(fan_in, fan_out))
+
+    def update(updates, _):
+        is_dims = lambda x: isinstance(x, MuonDimensionNumbers)  # noqa: E731
+        return jax.tree.map(
+            lambda dims, u: scale(u, dims) if is_dims(dims) else u, dimensions(updates), updates, is_leaf=is_dims
+        )
+
+    return optax.stateless(update)
+
+
+def table(params, declarations, shardings, s: settings.Optimizer) -> str:
+    """What happens to each parameter, one line each: shape, optimizer, decay, rate, sharding.
+
+    For the start of a run.
+    """
+    rows = [("parameter", "shape", "optimizer", "decay", "rate", "sharding")]
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(params),
+        jax.tree.leaves(declarations),
+        jax.tree.leaves(shardings),
+        strict=True,
+    )
+    for (path, value), d, sharding in leaves:
+        spec = ", ".join("-" if axis is None else str(axis) for axis in sharding.spec)
+        decay = s.weight_decay if d.decay and d.group != "frozen" else 0.0
+        shape = "x".join(map(str, value.shape)) or "scalar"
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rows.append((name, shape, label(d, s), f"{decay:g}", f"x{d.lr_scale:g}", f"({spec})"))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

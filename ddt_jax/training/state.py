@@ -1,0 +1,112 @@
+"""The whole state of a run: everything that a step changes, and nothing else.
+
+It is abstract first: shapes and shardings are known before a number exists, and initialisation, restore and
+ahead-of-time compilation all start from the same abstract state.
+"""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from ddt_jax import mesh as meshes
+from ddt_jax.nn import params as params_lib
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State between two optimizer steps.
+
+    Attributes:
+      step: int32, steps taken, bad ones included. It is also the position in the data.
+      params: tree of arrays, at least float32.
+      opt_state: of optax.
+      ema: running average of params, or None.
+      extra: what a model keeps beside its parameters: codebook and usage, running normalisation.
+      rng: uint32 [2], key data from which the key of each step is folded.
+      bad_steps: int32 [2], steps skipped as not finite: in all, and in a row up to now.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+    extra: Any
+    rng: Any
+    bad_steps: Any
+
+
+def unbox(tree):
+    """Values of a tree in which some leaves are boxed."""
+    return jax.tree.map(lambda x: x.value if params_lib.is_box(x) else x, tree, is_leaf=params_lib.is_box)
+
+
+def init_state(model, optimizer: optax.GradientTransformation, *, seed: int, use_ema: bool) -> TrainState:
+    """A fresh state. To be traced under jit with the shardings of `state_shardings`, or abstractly."""
+    init_key, step_key = jax.random.split(jax.random.key(seed))
+    boxed, extra = model.init(init_key)
+    params, extra = unbox(boxed), unbox(extra)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if use_ema else None,
+        extra=extra,
+        rng=jax.random.key_data(step_key),
+        bad_steps=jnp.zeros((2,), jnp.int32),
+    )
+
+
+def shardings_of(boxed, mesh: Mesh) -> tuple[Any, list[meshes.Fallback]]:
+    """Shardings of a boxed (abstract) tree, without boxes in its structure;
+    a leaf without one is whole on every device.
+    """
+    fallbacks = []
+
+    def one(path, leaf):
+        if not params_lib.is_box(leaf):
+            return meshes.replicated(mesh)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec, missed = meshes.partition(leaf.declaration.axes, leaf.value.shape, mesh, name)
+        fallbacks.extend(missed)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=params_lib.is_box), fallbacks
+
+
+def state_shardings(model, abstract: TrainState, mesh: Mesh) -> tuple[TrainState, list[meshes.Fallback]]:
+    """Where each array of the state lies. Optimizer moments and the average lie with their parameters."""
+    boxed, boxed_extra = jax.eval_shape(model.init, jax.random.key(0))
+    params, fallbacks = shardings_of(boxed, mesh)
+    extra, more = shardings_of(boxed_extra, mesh)
+    whole = meshes.replicated(mesh)
+    opt_state = _beside_params(abstract.opt_state, abstract.params, params, whole)
+    ema = None if abstract.ema is None else params
+    state = TrainState(whole, params, opt_state, ema, extra, whole, whole)
+    return state, fallbacks + more
+
+
+def _beside_params(opt_state, params, shardings, otherwise):
+    """Each array of an optimizer state takes the sharding of the parameter whose path its own path ends with.
+
+    (optax's own tree_map_params does not work through `optax.partition`.)
+    """
+    key = lambda path: tuple(map(str, path))  # noqa: E731
+    by_path = {
+        key(path): (value.shape, sharding)
+        for (path, value), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def one(path, leaf):
+        for start in range(len(path)):
+            shape, sharding = by_path.get(key(path[start:]), (None, otherwise))
+            if shape == leaf.shape:
+                return sharding
+        return otherwise
+
+    return jax.tree_util.tree_map_with_path(one, opt_state)

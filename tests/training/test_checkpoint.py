@@ -1,0 +1,167 @@
+"""Checkpoints are trusted only when what comes back is what was saved."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ddt_jax import experiment, settings
+from ddt_jax.errors import UserError
+from ddt_jax.training.checkpoint import Checkpoints, digest
+
+# Orbax drops the coroutines of the other arrays when one file is damaged, and Python remarks on each.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def built():
+    s = settings.Experiment(
+        model=settings.LinearTokenizer(quantizer=settings.Quantizer(normalize_input="none", codebook_size=32)),
+        mesh=settings.Mesh(fsdp=4, tensor=2),
+        data=settings.Data(image_size=8),
+        train=settings.Train(batch_size=8),
+    )
+    return experiment.build(s)
+
+
+@pytest.fixture(scope="module")
+def state(built):
+    return built.init()
+
+
+def at(state, step):
+    return state.replace(step=state.step + step)
+
+
+@pytest.fixture
+def saved(tmp_path, state):
+    points = Checkpoints(tmp_path, settings.Train(keep_checkpoints=3))
+    for step in (1, 2, 3):
+        points.save(at(state, step), {"config": "tree"})
+    points.close()
+    return tmp_path
+
+
+def data_files(workdir, step):
+    files = [p for p in (workdir / "checkpoints" / str(step) / "state").rglob("*") if p.is_file()]
+    return sorted(files, key=lambda p: -p.stat().st_size)
+
+
+def restore(workdir, built, read_only=False):
+    notes = []
+    points = Checkpoints(workdir, settings.Train(), notes.append, read_only=read_only)
+    try:
+        with jax.set_mesh(built.mesh):
+            return points.restore(built.abstract), notes
+    finally:
+        points.close()
+
+
+def test_what_comes_back_is_what_was_saved(saved, built, state):
+    back, notes = restore(saved, built)
+    assert digest(back) == digest(at(state, 3))
+    assert notes == []
+    shardings = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), back, state)
+    assert all(jax.tree.leaves(shardings))
+
+
+def test_it_comes_back_on_another_mesh(saved, state):
+    s = settings.Experiment(
+        model=settings.LinearTokenizer(quantizer=settings.Quantizer(normalize_input="none", codebook_size=32)),
+        data=settings.Data(image_size=8),
+        train=settings.Train(batch_size=8),
+    )
+    back, _ = restore(saved, experiment.build(s, jax.devices()[:1]))
+    assert digest(back) == digest(at(state, 3))
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete", "empty folder", "no checksums"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(saved, built, state, how):
+    file = data_files(saved, 3)[0]
+    if how == "flip":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif how == "truncate":
+        file.write_bytes(file.read_bytes()[:100])
+    elif how == "delete":
+        file.unlink()
+    elif how == "no checksums":
+        (meta,) = (saved / "checkpoints" / "3" / "meta").glob("metadata")
+        meta.write_text(json.dumps({"format": 1, "checksums": {}}))
+    elif how == "empty folder":
+        (saved / "checkpoints" / "4").mkdir()
+    back, notes = restore(saved, built)
+    assert int(back.step) == (3 if how == "empty folder" else 2)
+    assert len(notes) == 1 and notes[0].startswith(
+        f"checkpoint: step {4 if how == 'empty folder' else 3} passed over: "
+    )
+    assert "\n" not in notes[0]
+
+
+def test_a_passed_over_step_can_be_saved_again(saved, built, state):
+    data_files(saved, 3)[0].unlink()
+    restore(saved, built)
+    assert (saved / "checkpoints" / "3.bad").exists()
+    points = Checkpoints(saved, settings.Train())
+    points.save(at(state, 3), {})
+    points.close()
+    back, notes = restore(saved, built)
+    assert int(back.step) == 3 and notes == []
+
+
+def test_reading_changes_nothing(saved, built):
+    data_files(saved, 3)[0].unlink()
+    before = sorted(p.name for p in (saved / "checkpoints").iterdir())
+    back, _ = restore(saved, built, read_only=True)
+    assert int(back.step) == 2
+    assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == before
+
+
+def test_none_that_verifies_is_an_error_and_none_at_all_is_not(saved, built, tmp_path_factory):
+    for step in (1, 2, 3):
+        data_files(saved, step)[0].write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 3 checkpoints .* verifies"):
+        restore(saved, built)
+    assert restore(tmp_path_factory.mktemp("empty"), built) == (None, [])
+
+
+def test_another_model_is_refused_by_the_names_of_its_arrays(saved):
+    s = settings.Experiment(
+        model=settings.LinearTokenizer(
+            width=16, quantizer=settings.Quantizer(normalize_input="none", codebook_size=32)
+        ),
+        data=settings.Data(image_size=8),
+        train=settings.Train(batch_size=8),
+    )
+    with pytest.raises(UserError):
+        restore(saved, experiment.build(s, jax.devices()[:1]))
+
+
+def test_what_a_killed_process_left_is_removed(saved, built):
+    left = saved / "checkpoints" / "4.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "half").write_text("x")
+    restore(saved, built)
+    assert not left.exists()
+
+
+def test_old_checkpoints_go(tmp_path, state):
+    points = Checkpoints(tmp_path, settings.Train(keep_checkpoints=2, keep_every=4))
+    for step in range(1, 8):
+        points.save(at(state, step), {})
+        points.wait()
+    assert points.steps() == [4, 6, 7]
+    points.close()
+
+
+def test_digest_sees_every_part(state):
+    original = digest(state)
+    for part in ("params", "opt_state", "ema", "extra", "rng", "step"):
+        leaves, tree = jax.tree.flatten(getattr(state, part))
+        first = np.array(leaves[0])
+        first.reshape(-1).view(np.uint8)[0] ^= 1
+        assert digest(state.replace(**{part: jax.tree.unflatten(tree, [first, *leaves[1:]])})) != original

@@ -1,0 +1,130 @@
+"""The loop: what is written when, and how it ends."""
+
+import contextlib
+import io
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from ddt_jax import experiment, settings
+from ddt_jax.errors import UserError
+from ddt_jax.training import loop
+from ddt_jax.training.checkpoint import Checkpoints
+from ddt_jax.training.progress import Progress
+
+TRAIN = settings.Train(steps=10, batch_size=8, log_every=3, checkpoint_every=4)
+
+
+@pytest.fixture(scope="module")
+def built():
+    s = settings.Experiment(
+        model=settings.LinearTokenizer(quantizer=settings.Quantizer(normalize_input="none", codebook_size=32)),
+        data=settings.Data(image_size=8),
+        train=TRAIN,
+    )
+    return experiment.build(s)
+
+
+class Writer:
+    def __init__(self):
+        self.lines = []
+
+    def write(self, step, scalars):
+        self.lines.append((step, scalars))
+
+
+def batches(start=0, bad=(), before=lambda step: None):
+    for step in range(start, 1000):
+        before(step)
+        image = np.random.default_rng(step).integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
+        yield {"image": image, "slot": np.arange(8, dtype=np.int32)}
+
+
+def run(built, tmp_path, *, train=TRAIN, data=None, hooks=(), step_fn=None):
+    writer, out = Writer(), io.StringIO()
+    points = Checkpoints(tmp_path, train)
+    with jax.set_mesh(built.mesh), contextlib.closing(points):
+        state = points.restore(built.abstract)
+        state = built.init() if state is None else state
+        progress = Progress(train.steps, int(state.step), 8, out)
+        state, finished = loop.train(
+            state,
+            step_fn or built.step,
+            data or batches(int(state.step)),
+            mesh=built.mesh,
+            train=train,
+            checkpoints=points,
+            config={},
+            progress=progress,
+            writer=writer,
+            hooks=hooks,
+        )
+        progress.close()
+        return state, finished, writer.lines, points.steps(), out.getvalue()
+
+
+def test_lines_are_means_of_whole_windows_and_checkpoints_come_when_due(built, tmp_path):
+    state, finished, lines, steps, _ = run(built, tmp_path)
+    assert finished and int(state.step) == 10
+    assert [step for step, _ in lines] == [3, 6, 9]
+    assert steps == [8, 10]
+    single = run(built, tmp_path / "b", train=settings.Train(steps=10, batch_size=8, log_every=1, checkpoint_every=0))[
+        2
+    ]
+    for step, line in lines:
+        expected = np.mean([values["loss"] for s, values in single if step - 3 < s <= step])
+        np.testing.assert_allclose(line["loss"], expected, rtol=1e-6)
+
+
+def test_hooks_see_the_state_after_their_step(built, tmp_path):
+    seen = []
+
+    def call(step, state):
+        seen.append((step, int(state.step)))
+        return {"figure": 1.0}
+
+    _, _, lines, _, _ = run(built, tmp_path, hooks=(loop.Hook("looking", 5, call),))
+    assert seen == [(5, 5)]
+    assert (5, {"figure": 1.0}) in lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_next_run_ends_like_an_undisturbed_one(built, tmp_path, number):
+    def before(step):
+        if step == 5:
+            os.kill(os.getpid(), number)
+
+    state, finished, _, steps, out = run(built, tmp_path, data=batches(before=before))
+    stopped_at = int(state.step)
+    assert not finished and 5 < stopped_at < 10 and steps[-1] == stopped_at
+    assert signal.Signals(number).name in out
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    state, finished, _, _, _ = run(built, tmp_path)
+    undisturbed = run(built, tmp_path / "b")[0]
+    assert finished
+    jax.tree.map(np.testing.assert_array_equal, state, undisturbed)
+
+
+def test_bad_steps_are_told_and_too_many_in_a_row_end_the_run(built, tmp_path):
+    def poisoned(state, batch):
+        state, metrics = built.step(state, batch)
+        in_a_row = float(state.step) - 3
+        bad = in_a_row > 0
+        return state, {
+            **metrics,
+            "bad_step": bad,
+            "bad_in_a_row": max(in_a_row, 0.0),
+            "loss": np.nan if bad else metrics["loss"],
+        }
+
+    train = settings.Train(steps=10, batch_size=8, log_every=1, checkpoint_every=2, max_bad_steps=4)
+    with pytest.raises(UserError, match="4 steps in a row up to step 7 were not finite"):
+        run(built, tmp_path, train=train, step_fn=poisoned)
+    state, _, lines, _, out = run(
+        built, tmp_path / "b", train=settings.Train(steps=6, batch_size=8, log_every=2), step_fn=poisoned
+    )
+    assert out.count("not finite") == 3
+    assert all(np.isfinite(values["loss"]) for _, values in lines)

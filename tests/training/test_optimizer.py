@@ -1,0 +1,85 @@
+"""Which parameter gets which optimizer, and what an update is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ddt_jax import settings
+from ddt_jax.nn.params import Declaration
+from ddt_jax.training.optimizer import learning_rate, make_optimizer
+
+MATRIX = Declaration(axes=("embed", "mlp"), group="matrix", matrix=((-2,), (-1,)))
+STACK = Declaration(axes=("layers", "embed", None, "heads", "head_dim"), group="matrix", matrix=((-4,), (-2, -1)))
+BIAS = Declaration(axes=("mlp",), decay=False)
+FROZEN = Declaration(axes=("mlp",), group="frozen")
+
+
+def one_update(declarations, params, grads, **kwargs):
+    s = settings.Optimizer(lr=1.0, warmup=0, schedule="constant", clip_norm=0.0, **kwargs)
+    tx = make_optimizer(s, 10, declarations)
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+def test_muon_update_is_orthogonal_with_the_stated_size():
+    g = jax.random.normal(jax.random.key(0), (16, 64))
+    u = one_update({"w": MATRIX}, {"w": jnp.zeros((16, 64))}, {"w": g}, weight_decay=0.0)["w"]
+    singular = np.linalg.svd(np.asarray(u) / (0.2 * 8), compute_uv=False)  # 8 = sqrt(max(16, 64))
+    # Newton-Schulz with the usual coefficients drives the singular values to within [0.68, 1.13].
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    assert np.sum(np.asarray(u) * np.asarray(g)) < 0
+
+
+def test_every_matrix_of_a_stack_is_its_own():
+    shape = (2, 8, 2, 2, 4)
+    g = jax.random.normal(jax.random.key(1), shape)
+    u = one_update({"w": STACK}, {"w": jnp.zeros(shape)}, {"w": g}, weight_decay=0.0)["w"]
+    for layer in range(2):
+        for part in range(2):
+            alone = one_update(
+                {"w": MATRIX}, {"w": jnp.zeros((8, 8))}, {"w": g[layer, :, part].reshape(8, 8)}, weight_decay=0.0
+            )["w"]
+            np.testing.assert_allclose(u[layer, :, part].reshape(8, 8), alone, atol=1e-5)
+
+
+def test_the_rest_is_adamw_and_frozen_stays():
+    declarations = {"w": MATRIX, "b": BIAS, "f": FROZEN}
+    params = {"w": jnp.ones((4, 4)), "b": jnp.ones((4,)), "f": jnp.ones((4,))}
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape), params)
+    u = one_update(declarations, params, grads, name="adamw", weight_decay=0.1, b1=0.9, b2=0.99)
+    adam = optax.adamw(1.0, b1=0.9, b2=0.99, weight_decay=0.1)
+    expected = adam.update(grads, adam.init(params), params)[0]["w"]
+    np.testing.assert_allclose(u["w"], expected, rtol=1e-6)
+    plain = optax.adam(1.0, b1=0.9, b2=0.99)
+    np.testing.assert_allclose(u["b"], plain.update(grads, plain.init(params))[0]["b"], rtol=1e-6)
+    assert (u["f"] == 0).all()
+
+
+def test_lr_scale_multiplies_the_whole_update():
+    slow = Declaration(axes=("mlp",), lr_scale=0.1)
+    p, g = {"w": jnp.ones((4,))}, {"w": jnp.ones((4,))}
+    full = one_update({"w": Declaration(axes=("mlp",))}, p, g)["w"]
+    np.testing.assert_allclose(one_update({"w": slow}, p, g)["w"], 0.1 * full, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_schedule_warms_up_and_ends_where_it_says(kind):
+    s = settings.Optimizer(lr=2.0, schedule=kind, warmup=10, decay_fraction=0.5, final_lr_fraction=0.1)
+    rate = learning_rate(s, 100)
+    np.testing.assert_allclose([rate(0), rate(9), rate(10)], [0.2, 2.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(rate(100), 2.0 if kind == "constant" else 0.2, rtol=1e-6)
+    if kind == "linear":
+        np.testing.assert_allclose([rate(50), rate(75)], [2.0, 1.1], rtol=1e-6)
+
+
+def test_warmup_longer_than_the_run_is_no_error():
+    rate = learning_rate(settings.Optimizer(lr=1.0, warmup=50), 10)
+    assert np.isfinite([float(rate(i)) for i in range(11)]).all()
+
+
+def test_box_that_is_no_matrix_cannot_ask_for_muon():
+    with pytest.raises(ValueError):
+        Declaration(axes=("embed",), group="matrix")
+    with pytest.raises(ValueError):
+        Declaration(axes=("embed", "mlp"), group="matrix", matrix=((0,), (1,)))

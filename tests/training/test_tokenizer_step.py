@@ -1,0 +1,167 @@
+"""The train step: the same numbers on every mesh and for every split into micro-batches; bad steps leave no trace."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddt_jax import experiment, settings
+from ddt_jax import mesh as meshes
+from ddt_jax.errors import UserError
+from ddt_jax.training.tokenizer_step import STOP
+
+LINEAR = settings.LinearTokenizer(quantizer=settings.Quantizer(normalize_input="none", codebook_size=64))
+DDT = settings.DDTTokenizer(
+    width=32, heads=2, num_tokens=8, encoder_depth=1, decoder_depth=1, quantizer=settings.Quantizer(codebook_size=64)
+)
+STEPS = 20
+
+
+def make(model=LINEAR, mesh=settings.Mesh(), devices=None, **train):  # noqa: B008 - frozen
+    train = {"batch_size": 16, "steps": STEPS, **train}
+    return experiment.build(
+        settings.Experiment(
+            model=model,
+            mesh=mesh,
+            data=settings.Data(image_size=16),
+            train=settings.Train(**train),
+            optimizer=settings.Optimizer(warmup=3),
+        ),
+        devices,
+    )
+
+
+def batch_of(step, stop=0):
+    image = np.random.default_rng(step).integers(0, 256, (16, 16, 16, 3)).astype(np.uint8)
+    return {"image": image, "slot": np.arange(16, dtype=np.int32), STOP: np.full(16, stop, np.int32)}
+
+
+def curve(built, steps=STEPS):
+    losses = []
+    with jax.set_mesh(built.mesh):
+        state = built.init()
+        for step in range(steps):
+            state, metrics = built.step(state, meshes.put_batch(batch_of(step), built.mesh))
+            losses.append(float(metrics["loss"]))
+    return np.array(losses), state
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return curve(make(devices=jax.devices()[:1]))
+
+
+MESHES = {
+    "fsdp 8": settings.Mesh(fsdp=8),
+    "fsdp 4 x tensor 2": settings.Mesh(fsdp=4, tensor=2),
+    "data 2 x fsdp 4": settings.Mesh(data=2, fsdp=4),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_every_mesh_gives_the_single_device_curve(mesh, reference):
+    losses, state = curve(make(mesh=mesh))
+    np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(state.extra), jax.tree.leaves(reference[1].extra), strict=True):
+        np.testing.assert_allclose(jax.device_get(a), jax.device_get(b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("coupling", ["cross", "joint"])
+def test_every_mesh_gives_the_single_device_curve_of_ddt(mesh, coupling):
+    model = dataclasses.replace(DDT, coupling=coupling)
+    losses, _ = curve(make(model, mesh))
+    single, _ = curve(make(model, devices=jax.devices()[:1]))
+    np.testing.assert_allclose(losses, single, rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_add_up_to_the_whole(accumulate, reference):
+    losses, state = curve(make(devices=jax.devices()[:1], accumulate=accumulate))
+    np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(state.extra), jax.tree.leaves(reference[1].extra), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_on_a_mesh(reference):
+    losses, _ = curve(make(mesh=settings.Mesh(fsdp=4, tensor=2), accumulate=2))
+    np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
+
+
+def test_two_runs_on_one_mesh_are_bit_identical():
+    built = make(mesh=settings.Mesh(fsdp=4, tensor=2))
+    (a, state_a), (b, state_b) = curve(built), curve(built)
+    np.testing.assert_array_equal(a, b)
+    for x, y in zip(jax.tree.leaves(state_a), jax.tree.leaves(state_b), strict=True):
+        np.testing.assert_array_equal(jax.device_get(x), jax.device_get(y))
+
+
+def test_accumulation_is_refused_for_batch_norm():
+    model = settings.LinearTokenizer(quantizer=settings.Quantizer(normalize_input="batch"))
+    with pytest.raises(UserError, match="train.accumulate=2 would change encoder batch norm"):
+        make(model, accumulate=2)
+
+
+class _Poisoned:
+    """A model whose loss is not finite when the first image is black, also in its statistics."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def loss_fn(self, params, extra, batch, rng):
+        bad = jnp.where(batch["image"][0].max() == 0, jnp.nan, 1.0)
+        return self._model.loss_fn(jax.tree.map(lambda p: p * bad, params), extra, batch, rng)
+
+
+@pytest.mark.parametrize("when", [0, 3])
+def test_a_bad_step_changes_nothing_but_the_counters(when):
+    from ddt_jax.training import optimizer as optimizers
+    from ddt_jax.training.tokenizer_step import make_step
+
+    built = make(devices=jax.devices()[:1])
+    s = built.settings
+    tx = optimizers.make_optimizer(s.optimizer, STEPS, built.declarations)
+    step = jax.jit(
+        make_step(_Poisoned(built.model), tx, optimizers.learning_rate(s.optimizer, STEPS), accumulate=1, ema=0.99)
+    )
+    state = built.init()
+    for i in range(when):
+        state, _ = step(state, batch_of(i))
+    bad = batch_of(when)
+    bad["image"][0] = 0
+    after, metrics = step(state, bad)
+    assert metrics["bad_step"] == 1 and not np.isfinite(metrics["loss"])
+    for name in ("params", "opt_state", "ema", "extra", "rng"):
+        for x, y in zip(jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(after, name)), strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert int(after.step) == when + 1 and after.bad_steps.tolist() == [1, 1]
+    after, metrics = step(after, batch_of(when + 1))
+    assert np.isfinite(metrics["loss"]) and after.bad_steps.tolist() == [1, 0]
+
+
+def test_stop_of_any_row_reaches_the_metrics():
+    built = make(mesh=settings.Mesh(fsdp=8))
+    with jax.set_mesh(built.mesh):
+        batch = batch_of(0)
+        batch[STOP][13] = 1
+        _, metrics = built.step(built.init(), meshes.put_batch(batch, built.mesh))
+    assert metrics[STOP] == 1
+
+
+def test_every_array_of_the_state_is_where_the_rules_say():
+    built = make(DDT, settings.Mesh(fsdp=4, tensor=2))
+    specs = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): s.spec
+        for path, s in jax.tree_util.tree_leaves_with_path(built.shardings)
+    }
+    kernel = "decoder/blocks/block_0/mlp/up/kernel"
+    assert specs[f"params/{kernel}"] == ("fsdp", "tensor")
+    assert specs[f"ema/{kernel}"] == ("fsdp", "tensor")
+    moments = [name for name in specs if name.startswith("opt_state") and name.endswith(kernel)]
+    assert moments and all(specs[m] == ("fsdp", "tensor") for m in moments)
