@@ -1,0 +1,15 @@
+"""Noising path of rectified flow: x_t = (1 - t) x0 + t noise. t = 1 is pure noise, everywhere in this package.
+
+(Selftok's text counts the other way round, its code as here; SD3: arXiv 2403.03206.)
+"""
+
+
+def over(t_B, x):
+    """t_B [B] shaped to broadcast against x [B, ...]."""
+    return t_B.reshape(t_B.shape + (1,) * (x.ndim - t_B.ndim))
+
+
+def interpolate(x0, noise, t_B):
+    """x_t of the same shape as x0. t_B: noise level [B] or a scalar."""
+    t = over(t_B, x0)
+    return (1 - t) * x0 + t * noise

@@ -1,0 +1,121 @@
+"""What an image tokenizer is: images to a short sequence of codes and back, and how one is trained.
+
+A tokenizer holds settings, never arrays: parameters and the state that gradients do not move (`extra`) are passed in
+and returned, so that every method can be jitted, differentiated or sharded from outside.
+
+Legend: B batch, K tokens, H height, W width, C channels.
+"""
+
+import abc
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddt_jax import settings
+
+# kind of the settings → module and class; imported when asked for, so that one tokenizer never pays for another.
+_REGISTRY = {
+    "ddt": ("ddt_jax.tokenizers.ddt", "DDTTokenizer"),
+    "linear": ("ddt_jax.tokenizers.linear", "LinearTokenizer"),
+}
+
+
+class ImageTokenizer(abc.ABC):
+    """Interface of all image tokenizers.
+
+    Attributes:
+      num_tokens: codes per image, K.
+      codebook_size: how many codes there are.
+      image_size: height and width of the images.
+      loss_weights: weight of each ratio sums[name] / counts[name] that belongs to the loss; other ratios are only
+      logged. cross_example_terms: names of terms in the loss that depend on the whole batch at once. With any of them
+      a step
+        cut into micro-batches would compute something else, so accumulation must be refused.
+    """
+
+    num_tokens: int
+    codebook_size: int
+    image_size: int
+    loss_weights: dict[str, float]
+    cross_example_terms: tuple[str, ...] = ()
+
+    @abc.abstractmethod
+    def init(self, rng) -> tuple[Any, Any]:
+        """Fresh (params, extra): a tree of `params.Box` and a nested dict of plain arrays."""
+
+    @abc.abstractmethod
+    def loss_fn(self, params, extra, batch, rng) -> tuple[dict, dict, Any]:
+        """One micro-batch's additive contributions.
+
+        Args:
+          params: plain arrays.
+          extra: state as it was before the step.
+          batch: `image` uint8 [b, H, W, 3] and `slot` int32 [b], the rows of the global batch these images are.
+          rng: the step's key, the same in all micro-batches.
+
+        Returns:
+          sums and counts: dicts of f32 scalars; sums[n] / counts[n], each added over micro-batches and devices, is the
+          metric n. stats: a tree of arrays that are added up likewise and given to `update_extra`.
+        """
+
+    @abc.abstractmethod
+    def update_extra(self, extra, stats, rng):
+        """The state after an optimizer step, from the statistics of the whole global batch. rng: the step's key."""
+
+    @abc.abstractmethod
+    def encode(self, params, extra, images_BHWC):
+        """Codes int32 [B, K] of images float [B, H, W, C] in [-1, 1]."""
+
+    @abc.abstractmethod
+    def decode(self, params, extra, codes_BK, rng, *, num_visible=None, steps=None):
+        """Images float [B, H, W, C] in [-1, 1] from codes.
+
+        Args:
+          rng: key of the sampler's noise, of which row b of the batch uses fold_in(rng, b); or keys [B], one for each
+            row, so that an image's noise does not depend on the batch it is in (`example_keys` takes both).
+          num_visible: int32 scalar or [B], may be traced: only so many of the coarsest tokens are ever shown. None:
+          all. steps: solver steps, static; None: the setting.
+        """
+
+    def extra_metrics(self, extra) -> dict[str, Any]:
+        """Scalars about the state that are worth logging, computed on device."""
+        del extra
+        return {}
+
+
+def to_float(image):
+    """uint8 → [-1, 1]; floats pass as they are (already in [-1, 1])."""
+    return image / jnp.float32(127.5) - 1 if image.dtype == jnp.uint8 else image
+
+
+def to_uint8(image):
+    """[-1, 1] → uint8, rounded and clipped."""
+    return jnp.round(jnp.clip((image + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+
+def example_keys(rng, slot_B):
+    """One key per example, that depends on the step's key and the row of the global batch, not on sharding.
+
+    If rng is an array of keys [B] already, these are the ones.
+    """
+    if rng.ndim == 1 and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        return rng
+    return jax.vmap(lambda s: jax.random.fold_in(rng, s))(slot_B)
+
+
+def make_tokenizer(model: settings.DDTTokenizer | settings.LinearTokenizer, image_size: int, batch_size: int):
+    """The tokenizer that `model.kind` names.
+
+    Args:
+      model: settings of the model.
+      image_size: height and width of its images.
+      batch_size: images per optimizer step over the whole mesh; the codebook's statistics and the stratified time
+        sampler need to know how many rows there are besides their own.
+
+    Raises:
+      UserError: if the settings do not fit the image size.
+    """
+    module, name = _REGISTRY[model.kind]
+    return getattr(importlib.import_module(module), name)(model, image_size, batch_size)

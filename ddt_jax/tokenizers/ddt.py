@@ -1,0 +1,235 @@
+"""The DDT tokenizer: an encoder that writes an image into K codes, and a flow decoder that may see few of them at one noise
+level and more at another, so that the codes come in an order.
+
+The parts are options of the same modules. The quickstart's choice (coupling by cross-attention, linear mix paths, x0
+prediction with a plain squared error, batch-normalised features, ladder of visible tokens at high noise) is what trains
+in minutes on two CPU cores; Selftok's (arXiv 2505.07538: joint blocks, velocity, piecewise schedule with the opposite
+direction) is in the settings as well.
+
+Legend: B batch, K tokens, N patches, P values of a patch, D width, d code dimension; H, W, C latent height, width, channels.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddt_jax import settings
+from ddt_jax.diffusion import paths, prediction, solvers, time
+from ddt_jax.diffusion.token_schedule import TokenSchedule
+from ddt_jax.errors import UserError
+from ddt_jax.nn import blocks, embeddings, layers, spans
+from ddt_jax.nn.quantize import VectorQuantizer
+from ddt_jax.tokenizers import base
+from ddt_jax.tokenizers.codec import make_codec
+
+
+def patchify(x_BHWC, size: int):
+    """[B, H, W, C] → [B, N, P], patches in raster order, values as (row, column, channel)."""
+    b, h, w, c = x_BHWC.shape
+    x = x_BHWC.reshape(b, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // size) * (w // size), size * size * c)
+
+
+def unpatchify(x_BNP, size: int, height: int):
+    """The inverse of `patchify` for latents of this height."""
+    b, n, p = x_BNP.shape
+    rows = height // size
+    x = x_BNP.reshape(b, rows, n // rows, size, size, p // (size * size)).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height, (n // rows) * size, p // (size * size))
+
+
+class Encoder(nn.Module):
+    """Patches [B, N, P] → features [B, K, d] of K learned queries that attend with the patches."""
+
+    config: settings.DDTTokenizer
+
+    @nn.compact
+    def __call__(self, patches_BNP):
+        c, dtype = self.config, layers.compute_dtype(self.config.dtype)
+        b, n, _ = patches_BNP.shape
+        x_BND = layers.Dense((c.width,), ("patch", "embed"), dtype=dtype, name="embed")(patches_BNP)
+        x_BND = x_BND + embeddings.learned(self, "positions", n, c.width).astype(x_BND.dtype)
+        queries_KD = embeddings.learned(self, "queries", c.num_tokens, c.width).astype(x_BND.dtype)
+        queries_BKD = jnp.broadcast_to(queries_KD, (b, *queries_KD.shape))
+        x_BSD = jnp.concatenate([x_BND, queries_BKD], axis=1)
+        make = functools.partial(blocks.EncoderBlock, c.heads, c.mlp_ratio, c.qk_norm, dtype)
+        stack = blocks.Stack(make, c.encoder_depth, c.scan_layers, name="blocks")
+        x_BSD = layers.LayerNorm(name="norm")(stack(x_BSD, spans.full(x_BSD.shape[1])))
+        code_dim = c.quantizer.code_dim
+        z_BKd = layers.Dense((code_dim,), ("embed", "code"), dtype=dtype, name="to_code")(x_BSD[:, n:])
+        if c.mix:
+            axes = (None, "embed", None, "code")
+            z_BKd = z_BKd + layers.Dense(
+                (c.num_tokens, code_dim), axes, inputs=2, use_bias=False, dtype=dtype, name="mix"
+            )(x_BSD[:, :n])
+        return z_BKd
+
+
+class Decoder(nn.Module):
+    """Noised patches, noise level and the codes' vectors → prediction [B, N, P]."""
+
+    config: settings.DDTTokenizer
+
+    @nn.compact
+    def __call__(self, patches_BNP, t_B, codes_BKd, start_B, end_B):
+        """start_B, end_B: tokens [start, end) are visible. What a hidden token holds has no effect at all."""
+        c, dtype = self.config, layers.compute_dtype(self.config.dtype)
+        n, p = patches_BNP.shape[1:]
+        k = c.num_tokens
+        index_K = jnp.arange(k)
+        shown_BK = (start_B[:, None] <= index_K) & (index_K < end_B[:, None])
+        codes_BKd = jnp.where(shown_BK[..., None], codes_BKd, 0)
+        x_BND = layers.Dense((c.width,), ("patch", "embed"), dtype=dtype, name="embed")(patches_BNP)
+        x_BND = x_BND + embeddings.learned(self, "positions", n, c.width).astype(x_BND.dtype)
+        if c.mix:
+            axes = (None, "code", None, "embed")
+            x_BND = x_BND + layers.Dense((n, c.width), axes, inputs=2, use_bias=False, dtype=dtype, name="mix")(
+                codes_BKd
+            )
+        condition_BD = embeddings.TimeEmbedding(c.width, dtype, name="time")(t_B)
+        tokens_BKD = layers.Dense((2 * c.width,), ("code", "mlp"), dtype=dtype, name="token_up")(codes_BKd)
+        tokens_BKD = layers.Dense((c.width,), ("mlp", "embed"), dtype=dtype, name="token_down")(nn.gelu(tokens_BKD))
+        positions_KD = embeddings.learned(self, "token_positions", k, c.width).astype(tokens_BKD.dtype)
+        visible = spans.tokens_and_patches(start_B, end_B, k, n)
+        options = (c.heads, c.mlp_ratio, c.qk_norm)
+        if c.coupling == "cross":
+            tokens_BKD = layers.LayerNorm(name="token_norm")(tokens_BKD + positions_KD)
+            make = functools.partial(blocks.CrossBlock, *options, dtype=dtype)
+            stack = blocks.Stack(make, c.decoder_depth, c.scan_layers, name="blocks")
+            x_BND = stack(x_BND, tokens_BKD, condition_BD, visible)
+        else:
+            # The tokens' stream knows its positions, not the time (Selftok's "time_adaln: pos_emb").
+            positions_1KD = positions_KD[None]
+            make = functools.partial(blocks.JointBlock, *options, dtype=dtype)
+            stack = blocks.Stack(make, c.decoder_depth - 1, c.scan_layers, name="blocks")
+            carry = stack((tokens_BKD + positions_1KD, x_BND), positions_1KD, condition_BD, visible)
+            last = blocks.JointBlock(*options, pre_only=True, dtype=dtype, name="last_block")
+            _, x_BND = last(carry, positions_1KD, condition_BD, visible)
+        shift, scale = blocks.Modulation(2, dtype, name="final_adaln")(condition_BD)
+        x_BND = blocks.modulate(layers.LayerNorm(affine=False)(x_BND), shift, scale)
+        out_BNP = layers.zeros_dense((p,), ("embed", "patch"), dtype=dtype, name="final")(x_BND)
+        return out_BNP.astype(jnp.promote_types(out_BNP.dtype, jnp.float32))
+
+
+class Network(nn.Module):
+    """Encoder and decoder, so that one tree holds both."""
+
+    config: settings.DDTTokenizer
+
+    def setup(self):
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def encode(self, patches_BNP):
+        return self.encoder(patches_BNP)
+
+    def predict(self, patches_BNP, t_B, codes_BKd, start_B, end_B):
+        return self.decoder(patches_BNP, t_B, codes_BKd, start_B, end_B)
+
+    def __call__(self, patches_BNP):
+        b = patches_BNP.shape[0]
+        none = jnp.zeros((b,), jnp.int32)
+        return self.predict(patches_BNP, jnp.zeros((b,)), self.encode(patches_BNP), none, none)
+
+
+class DDTTokenizer(base.ImageTokenizer):
+    """See the module's docstring."""
+
+    def __init__(self, config: settings.DDTTokenizer, image_size: int, batch_size: int):
+        self.config = config
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.num_tokens = config.num_tokens
+        self.codebook_size = config.quantizer.codebook_size
+        self.codec = make_codec(config.codec)
+        self._latent_size = image_size // self.codec.downsampling
+        if image_size % (self.codec.downsampling * config.patch_size):
+            raise UserError(
+                f"model.patch_size: {config.patch_size} does not divide data.image_size {image_size} "
+                f"(reduced {self.codec.downsampling}x by the codec); choose a divisor of {self._latent_size}"
+            )
+        if config.width % config.heads:
+            raise UserError(f"model.heads: {config.heads} does not divide model.width {config.width}")
+        self.loss_weights = {"flow": 1.0, "commitment": config.quantizer.commitment}
+        self.quantizer = VectorQuantizer(config.quantizer, config.num_tokens, batch_size)
+        self.schedule = TokenSchedule(config.schedule, config.num_tokens)
+        self.cross_example_terms = ("encoder batch norm",) if self.quantizer.normalizes else ()
+        self._network = Network(config)
+
+    @property
+    def _latent_shape(self):
+        return (self._latent_size, self._latent_size, self.codec.channels)
+
+    def init(self, rng):
+        params_key, codes_key = jax.random.split(rng)
+        example = patchify(jnp.zeros((1, *self._latent_shape)), self.config.patch_size)
+        return self._network.init(params_key, example)["params"], {"codebook": self.quantizer.init(codes_key)}
+
+    def loss_fn(self, params, extra, batch, rng):
+        flow, slot_B = self.config.flow, batch["slot"]
+        x0_BNP = self._patches(base.to_float(batch["image"]))
+        codes_key, examples_key = jax.random.split(rng)
+        z_BKd = self._apply(params, "encode", x0_BNP)
+        codes_BKd, _, commitment_BK, stats = self.quantizer.quantize(extra["codebook"], z_BKd, slot_B, codes_key)
+
+        keys_B3 = jax.vmap(lambda key: jax.random.split(key, 3))(base.example_keys(examples_key, slot_B))
+        u_B = time.sample(flow, keys_B3[:, 0], slot_B, self.batch_size)
+        noise_BNP = jax.vmap(lambda key: jax.random.normal(key, x0_BNP.shape[1:], x0_BNP.dtype))(keys_B3[:, 1])
+        t_B = time.shift(u_B, flow.shift)
+        start_B, end_B = self.schedule.visible(u_B)
+        if flow.condition_drop:
+            drop_B = jax.vmap(lambda key: jax.random.bernoulli(key, flow.condition_drop))(keys_B3[:, 2])
+            end_B = jnp.where(drop_B, start_B, end_B)
+        x_BNP = paths.interpolate(x0_BNP, noise_BNP, t_B)
+        predicted_BNP = self._apply(params, "predict", x_BNP, t_B, codes_BKd, start_B, end_B)
+        error_BNP = predicted_BNP - prediction.target(flow.prediction, x0_BNP, noise_BNP)
+        error_B = jnp.mean(jnp.square(error_BNP), axis=(1, 2))
+        if flow.weighting != "prediction":
+            error_B = error_B * prediction.loss_weight(flow.prediction, flow.weighting, t_B)
+        sums = {"flow": jnp.sum(error_B), "commitment": jnp.sum(commitment_BK)}
+        counts = {"flow": jnp.float32(error_B.size), "commitment": jnp.float32(commitment_BK.size)}
+        return sums, counts, {"codebook": stats}
+
+    def update_extra(self, extra, stats, rng):
+        del rng  # the candidates for revival were drawn in loss_fn
+        return {"codebook": self.quantizer.update(extra["codebook"], stats["codebook"])}
+
+    def encode(self, params, extra, images_BHWC):
+        z_BKd = self._apply(params, "encode", self._patches(images_BHWC))
+        return self.quantizer.encode(extra["codebook"], z_BKd)
+
+    def decode(self, params, extra, codes_BK, rng, *, num_visible=None, steps=None, guidance=None):
+        """See the base class. guidance: scale, static; None: the setting."""
+        flow, b = self.config.flow, codes_BK.shape[0]
+        guidance = flow.guidance if guidance is None else guidance
+        codes_BKd = self.quantizer.lookup(extra["codebook"], codes_BK)
+        size = self.config.patch_size
+        noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, self._latent_shape))(
+            base.example_keys(rng, jnp.arange(b))
+        )
+        u_grid = time.grid(flow.solver_steps if steps is None else steps)
+
+        def velocity(x_BNP, u, t):
+            t_B = jnp.full((b,), t)
+            start_B, end_B = self.schedule.visible(jnp.full((b,), u), num_visible)
+
+            def at(end_B):
+                predicted = self._apply(params, "predict", x_BNP, t_B, codes_BKd, start_B, end_B)
+                return prediction.to_velocity(flow.prediction, predicted, x_BNP, t_B)
+
+            return at(end_B) if guidance == 1 else solvers.guide(at(end_B), at(start_B), guidance)
+
+        x_BNP = patchify(noise_BHWC, size)
+        x_BNP = solvers.integrate(velocity, x_BNP, u_grid, time.shift(u_grid, flow.shift), flow.solver)
+        return jnp.clip(self.codec.decode(unpatchify(x_BNP, size, self._latent_size)), -1, 1)
+
+    def extra_metrics(self, extra):
+        return self.quantizer.metrics(extra["codebook"])
+
+    def _patches(self, images_BHWC):
+        return patchify(self.codec.encode(images_BHWC), self.config.patch_size)
+
+    def _apply(self, params, method, *args):
+        return self._network.apply({"params": params}, *args, method=method)

@@ -1,0 +1,91 @@
+"""Path, prediction targets and solvers against algebra and closed-form solutions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddt_jax.diffusion import paths, prediction, solvers
+
+X0, NOISE = np.random.default_rng(0).normal(size=(2, 4, 3, 2)).astype(np.float32)
+T = np.array([0.1, 0.4, 0.7, 0.95], np.float32)
+KINDS = ["x0", "velocity", "noise"]
+
+
+def test_path_ends_at_noise_when_time_is_one():
+    np.testing.assert_array_equal(paths.interpolate(X0, NOISE, jnp.ones(4)), NOISE)
+    np.testing.assert_array_equal(paths.interpolate(X0, NOISE, jnp.zeros(4)), X0)
+    np.testing.assert_allclose(paths.interpolate(X0, NOISE, T)[1], 0.6 * X0[1] + 0.4 * NOISE[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_perfect_prediction_implies_the_true_velocity_and_image(kind):
+    x_t = paths.interpolate(X0, NOISE, T)
+    perfect = prediction.target(kind, X0, NOISE)
+    np.testing.assert_allclose(prediction.to_velocity(kind, perfect, x_t, T), NOISE - X0, atol=2e-5)
+    np.testing.assert_allclose(prediction.to_x0(kind, perfect, x_t, T), X0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("space", KINDS)
+def test_weighted_error_is_the_error_in_the_other_space(kind, space):
+    x_t = paths.interpolate(X0, NOISE, T)
+    wrong = prediction.target(kind, X0, NOISE) + 0.01
+    velocity = prediction.to_velocity(kind, wrong, x_t, T)
+    image = prediction.to_x0(kind, wrong, x_t, T)
+    t = T[:, None, None]
+    in_space = {"x0": image, "velocity": velocity, "noise": image + velocity}[space]
+    expected = np.square(in_space - prediction.target(space, X0, NOISE)).mean((1, 2))
+    own = np.square(wrong - prediction.target(kind, X0, NOISE)).mean((1, 2))
+    np.testing.assert_allclose(prediction.loss_weight(kind, space, T) * own, expected, rtol=5e-3)
+    assert t.shape == (4, 1, 1)
+
+
+def test_weights_and_velocities_are_finite_at_the_ends_of_time():
+    ends = jnp.array([0.0, 1.0])
+    for kind in KINDS:
+        assert np.isfinite(prediction.to_velocity(kind, X0[:2], NOISE[:2], ends)).all()
+        for space in KINDS:
+            assert np.isfinite(prediction.loss_weight(kind, space, ends)).all()
+
+
+def test_euler_is_the_recurrence_by_hand():
+    u = np.linspace(1, 0, 6, dtype=np.float32)
+    t = u**2
+    got = solvers.integrate(lambda x, u, t: x * u + t, jnp.float32(2.0), u, t)
+    x = 2.0
+    for i in range(5):
+        x = x + (t[i + 1] - t[i]) * (x * u[i] + t[i])
+    assert float(got) == pytest.approx(float(x), rel=1e-5)
+
+
+def test_heun_is_of_second_order_and_euler_of_first():
+    def error(steps, method):
+        grid = np.linspace(1, 0.1, steps + 1).astype(np.float32)
+        x = solvers.integrate(lambda x, u, t: -2 * x, jnp.float32(1.0), grid, grid, method)
+        return abs(float(x) - np.exp(1.8))
+
+    assert 1.7 < error(20, "euler") / error(40, "euler") < 2.3
+    assert 3.4 < error(20, "heun") / error(40, "heun") < 4.6
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_a_known_image_is_reached_from_any_noise(method):
+    grid = np.linspace(1, 0, 5).astype(np.float32)
+
+    def velocity(x, u, t):
+        return prediction.to_velocity("x0", X0, x, jnp.full((4,), t))
+
+    np.testing.assert_allclose(solvers.integrate(velocity, NOISE, grid, grid, method), X0, atol=1e-5)
+
+
+def test_the_loop_is_one_compiled_body():
+    grid = np.linspace(1, 0, 33).astype(np.float32)
+    text = str(jax.make_jaxpr(lambda x: solvers.integrate(lambda x, u, t: jnp.tanh(x), x, grid, grid))(X0))
+    assert text.count("tanh") == 1
+
+
+def test_guidance_of_one_is_the_conditional_prediction():
+    np.testing.assert_allclose(solvers.guide(X0, NOISE, 1.0), X0, atol=1e-6)
+    np.testing.assert_array_equal(solvers.guide(X0, NOISE, 0.0), NOISE)
+    np.testing.assert_allclose(solvers.guide(X0, NOISE, 3.0), 3 * X0 - 2 * NOISE, atol=1e-5)

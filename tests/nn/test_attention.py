@@ -1,0 +1,97 @@
+"""Attention over spans against loops over rows in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddt_jax.nn import spans
+from ddt_jax.nn.attention import attend, visible
+
+B, H, S, T, E = 2, 2, 5, 7, 4
+
+
+def brute_force(q, k, v, mask_BST):
+    out = np.zeros((B, H, q.shape[2], E))
+    for b, h, s in np.ndindex(B, H, q.shape[2]):
+        keys = [t for t in range(k.shape[2]) if mask_BST[b, s, t]]
+        if keys:
+            logits = np.array([q[b, h, s] @ k[b, h, t] for t in keys]) / np.sqrt(E)
+            weights = np.exp(logits - logits.max())
+            out[b, h, s] = (weights / weights.sum()) @ np.array([v[b, h, t] for t in keys])
+    return out
+
+
+def arrays(queries=S, seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(rng.normal(size=(B, H, n, E)).astype(np.float32) for n in (queries, T, T))
+
+
+def mask_of(rule, queries=S):
+    return np.array([[[rule(b, s, t) for t in range(T)] for s in range(queries)] for b in range(B)])
+
+
+VISIBLE_START, VISIBLE_END = np.array([0, 1], np.int32), np.array([2, 1], np.int32)
+CASES = {
+    "full": (lambda: spans.full(T), lambda b, s, t: True),
+    "causal": (lambda: spans.causal(S), lambda b, s, t: t <= s),
+    "causal with a cache": (lambda: spans.causal(S, offset=2, start=1), lambda b, s, t: 1 <= t <= s + 2),
+    "key prefix": (lambda: spans.key_prefix(jnp.array([3, 0])), lambda b, s, t: t < (3, 0)[b]),
+    "tokens and patches": (
+        lambda: spans.tokens_and_patches(jnp.asarray(VISIBLE_START), jnp.asarray(VISIBLE_END), 3, 4),
+        lambda b, s, t: VISIBLE_START[b] <= t < VISIBLE_END[b] or t >= 3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_equals_a_loop_over_rows(name):
+    build, rule = CASES[name]
+    q, k, v = arrays()
+    mask = mask_of(rule)
+    np.testing.assert_array_equal(np.broadcast_to(visible(build(), T), (B, S, T)), mask)
+    np.testing.assert_allclose(attend(q, k, v, build()), brute_force(q, k, v, mask), atol=1e-5)
+
+
+def test_hidden_keys_have_no_effect_at_all():
+    q, k, v = arrays()
+    visible_two = spans.key_prefix(jnp.array([2, 2]))
+    changed_k, changed_v = k.copy(), v.copy()
+    changed_k[:, :, 2:], changed_v[:, :, 2:] = 1e9, -1e9
+    np.testing.assert_array_equal(attend(q, k, v, visible_two), attend(q, changed_k, changed_v, visible_two))
+
+
+def test_gradients_agree_with_a_plain_softmax_and_stay_finite_where_nothing_is_seen():
+    q, k, v = arrays()
+    lengths = jnp.array([3, 0])
+
+    def ours(q, k, v):
+        return jnp.sum(jnp.sin(attend(q, k, v, spans.key_prefix(lengths))))
+
+    def plain(q, k, v):
+        return jnp.sum(jnp.sin(jax.nn.softmax(q @ k.swapaxes(-1, -2) / np.sqrt(E)) @ v))
+
+    gradients = jax.jit(jax.grad(ours, argnums=(0, 1, 2)))(q, k, v)
+    first = jax.jit(jax.grad(plain, argnums=(0, 1, 2)))(q[:1], k[:1, :, :3], v[:1, :, :3])
+    for got, expected in zip(gradients, first, strict=True):
+        np.testing.assert_allclose(got[:1, :, : expected.shape[2]], expected, atol=1e-5)
+        np.testing.assert_array_equal(got[1], 0)
+
+
+def test_big_logits_do_not_overflow():
+    q, k, v = arrays()
+    assert np.isfinite(attend(1e4 * q, k, v, spans.causal(S))).all()
+
+
+def test_full_spans_are_known_at_trace_time_and_traced_ones_are_not():
+    assert spans.full(T).covers(T) and not spans.full(T).covers(T + 1)
+    assert not spans.causal(S).covers(S)
+    assert not spans.key_prefix(jnp.int32(T)).covers(T)
+
+
+def test_softmax_is_fp32_for_bf16_inputs():
+    q, k, v = (x.astype(jnp.bfloat16) for x in arrays())
+    out = attend(q, k, v, spans.causal(S))
+    assert out.dtype == jnp.bfloat16
+    text = str(jax.make_jaxpr(lambda q: attend(q, k, v, spans.causal(S)))(q))
+    assert not [line for line in text.splitlines() if " exp " in line and "bf16" in line]
