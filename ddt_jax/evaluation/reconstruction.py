@@ -1,0 +1,337 @@
+"""How much of an image its codes carry: reconstruction from all tokens, from the first few, and from wrong ones.
+
+Everything is measured on images rounded to 8 bits, as they would be saved. The noise of a decoder is keyed by (seed,
+index of the image in its source): neither batch size nor the number of devices or processes changes a figure.
+
+Legend: B rows of a batch on this process, N images, K tokens, H height, W width, C channels.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from ddt_jax import settings as settings_lib
+from ddt_jax.evaluation import metrics, pictures
+from ddt_jax.io import atomic
+from ddt_jax.tokenizers.base import ImageTokenizer, to_float, to_uint8
+
+_COMMITMENT = "commitment"  # the name that tokenizers give the term in their loss
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+      results: JSON values; None where a figure does not exist (SSIM of images below 11 pixels).
+      originals: the first few images, uint8 [P, H, W, C].
+      reconstructions: number of tokens shown → uint8 [P, H, W, C].
+    """
+
+    results: dict[str, Any]
+    originals: np.ndarray
+    reconstructions: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def picture(self) -> np.ndarray:
+        """Originals over reconstructions from growing numbers of tokens. uint8 [H, W, 3]."""
+        by_tokens = self.results["psnr_by_tokens"]
+        rows = {f"{_tokens(k)}\n{by_tokens[str(k)]:.1f} dB": v for k, v in self.reconstructions.items()}
+        return pictures.reconstruction_grid(self.originals, rows)
+
+    def markdown(self) -> str:
+        """Tables for a person."""
+        return to_markdown(self.results)
+
+    def save(self, folder, name: str = "reconstruction") -> list:
+        """Writes NAME.json, NAME.md and NAME.png and returns their paths."""
+        folder = epath.Path(folder)
+        return [
+            atomic.write_text(folder / f"{name}.json", json.dumps(self.results, indent=2, allow_nan=False) + "\n"),
+            atomic.write_text(folder / f"{name}.md", self.markdown()),
+            pictures.save_png(self.picture(), folder / f"{name}.png"),
+        ]
+
+
+class Programs(NamedTuple):
+    """The compiled parts: one program each, for any number of tokens shown."""
+
+    encode: Callable  # (params, extra, image uint8) → codes
+    decode: Callable  # (params, extra, codes, index, seed, num_visible) → image uint8
+    commitment: Callable | None  # (params, extra, batch) → mean distance; None if the tokenizer has none
+
+
+@functools.lru_cache(maxsize=4)
+def programs(tokenizer: ImageTokenizer) -> Programs:
+    """Compiled once per tokenizer, so that evaluating again during a run costs no compilation."""
+
+    def encode(params, extra, image_BHWC):
+        return tokenizer.encode(params, extra, to_float(image_BHWC))
+
+    def decode(params, extra, codes_BK, index_B, seed, num_visible):
+        key = jax.random.key(seed)
+        keys_B = jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
+        return to_uint8(tokenizer.decode(params, extra, codes_BK, keys_B, num_visible=num_visible))
+
+    def commitment(params, extra, batch):
+        # All but this term is dead code to the compiler: the decoder does not run.
+        sums, counts, _ = tokenizer.loss_fn(params, extra, batch, jax.random.key(0))
+        return sums[_COMMITMENT] / counts[_COMMITMENT]
+
+    has_commitment = _COMMITMENT in getattr(tokenizer, "loss_weights", {})
+    return Programs(jax.jit(encode), jax.jit(decode), jax.jit(commitment) if has_commitment else None)
+
+
+def visible_counts(shares: Iterable[float], num_tokens: int) -> list[int]:
+    """Numbers of tokens for shares of them: rounded, at least 1, each once, rising, the whole always among them."""
+    counts = {min(num_tokens, max(1, int(share * num_tokens + 0.5))) for share in shares}
+    return sorted(counts | {num_tokens})
+
+
+def reconstruct_prefixes(tokenizer, params, extra, images, settings: settings_lib.Evaluate, *, seed: int | None = None):
+    """Encodes images and decodes them from growing numbers of tokens.
+
+    Args:
+      images: uint8 [N, H, W, C].
+    Returns:
+      (codes int32 [N, K], {"2 tokens": uint8 [N, H, W, C], ...}).
+    """
+    run = programs(tokenizer)
+    seed = settings.seed if seed is None else seed
+    codes_NK = np.asarray(run.encode(params, extra, jnp.asarray(images)))
+    index_N = np.arange(len(images), dtype=np.int32)
+    return codes_NK, {
+        _tokens(k): np.asarray(run.decode(params, extra, codes_NK, index_N, np.uint32(seed), np.int32(k)))
+        for k in visible_counts(settings.visible, tokenizer.num_tokens)
+    }
+
+
+def evaluate_reconstruction(
+    tokenizer: ImageTokenizer,
+    params,
+    extra,
+    batches: Iterable[dict],
+    settings: settings_lib.Evaluate,
+    *,
+    seed: int | None = None,
+    put: Callable[[dict], dict] | None = None,
+    verifier: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Measures a tokenizer on held-out images.
+
+    Args:
+      params, extra: what is evaluated; the weight average, as a rule.
+      batches: finite; dicts of this process's rows (NumPy): `image` uint8 [B, H, W, C], and optionally `valid` bool [B]
+        (False: padding), `index` int [B] (position in the source; else they are counted), `slot`. All of one size, and
+        as many on every process.
+      settings: `visible` (shares of the tokens), `pictures`, `seed`.
+      seed: of the decoder's noise and of the shuffles; None: settings.seed.
+      put: host rows → global arrays (`mesh.put_batch` on a mesh); None: the default device.
+      verifier: (uint8 [n, H, W, C], index [n]) → {name: bool [n]}: what is right in each image.
+      progress: called with a text ("384 images") now and then.
+
+    Returns:
+      A report. Its figures are over the images of all processes, its pictures this process's.
+      psnr_shuffled_codes: each image's codes in random order; psnr_wrong_image_codes: decoded from the codes of the
+      image before it. commitment_distance is that of the training loss (its batch statistics included) on the batches
+      without padding.
+
+    Raises:
+      ValueError: if there is no valid image.
+    """
+    run = programs(tokenizer)
+    put = put or (lambda batch: {name: jnp.asarray(value) for name, value in batch.items()})
+    seed = settings.seed if seed is None else seed
+    k_all = tokenizer.num_tokens
+    shown = visible_counts(settings.visible, k_all)
+    rows, kept, counted, seen, previous_K = [], [], 0, 0, None
+
+    for batch in batches:
+        image_BHWC = batch["image"]
+        b = len(image_BHWC)
+        valid_B = np.asarray(batch.get("valid", np.ones(b, bool)))
+        index_B = np.asarray(batch["index"] if "index" in batch else _counted(counted, b), np.int32)
+        slot_B = np.asarray(batch.get("slot", np.arange(b) + b * jax.process_index()), np.int32)
+        on_device = put({"image": image_BHWC, "slot": slot_B})
+        by_rows = on_device["image"].sharding
+        codes_BK = _local(run.encode(params, extra, on_device["image"]), by_rows)
+        wrong_BK, previous_K = _codes_of_the_image_before(codes_BK, valid_B, previous_K)
+
+        def start(codes_BK, k, index_B=index_B):
+            arrays = put({"codes": codes_BK, "index": index_B})
+            return run.decode(params, extra, arrays["codes"], arrays["index"], np.uint32(seed), np.int32(k))
+
+        # All are dispatched before any is waited for: the host judges one while the device makes the next.
+        decoded = {k: start(codes_BK, k) for k in shown}
+        controls = {"shuffled": start(_shuffled(codes_BK, seed, index_B), k_all), "wrong": start(wrong_BK, k_all)}
+        row = {"valid": valid_B, "codes": codes_BK, "batch": np.full(b, len(rows))}
+        if run.commitment is not None:
+            row["commitment"] = np.full(b, float(run.commitment(params, extra, on_device)))
+
+        decoded = {k: _local(image, by_rows) for k, image in decoded.items()}
+        for k, image in decoded.items():
+            row[f"psnr/{k}"], row[f"ssim/{k}"] = metrics.psnr(image_BHWC, image), _ssim(image_BHWC, image)
+        for name, image in controls.items():
+            row[f"psnr/{name}"] = metrics.psnr(image_BHWC, _local(image, by_rows))
+        if verifier is not None:
+            row |= _verify(verifier, "original", image_BHWC, index_B, valid_B)
+            row |= _verify(verifier, "decoded", decoded[k_all], index_B, valid_B)
+        rows.append(row)
+        if seen < settings.pictures or not kept:
+            kept.append((image_BHWC[valid_B], {k: image[valid_B] for k, image in decoded.items()}))
+        counted, seen = counted + b, seen + int(valid_B.sum())
+        if progress is not None:
+            progress(f"{seen:,} images")
+
+    table = _gather(rows)
+    results = _summary(table, shown, tokenizer.codebook_size)
+    p = settings.pictures
+    originals = np.concatenate([image for image, _ in kept])[:p]
+    return Report(results, originals, {k: np.concatenate([d[k] for _, d in kept])[:p] for k in shown})
+
+
+def to_markdown(results: dict) -> str:
+    """Tables of the results: by tokens, then single figures."""
+    last = list(results["psnr_by_tokens"])[-1]
+    lines = [f"Reconstruction of {results['n']:,} images.", "", "| tokens | PSNR (dB) | SSIM |", "|---:|---:|---:|"]
+    for k, value in results["psnr_by_tokens"].items():
+        lines.append(f"| {k} | {value:.2f} | {_number(results['ssim_by_tokens'][k], '.4f')} |")
+    lines += [
+        f"| {last}, shuffled | {results['psnr_shuffled_codes']:.2f} | |",
+        f"| {last}, of another image | {results['psnr_wrong_image_codes']:.2f} | |",
+        "",
+        "| | |",
+        "|---|---:|",
+        f"| codes used | {results['codebook_used']} of {results['codebook_size']} |",
+        f"| codebook perplexity | {results['codebook_perplexity']:.1f} |",
+        f"| commitment distance | {_number(results['commitment_distance'], '.4f')} |",
+    ]
+    for name, value in results.items():
+        if f"{name}_interval" in results:
+            low, high = results[f"{name}_interval"]
+            lines.append(f"| {name.replace('_', ' ')} | {value:.1%} ({low:.1%} to {high:.1%}) |")
+    return "\n".join(lines) + "\n"
+
+
+def _tokens(k):
+    return f"{k} token" if k == 1 else f"{k} tokens"
+
+
+def _number(value, how):
+    return "–" if value is None else format(value, how)
+
+
+def _counted(start, b):
+    """Indices of rows that have none: unique over all processes."""
+    return (start + np.arange(b)) * jax.process_count() + jax.process_index()
+
+
+def _shuffled(codes_BK, seed, index_B):
+    """Each row's codes in a random order of its own."""
+    # Padding may have the index -1, which the generator refuses as a seed.
+    orders = [np.random.default_rng((seed, int(i) % 2**32)).permutation(codes_BK.shape[1]) for i in index_B]
+    return np.take_along_axis(codes_BK, np.stack(orders), axis=1)
+
+
+def _codes_of_the_image_before(codes_BK, valid_B, previous_K):
+    """For each valid row the codes of the valid row before it, over batches; the very first takes its batch's last."""
+    wrong_BK = codes_BK.copy()
+    own = codes_BK[valid_B]
+    if len(own):
+        first = own[-1] if previous_K is None else previous_K
+        wrong_BK[valid_B] = np.concatenate([first[None], own[:-1]])
+        previous_K = own[-1]
+    return wrong_BK, previous_K
+
+
+def _ssim(a_BHWC, b_BHWC):
+    if min(a_BHWC.shape[1:3]) < metrics.SSIM_WINDOW:
+        return np.full(len(a_BHWC), np.nan)
+    return metrics.ssim(a_BHWC, b_BHWC)
+
+
+def _verify(verifier, of, image_BHWC, index_B, valid_B):
+    """The verifier's findings about the valid rows, spread over all rows."""
+    columns = {}
+    for name, right in verifier(image_BHWC[valid_B], index_B[valid_B]).items():
+        columns[f"{of}/{name}"] = column = np.zeros(len(valid_B), bool)
+        column[valid_B] = right
+    return columns
+
+
+def _local(array, by_rows) -> np.ndarray:
+    """This process's rows of a global array, in order. by_rows: how the rows of the batch were put."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    if not array.sharding.is_equivalent_to(by_rows, array.ndim):  # the compiler chose another layout
+        array = jax.jit(lambda x: x, out_shardings=by_rows)(array)
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def _gather(rows) -> dict[str, np.ndarray]:
+    """Columns over the valid rows of all batches and processes."""
+    if not rows:
+        raise ValueError("evaluation: there are no images")
+    table = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        # float64 does not pass through JAX arrays; its bytes do.
+        as_bytes = {name: np.frombuffer(v.tobytes(), np.uint8).reshape(len(v), -1) for name, v in table.items()}
+        gathered = multihost_utils.process_allgather(as_bytes, tiled=True)
+        table = {
+            name: np.ascontiguousarray(gathered[name]).view(v.dtype).reshape(-1, *v.shape[1:])
+            for name, v in table.items()
+        }
+    valid, batch = table.pop("valid"), table.pop("batch")
+    if not valid.any():
+        raise ValueError("evaluation: there are no valid images")
+    if "commitment" in table:
+        # A mean over the global batch, which padding on any process would have entered: such batches are left out.
+        table["commitment"] = np.where(np.isin(batch, batch[~valid]), np.nan, table["commitment"])
+    return {name: column[valid] for name, column in table.items()}
+
+
+def _summary(table, shown, codebook_size) -> dict[str, Any]:
+    n, all_tokens = len(table["codes"]), shown[-1]
+    usage = metrics.codebook_usage(table["codes"], codebook_size)
+    results = {
+        "n": n,
+        "psnr": _mean(table[f"psnr/{all_tokens}"]),
+        "psnr_standard_error": float(np.std(table[f"psnr/{all_tokens}"]) / np.sqrt(n)),
+        "ssim": _mean(table[f"ssim/{all_tokens}"]),
+        "psnr_by_tokens": {str(k): _mean(table[f"psnr/{k}"]) for k in shown},
+        "ssim_by_tokens": {str(k): _mean(table[f"ssim/{k}"]) for k in shown},
+        "psnr_shuffled_codes": _mean(table["psnr/shuffled"]),
+        "psnr_wrong_image_codes": _mean(table["psnr/wrong"]),
+    }
+    results["psnr_drop_shuffled"] = results["psnr"] - results["psnr_shuffled_codes"]
+    results |= {
+        "codebook_size": codebook_size,
+        "codebook_used": usage["used"],
+        "codebook_perplexity": usage["perplexity"],
+        "codebook_used_by_position": usage["used_by_position"],
+        "codebook_perplexity_by_position": usage["perplexity_by_position"],
+        "commitment_distance": _mean(table["commitment"]) if "commitment" in table else None,
+    }
+    for of, suffix in (("decoded", ""), ("original", "_originals")):
+        for column in [name for name in table if name.startswith(f"{of}/")]:
+            name = f"scenes_{column.partition('/')[2]}{suffix}"
+            right = int(table[column].sum())
+            results[name] = right / n
+            results[f"{name}_interval"] = list(metrics.binomial_interval(right, n))
+    return results
+
+
+def _mean(column):
+    """Over the values that exist; None if there are none."""
+    exists = column[~np.isnan(column)]
+    return float(exists.mean()) if len(exists) else None

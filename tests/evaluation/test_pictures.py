@@ -1,0 +1,133 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from ddt_jax.evaluation import pictures
+
+
+def _images(n=3, size=32, seed=0):
+    return np.random.default_rng(seed).integers(0, 200, (n, size, size, 3), dtype=np.uint8)
+
+
+def _find(canvas, image):
+    """Top left corners of the places where an image lies in a canvas."""
+    h, w = image.shape[:2]
+    starts = np.argwhere((canvas[: -h + 1, : -w + 1] == image[0, 0]).all(-1))
+    return [(y, x) for y, x in starts.tolist() if (canvas[y : y + h, x : x + w] == image).all()]
+
+
+def _enlarged(image, factor):
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def test_grid_shows_every_image_unchanged_in_its_row_and_column():
+    originals, few, all_of_them = _images(seed=0), _images(seed=1), _images(seed=2)
+    canvas = pictures.reconstruction_grid(originals, {"2 tokens\n17.0 dB": few, "all": all_of_them})
+    assert canvas.dtype == np.uint8 and canvas.shape[2] == 3
+    places = [[_find(canvas, _enlarged(image, 3)) for image in row] for row in (originals, few, all_of_them)]
+    assert all(len(place) == 1 for row in places for place in row)
+    y = np.array([[place[0][0] for place in row] for row in places])
+    x = np.array([[place[0][1] for place in row] for row in places])
+    assert (y == y[:, :1]).all() and (np.diff(y[:, 0]) >= 96).all()
+    assert (x == x[:1]).all() and (np.diff(x[0]) >= 96).all()
+    assert canvas.shape[0] >= y.max() + 96 and canvas.shape[1] >= x.max() + 96
+
+
+def test_each_row_has_a_label_left_of_its_images():
+    canvas = pictures.reconstruction_grid(_images(1), {"a": _images(1), "": _images(1)})
+    (x,) = {_find(canvas, _enlarged(_images(1)[0], 3))[0][1]}
+    tops = sorted(y for y, _ in _find(canvas, _enlarged(_images(1)[0], 3)))
+    inked = [bool((canvas[y : y + 96, : x - 2] != 255).any()) for y in tops]
+    assert inked == [True, True, False]
+
+
+@pytest.mark.parametrize(("size", "factor"), [(8, 12), (32, 3), (64, 2), (100, 1), (256, 1)])
+def test_small_images_are_enlarged_by_whole_factors(size, factor):
+    image = _images(1, size)
+    assert _find(pictures.grid(image), _enlarged(image[0], factor))
+
+
+def test_captions_stand_below_their_images_and_fit_the_column():
+    plain = pictures.grid(_images(4), columns=4)
+    text = "three objects: a pillar at the top left that is large and purple"
+    captioned = pictures.grid(_images(4), ["", text, "", "word" * 40], columns=4)
+    corners = [_find(captioned, _enlarged(image, 4))[0] for image in _images(4)]
+    inked = [bool((captioned[y + 130 :, x : x + 128] != 255).any()) for y, x in corners]
+    assert inked == [False, True, False, True]
+    gaps = [captioned[y + 130 :, x + 128 : x + 138] for y, x in corners]
+    assert all((gap == 255).all() for gap in gaps)  # no text runs into the next column
+    assert plain.shape[0] < captioned.shape[0]
+
+
+def test_a_long_caption_ends_in_an_ellipsis_and_words_are_kept_in_order():
+    font = ImageFont.load_default(12)
+    assert pictures._wrap("a b  c", font, 500) == ["a b c"]
+    lines = pictures._wrap(" ".join(str(i) for i in range(200)), font, 128)
+    assert len(lines) == 8 and lines[-1].endswith("…")
+    assert all(font.getlength(line) <= 128 for line in lines)
+    assert " ".join(lines)[:60] == " ".join(str(i) for i in range(200))[:60]
+
+
+def test_grey_images_are_drawn():
+    grey = _images(2)[..., :1]
+    canvas = pictures.grid(grey)
+    assert _find(canvas, _enlarged(np.repeat(grey[0], 3, axis=-1), 3))
+
+
+def test_what_cannot_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="'half' has the shape"):
+        pictures.reconstruction_grid(_images(3), {"half": _images(2)})
+    with pytest.raises(ValueError, match="uint8"):
+        pictures.grid(_images().astype(np.float32))
+    with pytest.raises(ValueError, match="no images"):
+        pictures.grid(_images(0))
+    with pytest.raises(ValueError, match="3 images but 2 captions"):
+        pictures.grid(_images(3), ["a", "b"])
+
+
+def test_saved_picture_reads_back_and_leaves_nothing_else(tmp_path):
+    image = pictures.grid(_images())
+    path = pictures.save_png(image, tmp_path / "new" / "grid.png")
+    with Image.open(path) as saved:
+        np.testing.assert_array_equal(np.asarray(saved), image)
+    assert os.listdir(tmp_path / "new") == ["grid.png"]
+
+
+def _records(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": s, "loss": 1 / s, "grad_norm": 0.5} for s in range(1, 60)]
+    lines[10]["loss"] = "nan"
+    lines += [{"step": 50, "eval/psnr": 20.0}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 60, "lo')
+    return path
+
+
+def test_loss_curve_survives_torn_lines_and_non_finite_values(tmp_path):
+    path = pictures.loss_curve(_records(tmp_path), tmp_path / "loss.png")
+    with Image.open(path) as image:
+        assert image.width > 3 * 400
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="none of the metrics"):
+        pictures.loss_curve(tmp_path / "empty.jsonl", tmp_path / "x.png")
+    with pytest.raises(ValueError, match="none of the metrics"):
+        pictures.loss_curve(_records(tmp_path), tmp_path / "x.png", names=["psnr"])
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_tokens_plot_orders_by_number_of_tokens(tmp_path):
+    a = pictures.tokens_plot({"2": 17.6, "4": 21.1, "16": 29.4}, tmp_path / "a.png").read_bytes()
+    b = pictures.tokens_plot({"16": 29.4, "2": 17.6, "4": 21.1}, tmp_path / "b.png").read_bytes()
+    assert a == b
+
+
+def test_matplotlib_is_imported_only_when_drawing():
+    code = (
+        "import sys; from ddt_jax.evaluation import pictures; print('matplotlib' in sys.modules, 'jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
