@@ -1,0 +1,208 @@
+"""The console program `ddt-jax VERB`. It reads arguments and calls `experiment`; nothing heavy is imported before a
+verb needs it.
+
+Exit codes: 0 done; 1 a bug of ours (with a traceback); 2 something the user can mend (one line); 75 the run was asked
+to stop, has saved, and goes on with the same command.
+"""
+
+import argparse
+import os
+import sys
+
+from ddt_jax.errors import UserError
+
+EXIT_USER = 2
+
+_CONFIG_HELP = "config file, FILE.py or FILE.py:VARIANT; change single settings with --config.NAME.NAME=VALUE"
+_WORKDIR_HELP = "directory of the run: its config, log, checkpoints and results"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ddt-jax", description="Train and evaluate image tokenizers and multimodal transformers."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name, text, *, config=False, workdir=False, report=False, more=""):
+        p = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}".strip())
+        if config:
+            p.add_argument("--config", required=True, metavar="FILE", help=_CONFIG_HELP)
+        if workdir:
+            p.add_argument("--workdir", required=True, metavar="DIR", help=_WORKDIR_HELP)
+        if report:
+            p.add_argument("--json", metavar="PATH", help="also write the report to this file, as JSON")
+        return p
+
+    p = verb(
+        "train",
+        "train a model, or go on with the run in --workdir",
+        config=True,
+        workdir=True,
+        report=True,
+        more="Ctrl-C or SIGTERM saves and exits with code 75; the same command goes on. A finished run is left alone.",
+    )
+    p.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT", help="address of process 0, for a run of several processes"
+    )
+    p.add_argument("--num-processes", type=int, default=0, metavar="N", help="how many processes the run has")
+    p.add_argument("--process-id", type=int, default=-1, metavar="I", help="which of them this is, from 0")
+    p.add_argument("--join-timeout", type=int, default=300, metavar="S", help="seconds to wait for the others (300)")
+
+    verb(
+        "evaluate",
+        "evaluate the newest checkpoint on held-out images",
+        workdir=True,
+        report=True,
+        more="Writes results.json, results.md and pictures to the workdir. --config.evaluate.NAME=VALUE changes how.",
+    )
+    p = verb(
+        "reconstruct",
+        "encode images to codes and decode them again, with growing numbers of tokens",
+        workdir=True,
+        report=True,
+        more="Writes a picture, and prints the codes.",
+    )
+    p.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files; they are cropped and resized as in training"
+    )
+    p.add_argument("--out", metavar="PNG", help="where the picture goes (default: WORKDIR/reconstruct.png)")
+    p = verb(
+        "data",
+        "look at a data source: how many images, what a few of them are, how fast they load",
+        config=True,
+        report=True,
+        more="Writes a grid of examples as the model will see them.",
+    )
+    p.add_argument("--split", choices=("train", "eval"), default="train", help="data.source or data.eval_source")
+    p.add_argument("--count", type=int, default=32, metavar="N", help="examples in the grid (default: 32)")
+    p.add_argument("--out", metavar="PNG", default="data.png", help="where the grid goes (default: data.png)")
+    verb("config", "print the resolved settings of a config", config=True, report=True)
+    p = verb("checkpoint", "look at the checkpoints of a run", workdir=True, report=True)
+    p.add_argument(
+        "action",
+        choices=("digest", "list"),
+        help="digest: a SHA-256 of the newest one: step, parameters, optimizer, average, codebook; list: their steps",
+    )
+    return parser
+
+
+def _arguments(argv):
+    """Arguments of the verb, and the --config.a.b=value pairs among them."""
+    overrides, rest = [], []
+    for text in argv:
+        if text.startswith("--config."):
+            key, equals, value = text[len("--config.") :].partition("=")
+            if not equals:
+                raise UserError(f"{text} needs a value: {text}=VALUE")
+            overrides.append((key, value))
+        else:
+            rest.append(text)
+    return _parser().parse_args(rest), tuple(overrides)
+
+
+def _report(args, result: dict, text: str) -> None:
+    if args.json:
+        import json
+
+        from etils import epath
+
+        try:
+            epath.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            epath.Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json: cannot write {args.json}: {error.strerror or error}") from error
+    print(text)
+
+
+def _train(args, overrides) -> int:
+    from ddt_jax import config, experiment, mesh
+    from ddt_jax.training.loop import EXIT_STOPPED
+
+    s = config.load(args.config, overrides)
+    mesh.initialize(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
+    result = experiment.train(s, args.workdir)
+    if result["finished"]:
+        _report(args, result, f"finished at step {result['step']:,}: {args.workdir}")
+        return 0
+    _report(
+        args, result, f"stopped and saved at step {result['step']:,} of {s.train.steps:,}; the same command goes on"
+    )
+    return EXIT_STOPPED
+
+
+def _evaluate(args, overrides) -> int:
+    from ddt_jax import experiment
+
+    result = experiment.evaluate(args.workdir, overrides)
+    _report(args, result["results"], "\n".join([result["table"], "written:", *(f"  {p}" for p in result["written"])]))
+    return 0
+
+
+def _reconstruct(args, overrides) -> int:
+    from ddt_jax import experiment
+
+    result = experiment.reconstruct(args.workdir, args.images, args.out, overrides)
+    lines = [f"{name}: {' '.join(map(str, codes))}" for name, codes in result["codes"].items()]
+    _report(args, result, "\n".join([*lines, f"written: {result['written']}"]))
+    return 0
+
+
+def _data(args, overrides) -> int:
+    from ddt_jax import config, experiment
+
+    result = experiment.look_at_data(config.load(args.config, overrides), args.split, args.count, args.out)
+    _report(args, result, "\n".join(f"{k}: {v}" for k, v in result.items()))
+    return 0
+
+
+def _config(args, overrides) -> int:
+    from ddt_jax import config
+
+    s = config.load(args.config, overrides)
+    _report(args, config.dump(s), config.to_json(s).rstrip())
+    return 0
+
+
+def _checkpoint(args, overrides) -> int:
+    from ddt_jax import experiment
+
+    if args.action == "list":
+        steps = experiment.checkpoint_steps(args.workdir)
+        _report(args, {"steps": steps}, "\n".join(map(str, steps)))
+    else:
+        value = experiment.digest(args.workdir)
+        _report(args, {"digest": value}, value)
+    return 0
+
+
+_VERBS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "reconstruct": _reconstruct,
+    "data": _data,
+    "config": _config,
+    "checkpoint": _checkpoint,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb and returns the exit code."""
+    # C++ libraries below us log what is no news to a user; a value set outside wins.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    try:
+        args, overrides = _arguments(sys.argv[1:] if argv is None else argv)
+        return _VERBS[args.verb](args, overrides)
+    except UserError as error:
+        print(f"ddt-jax: {error}", file=sys.stderr)
+        return EXIT_USER
+    except BrokenPipeError:  # the reader of our output went away, as in `ddt-jax config ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("ddt-jax: interrupted before there was anything to save", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

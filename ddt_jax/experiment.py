@@ -1,0 +1,372 @@
+"""The composition root: from settings to data, model, step, evaluators and hooks. Everything else is given what it
+needs.
+
+Each function here is what one verb of the command line does, and can be called from a notebook just as well.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from ddt_jax import config, settings
+from ddt_jax import mesh as meshes
+from ddt_jax.data.base import open_source
+from ddt_jax.data.loader import Loader
+from ddt_jax.errors import UserError
+from ddt_jax.io import atomic
+from ddt_jax.nn import params as params_lib
+from ddt_jax.tokenizers.base import make_tokenizer
+from ddt_jax.training import checkpoint, loop, writers
+from ddt_jax.training import optimizer as optimizers
+from ddt_jax.training.progress import Progress
+from ddt_jax.training.state import TrainState, init_state, state_shardings
+from ddt_jax.training.tokenizer_step import STOP, compile_step, make_step
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model over a mesh, abstract: no array exists yet."""
+
+    settings: settings.Experiment
+    mesh: Any
+    model: Any
+    abstract: TrainState  # ShapeDtypeStructs with shardings
+    shardings: TrainState
+    declarations: Any
+    step: Any  # jitted (state, batch) → (state, metrics)
+    fallbacks: list
+
+    def init(self) -> TrainState:
+        """A fresh state, made on the devices where it belongs."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.shardings)()
+
+    def _init(self):
+        s = self.settings
+        optimizer = optimizers.make_optimizer(s.optimizer, s.train.steps, self.declarations)
+        return init_state(self.model, optimizer, seed=s.seed, use_ema=s.train.ema > 0)
+
+
+def build(s: settings.Experiment, devices=None) -> Built:
+    """Model, abstract state, shardings and compiled step (compiled when first called) for some devices.
+
+    Raises:
+      UserError: if mesh and batch do not fit the devices, or accumulation does not fit the loss.
+    """
+    mesh = meshes.make_mesh(s.mesh, devices)
+    meshes.check_batch(s.train.batch_size // s.train.accumulate, mesh, "train.batch_size / train.accumulate")
+    model = make_tokenizer(s.model, s.data.image_size, s.train.batch_size)
+    if s.train.accumulate > 1 and model.cross_example_terms:
+        raise UserError(
+            f"config: train.accumulate={s.train.accumulate} would change {', '.join(model.cross_example_terms)}, "
+            "which looks at the whole batch at once; set train.accumulate=1"
+        )
+    boxed, _ = jax.eval_shape(model.init, jax.random.key(0))
+    _, declarations = params_lib.split(boxed)
+    optimizer = optimizers.make_optimizer(s.optimizer, s.train.steps, declarations)
+    abstract = jax.eval_shape(lambda: init_state(model, optimizer, seed=s.seed, use_ema=s.train.ema > 0))
+    shardings, fallbacks = state_shardings(model, abstract, mesh)
+    abstract = jax.tree.map(lambda a, sh: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sh), abstract, shardings)
+    schedule = optimizers.learning_rate(s.optimizer, s.train.steps)
+    step = make_step(model, optimizer, schedule, accumulate=s.train.accumulate, ema=s.train.ema)
+    return Built(s, mesh, model, abstract, shardings, declarations, compile_step(step, shardings, mesh), fallbacks)
+
+
+def abstract_batch(built: Built) -> dict:
+    """A batch of the train step as ShapeDtypeStructs, for ahead-of-time compilation."""
+    n, size = built.settings.train.batch_size, built.settings.data.image_size
+    sharding = meshes.batch_sharding(built.mesh)
+    shapes = {"image": ((n, size, size, 3), jnp.uint8), "slot": ((n,), jnp.int32), STOP: ((n,), jnp.int32)}
+    return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, (shape, dtype) in shapes.items()}
+
+
+def train(s: settings.Experiment, workdir: str) -> dict:
+    """Trains, or goes on with the run in `workdir`.
+
+    Returns:
+      "finished" (else it was asked to stop, and has saved), "step", "train_seconds".
+
+    Raises:
+      UserError: if the workdir holds another run, or whatever data, mesh and checkpoints raise.
+    """
+    begun = time.perf_counter()
+    built, tree = build(s), config.dump(s)
+    first = jax.process_index() == 0
+    root = epath.Path(workdir)
+    source = _open(s, s.data.source)
+    loader = _loader(source, s)
+    _claim(root, tree)
+    note = _to_stderr if first else lambda line: None
+    points = checkpoint.Checkpoints(workdir, s.train, note)
+    with jax.set_mesh(built.mesh):
+        state = points.restore(built.abstract)
+        start = 0 if state is None else int(state.step)
+        if state is None:
+            note(_opening(built, source))
+            state = built.init()
+        elif start >= s.train.steps:
+            points.close()
+            return {"finished": True, "step": start, **_timing(root)}
+        else:
+            note(f"goes on from step {start:,} of {s.train.steps:,} in {workdir}")
+        progress = Progress(s.train.steps, start, s.train.batch_size, stream=sys.stderr if first else None)
+        writer = writers.for_run(root, s.train, tree) if first else writers.MultiWriter([])
+        writer.truncate_after(start)  # an earlier try may have come further than its last checkpoint
+        batches = loader.iterate(start, s.train.steps)
+        try:
+            state, finished = loop.train(
+                state,
+                built.step,
+                _step_inputs(batches),
+                mesh=built.mesh,
+                train=s.train,
+                checkpoints=points,
+                config=tree,
+                progress=progress,
+                writer=writer,
+                hooks=_hooks(built, writer, progress),
+            )
+        finally:
+            progress.close()
+            batches.close()
+            writer.close()
+            points.close()
+    if loader.report():
+        note(loader.report())
+    if first:
+        seconds = _timing(root).get("train_seconds", 0.0) + time.perf_counter() - begun
+        atomic.write_text(root / "timing.json", json.dumps({"train_seconds": round(seconds, 2)}) + "\n")
+    return {"finished": finished, "step": int(state.step), **_timing(root)}
+
+
+def restore(workdir: str, overrides: tuple[tuple[str, str], ...] = (), note=None) -> tuple[Built, TrainState]:
+    """The run in `workdir` with the newest state that verifies, on one device whatever mesh it was trained on.
+
+    Raises:
+      UserError: if there is no run, or no checkpoint of it yet.
+    """
+    s = config.from_dict(config.override(checkpoint.saved_config(workdir), overrides))
+    built = build(replace(s, mesh=settings.Mesh()), jax.devices()[:1])
+    points = checkpoint.Checkpoints(workdir, s.train, note or _to_stderr, read_only=True)
+    with jax.set_mesh(built.mesh):
+        state = points.restore(built.abstract)
+    points.close()
+    if state is None:
+        raise UserError(
+            f"workdir: {workdir} has no checkpoint yet; `ddt-jax train` writes one every train.checkpoint_every steps"
+        )
+    return built, state
+
+
+def weights(state: TrainState):
+    """What is evaluated: the weight average where there is one."""
+    return state.params if state.ema is None else state.ema
+
+
+def digest(workdir: str) -> str:
+    """SHA-256 over step, parameters, optimizer, average and codebook of the newest checkpoint."""
+    return checkpoint.digest(restore(workdir)[1])
+
+
+def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
+    """Evaluates the newest checkpoint on the held-out source;
+    writes results.json, results.md and pictures to the workdir.
+    """
+    from ddt_jax.evaluation import pictures
+
+    built, state = restore(workdir, overrides)
+    root = epath.Path(workdir)
+    report = _reconstruct(built, state)
+    results = {"step": int(state.step), **report.results, **_timing(root)}
+    atomic.write_text(root / "results.json", json.dumps(results, indent=2) + "\n")
+    atomic.write_text(root / "results.md", report.markdown())
+    written = [root / "results.json", root / "results.md", root / "reconstructions.png"]
+    pictures.save_png(report.picture(), root / "reconstructions.png")
+    pictures.tokens_plot(results["psnr_by_tokens"], root / "psnr_by_tokens.png")
+    written.append(root / "psnr_by_tokens.png")
+    if (root / "metrics.jsonl").exists():
+        pictures.loss_curve(root / "metrics.jsonl", root / "loss.png")
+        written.append(root / "loss.png")
+    return {"results": results, "table": report.markdown(), "written": [str(p) for p in written]}
+
+
+def checkpoint_steps(workdir: str) -> list[int]:
+    """Steps of the checkpoints that a run has, oldest first."""
+    checkpoint.saved_config(workdir)
+    points = checkpoint.Checkpoints(workdir, read_only=True)
+    steps = points.steps()
+    points.close()
+    return steps
+
+
+def reconstruct(
+    workdir: str, files: list[str], out: str | None = None, overrides: tuple[tuple[str, str], ...] = ()
+) -> dict:
+    """Encodes image files and decodes them from growing numbers of tokens.
+
+    Returns:
+      "codes" per file, and "written", the picture.
+
+    Raises:
+      UserError: for a file that is missing or no image.
+    """
+    from ddt_jax.data.base import BadRecord
+    from ddt_jax.data.images import prepare
+    from ddt_jax.evaluation import pictures
+    from ddt_jax.evaluation.reconstruction import reconstruct_prefixes
+
+    built, state = restore(workdir, overrides)
+    s = built.settings
+    images = []
+    for file in files:
+        path = epath.Path(file)
+        if not path.is_file():
+            raise UserError(f"reconstruct: {file} does not exist")
+        try:
+            images.append(prepare(path.read_bytes(), s.data))
+        except BadRecord as error:
+            raise UserError(f"reconstruct: {file} cannot be read: {error}") from error
+    originals = np.stack(images)
+    with jax.set_mesh(built.mesh):
+        codes, by_tokens = reconstruct_prefixes(built.model, weights(state), state.extra, originals, s.evaluate)
+    out = out or str(epath.Path(workdir) / "reconstruct.png")
+    pictures.save_png(pictures.reconstruction_grid(originals, by_tokens), out)
+    return {"codes": {f: c.tolist() for f, c in zip(files, codes, strict=True)}, "written": out}
+
+
+def look_at_data(s: settings.Experiment, split: str, count: int, out: str) -> dict:
+    """Counts of a source, a grid of its first examples in training order, and how fast they load."""
+    from ddt_jax.evaluation import pictures
+
+    source = _open(s, s.data.source if split == "train" else s.data.eval_source)
+    loader = _loader(source, s, count)
+    start = time.perf_counter()
+    batch = loader.batch_at(0)
+    seconds = time.perf_counter() - start
+    captions = [str(source[int(i)].get("caption", "")) for i in batch["index"]]
+    pictures.save_png(pictures.grid(batch["image"], captions if any(captions) else None), out)
+    return {
+        "source": source.name,
+        "images": len(source),
+        "image_size": s.data.image_size,
+        "captions": sum(map(bool, captions)) / count,
+        "labels": sorted({int(x) for x in batch["label"]}),
+        "unreadable": loader.stats.bad,
+        "images_per_second": round(count / seconds, 1),
+        "example": captions[0],
+        "written": out,
+    }
+
+
+def _reconstruct(built: Built, state: TrainState, progress=None):
+    from ddt_jax.evaluation.reconstruction import evaluate_reconstruction
+
+    s = built.settings
+    source = _open(s, s.data.eval_source)
+    loader = _loader(source, s)
+    with jax.set_mesh(built.mesh):
+        return evaluate_reconstruction(
+            built.model,
+            weights(state),
+            state.extra,
+            loader.eval_batches(s.evaluate.images, s.evaluate.batch_size),
+            s.evaluate,
+            put=lambda batch: meshes.put_batch(batch, built.mesh),
+            verifier=_verifier(source) if s.evaluate.verifier else None,
+            progress=progress,
+        )
+
+
+def _verifier(source):
+    from ddt_jax.data.scenes import ScenesSource
+
+    if not isinstance(source, ScenesSource):
+        raise UserError(
+            f"config: evaluate.verifier reads scenes, data.eval_source is {source.name}; set evaluate.verifier=False"
+        )
+    from ddt_jax.data.scenes_verifier import score
+
+    return lambda images, indices: score(images, [source.scene(int(i)) for i in indices])
+
+
+def _hooks(built: Built, writer, progress) -> tuple[loop.Hook, ...]:
+    s = built.settings.train
+
+    def evaluate_now(step, state):
+        report = _reconstruct(built, state, progress.note)
+        writer.image(step, "reconstructions", report.picture())
+        return {f"eval/{k}": v for k, v in report.results.items() if isinstance(v, int | float)}
+
+    return (loop.Hook("evaluating", s.eval_every, evaluate_now),) if s.eval_every else ()
+
+
+def _open(s: settings.Experiment, spec: str):
+    return open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _loader(source, s: settings.Experiment, batch_size: int = 0) -> Loader:
+    return Loader(
+        source,
+        s.data,
+        batch_size=batch_size or s.train.batch_size,
+        seed=s.seed,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
+
+
+def _step_inputs(batches: Iterator[dict]) -> Iterator[dict]:
+    for batch in batches:
+        yield {"image": batch["image"], "slot": batch["slot"]}
+
+
+def _claim(root, tree: dict) -> None:
+    """Writes the config of a new run; refuses to go on with another one's.
+
+    Raises:
+      UserError: if the directory holds a run with other settings, or cannot be written.
+    """
+    path = root / "config.json"
+    if path.exists():
+        differing = config.difference(json.loads(path.read_text()), tree)
+        if differing:
+            names = ", ".join(differing[:4]) + (", ..." if len(differing) > 4 else "")
+            raise UserError(
+                f"workdir: {root} holds a run with other settings ({names}); use another --workdir or its settings"
+            )
+    if jax.process_index() == 0:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(path, json.dumps(tree, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"workdir: cannot write to {root}: {error.strerror or error}") from error
+
+
+def _opening(built: Built, source) -> str:
+    s = built.settings
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(built.abstract.params))
+    lines = [
+        optimizers.table(built.abstract.params, built.declarations, built.shardings.params, s.optimizer),
+        f"{s.name}: {count:,} parameters, {len(source):,} images from {source.name}, "
+        f"{s.train.steps:,} steps of {s.train.batch_size} on {built.mesh.size} x {jax.devices()[0].device_kind}",
+        *(f"mesh: {f}" for f in built.fallbacks),
+    ]
+    return "\n".join(lines)
+
+
+def _timing(root) -> dict:
+    """Seconds of training so far, compilation included, over all restarts that ended in good order."""
+    path = root / "timing.json"
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,85 @@
+"""tools/soak.py kills, resumes, compares and records; a small program stands in for `ddt-jax`."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Counts to 20 and keeps every tenth count; with WRONG only the undisturbed run has the right digest.
+STAND_IN = """
+import os, pathlib, sys, time
+workdir = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
+kept = workdir / "checkpoints"
+kept.mkdir(parents=True, exist_ok=True)
+step = max([int(p.name) for p in kept.iterdir()], default=0)
+if sys.argv[1] == "checkpoint":
+    print((workdir / "digest").read_text())
+    sys.exit()
+while step < 20:
+    step += 1
+    time.sleep(0.02)
+    if step % 10 == 0:
+        (kept / str(step)).mkdir()
+(workdir / "digest").write_text("other" if "WRONG" in os.environ and workdir.name != "undisturbed" else "same")
+"""
+
+
+@pytest.fixture
+def soak(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    module = importlib.import_module("soak")
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setattr(module, "command", lambda *args: [sys.executable, str(tmp_path / "stand_in.py"), *args])
+    monkeypatch.setattr(module, "dump_config", lambda config, options: {})
+    return module
+
+
+def test_kill_counts_compares_and_says_where_it_was_made(soak, tmp_path):
+    assert soak.main(["kill", "--kills", "3", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "kill.json").read_text())
+    assert len(record["results"]["kills"]) == 3
+    assert record["passed"] and record["machine"]["cores"] and record["machine"]["versions"]["jax"]
+    assert {"commit", "dirty", "date", "command", "seeds", "config", "wall_seconds"} <= set(record)
+
+
+def test_another_digest_misses_the_gate(soak, tmp_path, monkeypatch):
+    monkeypatch.setenv("WRONG", "1")
+    assert soak.main(["kill", "--kills", "1", "--out", str(tmp_path)]) == 1
+
+
+def test_a_missed_gate_is_recorded_and_is_a_failure(soak, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        soak.MEASUREMENTS,
+        "kill",
+        lambda options, folder: {"config": "c", "gates": [soak.at_least("psnr", 27.9, 28)], "results": {}},
+    )
+    assert soak.main(["kill", "--out", str(tmp_path)]) == 1
+    assert json.loads((tmp_path / "kill.json").read_text())["passed"] is False
+
+
+def test_a_missing_figure_misses_its_gate(soak):
+    assert not soak.at_least("psnr", None, 28)["passed"]
+    assert not soak.at_most("seconds", None, 300)["passed"]
+
+
+def test_a_run_that_fails_leaves_no_record(soak, tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, "command", lambda *args: [sys.executable, "-c", "raise SystemExit(1)"])
+    assert soak.main(["kill", "--kills", "1", "--out", str(tmp_path)]) == 1
+    assert not (tmp_path / "kill.json").exists()
+
+
+def test_warnings_and_processes_left_over_are_seen(soak, monkeypatch):
+    code = """
+import subprocess, sys, warnings
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+warnings.warn("look", UserWarning)
+"""
+    monkeypatch.setattr(soak, "PATIENCE", 0.5)
+    outcome = soak.run([sys.executable, "-c", code])
+    assert outcome.leftover == 1
+    assert any("UserWarning" in line for line in outcome.complaints)
+    assert soak.session_members(outcome.session, patience=5) == 0
