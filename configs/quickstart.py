@@ -6,5 +6,9 @@ from ddt_jax import config
 def get_config():
     c = config.defaults()
     c.name = "quickstart"
+    c.model.encoder_depth = 1
+    c.model.decoder_depth = 3
+    c.optimizer.newton_schulz_steps = 4
+    c.train.steps = 2800
     c.evaluate.verifier = True
     return c

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 
+from ddt_jax import host_memory
 from ddt_jax.errors import UserError
 
 EXIT_USER = 2
@@ -190,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     # C++ libraries below us log what is no news to a user; a value set outside wins.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    host_memory.keep_freed_memory()
     try:
         args, overrides = _arguments(sys.argv[1:] if argv is None else argv)
         return _VERBS[args.verb](args, overrides)

@@ -3,6 +3,20 @@
 (Selftok's text counts the other way round, its code as here; SD3: arXiv 2403.03206.)
 """
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def uniform(key, count: int, dtype=jnp.float32):
+    """Uniform numbers [count] in the open interval (-1, 1), that `to_normal` takes."""
+    return jax.random.uniform(key, (count,), dtype, minval=np.nextafter(np.array(-1, dtype), np.array(0, dtype)))
+
+
+def to_normal(uniform):
+    """Standard normal numbers from uniform ones in (-1, 1); what `jax.random.normal` does inside."""
+    return np.sqrt(2).astype(uniform.dtype) * jax.lax.erf_inv(uniform)
+
 
 def over(t_B, x):
     """t_B [B] shaped to broadcast against x [B, ...]."""

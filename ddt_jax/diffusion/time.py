@@ -7,25 +7,24 @@ Legend: B batch.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ddt_jax import settings
+from ddt_jax.diffusion import paths
 
 
-def sample(flow: settings.Flow, keys_B, slot_B, batch_size: int):
-    """Unshifted times u [B] in [0, 1), f32.
+def sample(flow: settings.Flow, uniform_B, slot_B, batch_size: int):
+    """Unshifted times u [B] in [0, 1].
 
     Args:
-      keys_B: one key per example.
+      uniform_B: one number in (-1, 1) per example, from the example's own key (`paths.uniform`).
       slot_B: int32 row of each example in the global batch; "stratified" draws from the slot's own share of [0, 1), so
         that every step covers the whole range however the batch is cut.
       batch_size: rows of the global batch.
     """
     if flow.time == "logit_normal":
-        normal_B = jax.vmap(lambda key: jax.random.normal(key, (), jnp.float32))(keys_B)
-        return jax.nn.sigmoid(flow.logit_mean + flow.logit_std * normal_B)
-    uniform_B = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys_B)
+        return jax.nn.sigmoid(flow.logit_mean + flow.logit_std * paths.to_normal(uniform_B))
+    uniform_B = (1 + uniform_B) / 2
     return (slot_B + uniform_B) / batch_size if flow.time == "stratified" else uniform_B
 
 

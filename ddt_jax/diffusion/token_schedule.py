@@ -3,14 +3,11 @@
 One mechanism, two conventions about the order of the tokens:
 
 - "selftok" (released Selftok code, arXiv 2505.07538; DDT-LLaMA, arXiv 2504.14666): tokens 0..k(u) are visible and k
-grows
-  with the noise. Token 0 is always seen and ends up with fine detail; the last token is seen near pure noise only and
-  holds what is coarse. An autoregressive model that wants to go from coarse to fine reads the tokens backwards, and the
-  first denoising steps need all of them.
+  grows with the noise. Token 0 is always seen and ends up with fine detail; the last token is seen near pure noise only
+  and holds what is coarse. An autoregressive model that wants to go from coarse to fine reads the tokens backwards, and
+  the first denoising steps need all of them.
 - "coarse_first": tokens 0..k(u) are visible and k grows as the noise falls. Token 0 is all there is at pure noise, so
-it
-  holds what is coarse; each prefix can drive the first denoising steps by itself (as D-AR, arXiv 2505.23660, argues
-  for).
+  it holds what is coarse; each prefix can drive the first denoising steps by itself (D-AR, arXiv 2505.23660).
 
 Both schedules are a function f of a progress in [0, 1]: u for "selftok", 1 - u for "coarse_first". u is the time before
 it is shifted. Counts include token 0, so they lie in 1..K.

@@ -90,14 +90,21 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Unit mean square over the last dimension, times a learned scale; at least fp32 inside."""
+    """Unit mean square over the last dimension, times a learned scale; at least fp32 inside.
 
-    axis: str = "embed"
+    Attributes:
+      groups: leading shape of the scale, broadcast against the input's leading dimensions.
+      axis: logical axis of the last dimension.
+    """
+
+    groups: tuple[int, ...] = ()
+    axis: str = "head_dim"
     epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", declare(nn.initializers.ones, (self.axis,), decay=False), x.shape[-1:])
+        axes = (*(None for _ in self.groups), self.axis)
+        scale = self.param("scale", declare(nn.initializers.ones, axes, decay=False), (*self.groups, x.shape[-1]))
         return (_normalized(x, False, self.epsilon) * scale).astype(x.dtype)
 
 

@@ -1,10 +1,9 @@
 """Vector quantization on the unit sphere with a codebook that follows its features by moving averages.
 
 Cosine similarity, EMA counts and sums, codes re-normalised after every update and dead-code revival as in Selftok
-(arXiv 2505.07538, §3.1; released `quantizer.py`) and ViT-VQGAN. Two things differ from the usual implementations. All
-statistics are additive, so that micro-batches and devices only have to add them up; and the features that replace
-dead codes are picked by their row in the *global* batch, so that the choice depends neither on sharding nor on
-micro-batches.
+(arXiv 2505.07538 §3.1; released `quantizer.py`). Two things differ from the usual implementations. All statistics are
+additive, so that micro-batches and devices only have to add them up; and the features that replace dead codes are
+picked by their row in the *global* batch, so that the choice depends neither on sharding nor on micro-batches.
 
 What comes out is sqrt(code_dim) times a unit vector: its elements have unit size, and the commitment distance per
 element is 2 (1 - cosine). A healthy one is about 0.2 for 512 codes in 8 dimensions; near 0, the encoder says the same
@@ -131,17 +130,15 @@ class VectorQuantizer:
         return math.sqrt(d) * quantized_BKD, codes_N.reshape(b, k), commitment_BK, stats
 
     def _candidates(self, z_BKD, slot_B, rng):
-        """A feature for each code [V, D]:
-        row r_v of the global batch's B K tokens, zeros where another part owns it.
-        """
-        rows = self.batch_size * self.num_tokens
-        bounds = np.arange(self.config.codebook_size + 1, dtype=np.int64) * rows // self.config.codebook_size
-        # One row from each of V equal slices, rotated by a random offset: no row twice while there are enough of them.
-        slice_key, offset_key = jax.random.split(rng)
-        share = jax.random.uniform(slice_key, (self.config.codebook_size,), jnp.float32)
+        """A feature for each code [V, D]: row r_v of the global batch's B K, zeros where another part owns it."""
+        rows, v = self.batch_size * self.num_tokens, self.config.codebook_size
+        bounds = np.arange(v + 1, dtype=np.int64) * rows // v
         width = np.diff(bounds).astype(np.int32)
-        within = jnp.clip((share * width).astype(jnp.int32), 0, np.maximum(width - 1, 0))
-        row_V = bounds[:-1].astype(np.int32) + within + jax.random.randint(offset_key, (), 0, rows)
+        # One row from each of V equal slices, rotated by a random offset: no row twice while there are enough of them.
+        share = jax.random.uniform(rng, (v + 1,), jnp.float32)
+        within_V = jnp.minimum((share[:v] * width).astype(jnp.int32), np.maximum(width - 1, 0))
+        offset = jnp.minimum((share[v] * rows).astype(jnp.int32), rows - 1)
+        row_V = bounds[:-1].astype(np.int32) + within_V + offset
         row_V = jnp.where(row_V >= rows, row_V - rows, row_V)
         local_of_slot = (
             jnp.full((self.batch_size,), -1, jnp.int32).at[slot_B].set(jnp.arange(z_BKD.shape[0], dtype=jnp.int32))

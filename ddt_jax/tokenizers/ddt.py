@@ -1,12 +1,13 @@
-"""The DDT tokenizer: an encoder that writes an image into K codes, and a flow decoder that may see few of them at one noise
-level and more at another, so that the codes come in an order.
+"""The DDT tokenizer: an encoder that writes an image into K codes, and a flow decoder that sees few of them at one
+noise level and more at another, so that the codes come in an order.
 
 The parts are options of the same modules. The quickstart's choice (coupling by cross-attention, linear mix paths, x0
 prediction with a plain squared error, batch-normalised features, ladder of visible tokens at high noise) is what trains
 in minutes on two CPU cores; Selftok's (arXiv 2505.07538: joint blocks, velocity, piecewise schedule with the opposite
 direction) is in the settings as well.
 
-Legend: B batch, K tokens, N patches, P values of a patch, D width, d code dimension; H, W, C latent height, width, channels.
+Legend: B batch, K tokens, N patches, P values of a patch, D width, d code dimension; H, W, C height, width and channels
+of the latent.
 """
 
 import functools
@@ -174,13 +175,16 @@ class DDTTokenizer(base.ImageTokenizer):
         z_BKd = self._apply(params, "encode", x0_BNP)
         codes_BKd, _, commitment_BK, stats = self.quantizer.quantize(extra["codebook"], z_BKd, slot_B, codes_key)
 
-        keys_B3 = jax.vmap(lambda key: jax.random.split(key, 3))(base.example_keys(examples_key, slot_B))
-        u_B = time.sample(flow, keys_B3[:, 0], slot_B, self.batch_size)
-        noise_BNP = jax.vmap(lambda key: jax.random.normal(key, x0_BNP.shape[1:], x0_BNP.dtype))(keys_B3[:, 1])
+        # One draw per example holds all its randomness: its noise, then its time, then whether its codes are hidden.
+        n, p = x0_BNP.shape[1:]
+        keys_B = base.example_keys(examples_key, slot_B)
+        uniform_BX = jax.vmap(lambda key: paths.uniform(key, n * p + 2, x0_BNP.dtype))(keys_B)
+        noise_BNP = paths.to_normal(uniform_BX[:, : n * p]).reshape(x0_BNP.shape)
+        u_B = time.sample(flow, uniform_BX[:, n * p], slot_B, self.batch_size)
         t_B = time.shift(u_B, flow.shift)
         start_B, end_B = self.schedule.visible(u_B)
         if flow.condition_drop:
-            drop_B = jax.vmap(lambda key: jax.random.bernoulli(key, flow.condition_drop))(keys_B3[:, 2])
+            drop_B = (1 + uniform_BX[:, n * p + 1]) / 2 < flow.condition_drop
             end_B = jnp.where(drop_B, start_B, end_B)
         x_BNP = paths.interpolate(x0_BNP, noise_BNP, t_B)
         predicted_BNP = self._apply(params, "predict", x_BNP, t_B, codes_BKd, start_B, end_B)

@@ -89,3 +89,12 @@ def test_guidance_of_one_is_the_conditional_prediction():
     np.testing.assert_allclose(solvers.guide(X0, NOISE, 1.0), X0, atol=1e-6)
     np.testing.assert_array_equal(solvers.guide(X0, NOISE, 0.0), NOISE)
     np.testing.assert_allclose(solvers.guide(X0, NOISE, 3.0), 3 * X0 - 2 * NOISE, atol=1e-5)
+
+
+def test_normal_numbers_have_their_quantiles():
+    uniform = np.linspace(-1, 1, 9)[1:-1].astype(np.float32)
+    expected = [-1.15035, -0.67449, -0.31864, 0, 0.31864, 0.67449, 1.15035]
+    np.testing.assert_allclose(paths.to_normal(uniform), expected, atol=1e-4)
+    drawn = paths.uniform(jax.random.key(0), 10_000)
+    assert -1 < float(drawn.min()) < -0.99 and 0.99 < float(drawn.max()) < 1
+    assert np.isfinite(paths.to_normal(np.float32(np.nextafter(np.float32(-1), np.float32(0)))))

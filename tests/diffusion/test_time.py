@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddt_jax import settings
-from ddt_jax.diffusion import time
+from ddt_jax.diffusion import paths, time
 from ddt_jax.tokenizers.base import example_keys
 
 SLOTS = np.arange(64, dtype=np.int32)
@@ -14,7 +14,8 @@ SLOTS = np.arange(64, dtype=np.int32)
 
 def draw(kind, slots=SLOTS, seed=0, **kwargs):
     flow = settings.Flow(time=kind, **kwargs)
-    return np.asarray(time.sample(flow, example_keys(jax.random.key(seed), slots), slots, 64))
+    uniform = jax.vmap(lambda key: paths.uniform(key, 1))(example_keys(jax.random.key(seed), slots))
+    return np.asarray(time.sample(flow, uniform[:, 0], slots, 64))
 
 
 def test_stratified_puts_one_example_into_each_share():

@@ -24,7 +24,7 @@ def declared_shapes(module, *args):
 
 
 def apply(module, values, *args):
-    return jax.jit(lambda values, args: apply(module, values, *args))(values, args)
+    return jax.jit(lambda values, args: module.apply({"params": values}, *args))(values, args)
 
 
 def inputs(seed=0):
