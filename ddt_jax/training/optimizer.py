@@ -2,7 +2,10 @@
 Muon or AdamW by group, decay, rate and clipping.
 """
 
+import re
+
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -70,8 +73,8 @@ def _scale_to_rms(dimensions):
     """Gives an orthogonal update the root mean square MUON_RMS: times that and √max(fan in, fan out)."""
 
     def scale(update, dims):
-        fan_in, fan_out = (jax.numpy.prod(jax.numpy.array([update.shape[i] for i in axes])) for axes in dims)
-        return update * MUON_RMS * jax.numpy.sqrt(jax.numpy.maximum(fan_in, fan_out))
+        fan_in, fan_out = (jnp.prod(jnp.array([update.shape[i] for i in axes])) for axes in dims)
+        return update * MUON_RMS * jnp.sqrt(jnp.maximum(fan_in, fan_out))
 
     def update(updates, _):
         is_dims = lambda x: isinstance(x, MuonDimensionNumbers)  # noqa: E731
@@ -83,11 +86,11 @@ def _scale_to_rms(dimensions):
 
 
 def table(params, declarations, shardings, s: settings.Optimizer) -> str:
-    """What happens to each parameter, one line each: shape, optimizer, decay, rate, sharding.
+    """What happens to each parameter: shape, optimizer, decay, rate, sharding. For the start of a run.
 
-    For the start of a run.
+    Equal parameters of equal blocks share a line, with `*` for the block's number.
     """
-    rows = [("parameter", "shape", "optimizer", "decay", "rate", "sharding")]
+    rows = {}  # row → how many parameters it stands for
     leaves = zip(
         jax.tree_util.tree_leaves_with_path(params),
         jax.tree.leaves(declarations),
@@ -98,7 +101,11 @@ def table(params, declarations, shardings, s: settings.Optimizer) -> str:
         spec = ", ".join("-" if axis is None else str(axis) for axis in sharding.spec)
         decay = s.weight_decay if d.decay and d.group != "frozen" else 0.0
         shape = "x".join(map(str, value.shape)) or "scalar"
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        rows.append((name, shape, label(d, s), f"{decay:g}", f"x{d.lr_scale:g}", f"({spec})"))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        name = re.sub(r"_\d+(?=/)", "_*", jax.tree_util.keystr(path, simple=True, separator="/"))
+        row = (name, shape, label(d, s), f"{decay:g}", f"x{d.lr_scale:g}", f"({spec})")
+        rows[row] = rows.get(row, 0) + 1
+    lines = [("parameter", "shape", "optimizer", "decay", "rate", "sharding")]
+    lines += [(f"{name} ({n})" if n > 1 else name, *rest) for (name, *rest), n in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    padded = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in padded)

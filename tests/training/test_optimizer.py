@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.nn.params import Declaration
-from ddt_jax.training.optimizer import learning_rate, make_optimizer
+from ddt_jax.training.optimizer import learning_rate, make_optimizer, table
 
 MATRIX = Declaration(axes=("embed", "mlp"), group="matrix", matrix=((-2,), (-1,)))
 STACK = Declaration(axes=("layers", "embed", None, "heads", "head_dim"), group="matrix", matrix=((-4,), (-2, -1)))
@@ -83,3 +85,15 @@ def test_box_that_is_no_matrix_cannot_ask_for_muon():
         Declaration(axes=("embed",), group="matrix")
     with pytest.raises(ValueError):
         Declaration(axes=("embed", "mlp"), group="matrix", matrix=((0,), (1,)))
+
+
+def test_table_names_every_parameter_and_joins_equal_blocks():
+    params = {"block_0": {"w": jnp.zeros((4, 8))}, "block_1": {"w": jnp.zeros((4, 8))}, "b": jnp.zeros((8,))}
+    declarations = {"block_0": {"w": MATRIX}, "block_1": {"w": MATRIX}, "b": BIAS}
+    mesh = meshes.make_mesh(settings.Mesh())
+    spec = NamedSharding(mesh, PartitionSpec("fsdp", None))
+    shardings = jax.tree.map(lambda p: spec if p.ndim == 2 else meshes.replicated(mesh), params)
+    lines = [line.split() for line in table(params, declarations, shardings, settings.Optimizer()).splitlines()]
+    assert lines[1] == ["b", "8", "adamw", "0", "x1", "()"]
+    assert lines[2] == ["block_*/w", "(2)", "4x8", "muon", "0.01", "x1", "(fsdp,", "-)"]
+    assert len(lines) == 3
