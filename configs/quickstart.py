@@ -8,8 +8,9 @@ def get_config():
     c.name = "quickstart"
     c.model.encoder_depth = 1
     c.model.decoder_depth = 3
-    c.model.schedule.full_below = 0.93  # steeper than the default: all tokens together gain
+    c.model.schedule.full_below = 0.96  # steeper than the default: all tokens together gain
     c.optimizer.newton_schulz_steps = 4
+    c.optimizer.decay_fraction = 0.5
     c.train.steps = 2800
     c.evaluate.verifier = True
     return c

@@ -140,8 +140,7 @@ class Train:
     ema: float = 0.99  # 0 = no weight average
     max_bad_steps: int = 50  # so many non-finite steps in a row end the run
     log_every: int = 50
-    image_every: int = 0  # steps between image grids in the log; 0 = only at the end
-    eval_every: int = 0
+    eval_every: int = 0  # steps between evaluations with a picture in the log; 0 = none
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     keep_every: int = 0

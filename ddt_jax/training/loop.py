@@ -1,7 +1,7 @@
 """The train loop. One for every system; it knows steps, not models.
 
 The order inside a step is fixed, also across a restart: dispatch the step, then read the metrics of the one before (so
-the device never waits for the host), then what is due after it: log, image grids, evaluation, checkpoint, stop.
+the device never waits for the host), then what is due after it: log, evaluation, checkpoint, stop.
 """
 
 import signal
@@ -28,10 +28,10 @@ EXIT_STOPPED = 75  # the run was asked to stop, has saved, and goes on with the 
 
 @dataclass
 class Hook:
-    """Something done every so many steps with the state after the step, and once at the end: evaluation, image grids.
+    """Something done every so many steps with the state after the step: evaluation, with a picture for the log.
 
     Attributes:
-      every: steps between calls; 0 = only at the end.
+      every: steps between calls.
       call: (step, state) → scalars for the log.
     """
 

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from ddt_jax import experiment, settings
 from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
 from ddt_jax.training.tokenizer_step import STOP
 
+SPLIT = PartitionSpec("fsdp", "tensor")
 LINEAR = settings.LinearTokenizer(quantizer=settings.Quantizer(normalize_input="none", codebook_size=64))
 DDT = settings.DDTTokenizer(
     width=32, heads=2, num_tokens=8, encoder_depth=1, decoder_depth=1, quantizer=settings.Quantizer(codebook_size=64)
@@ -161,7 +163,7 @@ def test_every_array_of_the_state_is_where_the_rules_say():
         for path, s in jax.tree_util.tree_leaves_with_path(built.shardings)
     }
     kernel = "decoder/blocks/block_0/mlp/up/kernel"
-    assert specs[f"params/{kernel}"] == ("fsdp", "tensor")
-    assert specs[f"ema/{kernel}"] == ("fsdp", "tensor")
+    assert specs[f"params/{kernel}"] == SPLIT
+    assert specs[f"ema/{kernel}"] == SPLIT
     moments = [name for name in specs if name.startswith("opt_state") and name.endswith(kernel)]
-    assert moments and all(specs[m] == ("fsdp", "tensor") for m in moments)
+    assert moments and all(specs[m] == SPLIT for m in moments)
