@@ -15,5 +15,6 @@ def get_config():
     c.model.quantizer.codebook_size = 4096
     c.model.quantizer.decay = 0.98  # half a hit per code and step
     c.optimizer.newton_schulz_steps = 4
-    c.train.steps = 3000
+    c.optimizer.decay_fraction = 0.5
+    c.train.steps = 1600
     return c

@@ -4,6 +4,8 @@ Axes: replica (slow links between slices), data, fsdp (batch and parameters), te
 A model names the dimensions of its parameters by what they are; RULES says which mesh axis each name is spread over.
 """
 
+import socket
+import time
 from dataclasses import dataclass
 
 import jax
@@ -116,7 +118,8 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
       timeout: seconds to wait for the others.
 
     Raises:
-      UserError: if the arguments are incomplete or the others do not come in time.
+      UserError: if the arguments are incomplete, or the coordinator does not answer in time. (When another
+        process is missing, JAX ends the waiting ones itself.)
     """
     if not coordinator:
         if num_processes > 1:
@@ -127,12 +130,25 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
             "mesh: --coordinator needs --num-processes N and --process-id in 0..N-1, "
             f"got {num_processes} and {process_id}"
         )
+    if process_id > 0:
+        _await_coordinator(coordinator, f"process {process_id} of {num_processes}", timeout)
     if jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"mesh: process {process_id} of {num_processes} could not join {coordinator} in {timeout} s: {reason}"
-        ) from error
+    jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
+
+
+def _await_coordinator(address: str, who: str, timeout: int) -> None:
+    """Returns once something listens there. (JAX itself aborts the process, with a stack trace, when nothing does.)"""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        raise UserError(f"mesh: --coordinator must be host:port, got {address!r}")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=max(end - time.monotonic(), 0.1)).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= end:
+                reason = error.strerror or error
+                raise UserError(f"mesh: {who} could not join {address} in {timeout} s: {reason}") from error
+            time.sleep(0.2)

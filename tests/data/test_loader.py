@@ -363,17 +363,21 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_run(how):
     process = run(WITH_WORKER, stderr=subprocess.PIPE, start_new_session=True)
-    assert process.stdout.readline() == "ready\n"
-    workers = children(process.pid)
-    assert len(workers) >= 1
-    if how == signal.SIGINT:
-        os.killpg(process.pid, how)  # what Ctrl-C does: everyone gets it
-    else:
-        os.kill(process.pid, how)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == (0 if how == signal.SIGINT else -9)
-    assert "Traceback" not in errors
-    deadline = time.monotonic() + 20
-    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [pid for pid in workers if alive(pid)]
+    try:
+        assert process.stdout.readline() == "ready\n"
+        workers = children(process.pid)
+        assert len(workers) >= 1
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)  # what Ctrl-C does: everyone gets it
+        else:
+            os.kill(process.pid, how)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == (0 if how == signal.SIGINT else -9)
+        assert "Traceback" not in errors
+        deadline = time.monotonic() + 20
+        while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not [pid for pid in workers if alive(pid)]
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # a failure here must not leave a loop behind
+            os.killpg(process.pid, signal.SIGKILL)
