@@ -192,7 +192,7 @@ def loss_curve(metrics_path, path, names=None):
     Args:
       metrics_path: a `metrics.jsonl`.
       path: where the PNG goes.
-      names: which metrics; None: the first nine that were written.
+      names: which metrics; None: the first nine that were written and are not zero throughout.
     Returns:
       the path.
 
@@ -204,7 +204,8 @@ def loss_curve(metrics_path, path, names=None):
         for name, value in record.items():
             if name != "step":
                 series.setdefault(name, []).append((record["step"], value))
-    order = sorted(series, key=lambda name: name != "loss") if names is None else [n for n in names if n in series]
+    moved = [name for name, points in series.items() if any(value != 0 for _, value in points)]
+    order = sorted(moved, key=lambda name: name != "loss") if names is None else [n for n in names if n in series]
     order = order[:9]
     if not order:
         raise ValueError(f"pictures: {metrics_path} holds none of the metrics to draw")
