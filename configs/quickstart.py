@@ -1,6 +1,6 @@
 """DDT tokenizer on procedural scenes at 32 px: 16 tokens of 512 codes. Hardware: 2 CPU cores.
 
-Expect 28.0 dB and 96 % of the scenes read back right after 4 to 5 minutes, 360 images/s (docs/soak/quickstart.json).
+Expect 28.0 dB and 96 % of the scenes read back right after 4 to 5 minutes (docs/soak/quickstart.json).
 """
 
 from ddt_jax import config
