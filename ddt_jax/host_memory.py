@@ -1,8 +1,8 @@
 """Keeps the C library from giving memory back to the system between steps.
 
 XLA's CPU backend allocates its temporaries anew for every execution. By default glibc takes large blocks straight from
-the kernel and returns them when freed, so every step faults in (and the kernel zeroes) all its temporaries again: about
-a third of the CPU time of a small model's step.
+the kernel and returns them when freed, so every step faults in (and the kernel zeroes) all its temporaries again. For a
+small model that is a good part of the step.
 """
 
 import ctypes

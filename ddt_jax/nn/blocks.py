@@ -84,7 +84,7 @@ class EncoderBlock(nn.Module):
 class Modulation(nn.Module):
     """adaLN-zero: `parts` vectors of width D from a condition, all zero at initialisation (DiT, arXiv 2212.09748).
 
-    Its kernel is AdamW's: it maps one vector per example, and orthogonalising it was a third of a CPU step.
+    Its kernel is AdamW's: it maps one vector per example, and orthogonalising its parts one by one is slow on CPU.
     """
 
     parts: int
