@@ -253,9 +253,10 @@ def _check(e: settings.Experiment):
         all(0 < v <= 1 for v in e.evaluate.visible),
         f"evaluate.visible holds shares in (0, 1], got {e.evaluate.visible}",
     )
-    if isinstance(m, settings.DDTTokenizer):
+    if isinstance(m, settings.DDTTokenizer | settings.SelftokTokenizer):
         need(
             d.image_size % m.patch_size == 0,
             f"data.image_size={d.image_size} is not a multiple of model.patch_size={m.patch_size}",
         )
+    if isinstance(m, settings.DDTTokenizer):
         need(m.width % m.heads == 0, f"model.width={m.width} is not a multiple of model.heads={m.heads}")

@@ -110,6 +110,12 @@ def put_batch(batch: dict, mesh: Mesh) -> dict:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
+def put_whole(value, abstract):
+    """An array that every host holds whole, in the type and with the sharding of its ShapeDtypeStruct."""
+    value = value.astype(abstract.dtype)
+    return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda index: value[index])
+
+
 def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1, timeout: int = 300) -> None:
     """Joins the processes of a run. Without arguments a single process, which needs nothing.
 

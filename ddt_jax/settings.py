@@ -45,16 +45,45 @@ class IdentityCodec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    """Sizes of a convolutional KL autoencoder; the defaults are SD3's."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # widths, from the image's resolution down by halves
+    layers_per_block: int = 2
+    latent_channels: int = 16
+    norm_groups: int = 32
+    use_quant_conv: bool = False  # 1 x 1 convolutions on both sides of the latent (SD, not SD3)
+    scaling_factor: float = 1.5305  # latents are used as (z - shift_factor) * scaling_factor
+    shift_factor: float = 0.0609
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAECodec:
+    """Latents of a frozen KL autoencoder."""
+
+    kind: Literal["vae"] = "vae"
+    preset: Literal["sd", "sd3", "custom"] = "sd3"
+    sizes: Autoencoder = field(default_factory=Autoencoder)  # custom only
+    weights: str = ""  # diffusers .safetensors or its folder; read when a run starts, kept in the run's checkpoints
+    random_weights: bool = False  # train on an untrained autoencoder; for tests and speed
+    sample: bool = True  # training sees a draw from the posterior; encoding always takes its mode
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Token schedule k(t): which tokens the decoder may see at noise level t."""
 
-    kind: Literal["uniform", "piecewise", "late"] = "late"
+    kind: Literal["uniform", "piecewise", "late", "logit_normal"] = "late"
     direction: Literal["coarse_first", "selftok"] = (
         "coarse_first"  # tokens 0..k(t): k grows as noise falls | with noise
     )
     full_below: float = 0.88  # late: all tokens are visible where 1 - u >= 1 - full_below, u the unshifted time
     breakpoints: tuple[int, ...] = ()  # piecewise: right ends in 1/1000
     tokens: tuple[int, ...] = ()  # piecewise: tokens granted per segment
+    logit_mean: float = 0.0  # logit_normal
+    logit_std: float = 1.0  # logit_normal
+    groups: int = 0  # tokens appear in so many equal groups, each at once; 0 = one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +97,14 @@ class Quantizer:
         "batch"  # batch: per query and dimension, running statistics at evaluation
     )
     norm_momentum: float = 0.05
+    diversity: float = 0.0  # weight of the loss for even usage of codes at each position (Selftok: 1.0); 0 = off
+    entropy_groups: int = 64  # diversity: runs of neighbouring tokens that share an entropy; at most num_tokens
+    entropy_ramp: tuple[float, float] = (0.1, 0.3)  # diversity: full weight below, none above this share of perplexity
+    revive_from: Literal["uniform", "perplexity"] = "uniform"  # perplexity: from positions that use few codes (Selftok)
+    revive_count: Literal["uniform", "threshold"] = "uniform"  # what a moved code starts with; threshold: Selftok's
+    init: Literal["first_batch", "when_varied"] = "first_batch"  # when codes are taken from the data
+    init_variance: float = 0.01  # when_varied: between images, of unit features of the same token
+    deterministic: bool = False  # sums without atomic additions, for equal bits on GPUs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +116,7 @@ class Flow:
     logit_std: float = 1.0
     shift: float = 4.0  # t = s u / (1 + (s - 1) u); the token schedule looks at the unshifted u
     condition_drop: float = 0.0
-    solver: Literal["euler", "heun"] = "euler"
+    solver: Literal["euler", "heun", "dpmpp_2m"] = "euler"
     solver_steps: int = 8
     guidance: float = 1.0
 
@@ -96,13 +133,98 @@ class DDTTokenizer:
     mlp_ratio: int = 4
     coupling: Literal["cross", "joint"] = "cross"
     mix: bool = True  # linear paths patches -> codes and codes -> patches beside the attention
+    token_gradient_weights: bool = False  # flow gradient of a token times 1 / P(it is visible), for u uniform
     qk_norm: bool = True
     scan_layers: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantizer: Quantizer = field(default_factory=Quantizer)
     schedule: Schedule = field(default_factory=Schedule)
     flow: Flow = field(default_factory=Flow)
-    codec: IdentityCodec = field(default_factory=IdentityCodec)
+    codec: IdentityCodec | VAECodec = field(default_factory=IdentityCodec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelftokEncoder:
+    """Dual-stream encoder of the published Selftok models. Defaults: `Enc-Qformer-Uni-XL/2`."""
+
+    depth: int = 16
+    image_width: int = 64
+    image_heads: int = 4
+    width: int = 512
+    heads: int = 8
+    mlp_ratio: int = 4
+    position_grid: int = 64  # side of the fixed table of positions, whose middle is used
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelftokDecoder:
+    """Flow decoder of the published Selftok models: SD3's MMDiT with tokens in the place of text."""
+
+    kind: Literal["mmdit"] = "mmdit"
+    depth: int = 24
+    width: int = 1536
+    heads: int = 24
+    mlp_ratio: int = 4
+    position_grid: int = 192  # side of the table of positions, whose middle is used
+    context_see_xt: bool = True  # whether the tokens' rows see the noised patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelftokRenderer:
+    """One-step decoder: a learned canvas in the place of the noised patches, t = 1, x0 as output."""
+
+    kind: Literal["renderer"] = "renderer"
+    depth: int = 24
+    width: int = 1536
+    heads: int = 24
+    mlp_ratio: int = 4
+    position_grid: int = 192
+    context_see_xt: bool = False
+    repeat: bool = True  # one mask token for all patches; False: one for each
+    canvas_keeps_table: bool = True  # add the fixed table of positions to the canvas, as to noised patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelftokTokenizer:
+    """DDT tokenizer with the published networks. Defaults: the released model with 512 tokens at 256 px."""
+
+    kind: Literal["selftok"] = "selftok"
+    num_tokens: int = 512
+    patch_size: int = 2
+    token_gradient_weights: bool = False  # flow gradient of a token times 1 / P(it is visible), for u uniform
+    scan_layers: bool = True
+    remat: bool = True  # compute a block again for its gradient rather than keep what it computed
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    encoder: SelftokEncoder = field(default_factory=SelftokEncoder)
+    decoder: SelftokDecoder | SelftokRenderer = field(default_factory=SelftokDecoder)
+    quantizer: Quantizer = field(
+        default_factory=lambda: Quantizer(
+            code_dim=16,
+            codebook_size=32768,
+            decay=0.99,
+            revive_below=0.2,
+            commitment=1 / 16,  # 1.0 on unit vectors; ours have length sqrt(code_dim)
+            normalize_input="none",
+            diversity=1.0,
+            revive_from="perplexity",
+            revive_count="threshold",
+            init="when_varied",  # at first all images have the same features; as released: first_batch
+        )
+    )
+    schedule: Schedule = field(
+        default_factory=lambda: Schedule(
+            kind="piecewise",
+            direction="selftok",
+            breakpoints=(200, 400, 600, 800, 1000),
+            tokens=(192, 184, 72, 48, 16),
+        )
+    )
+    flow: Flow = field(
+        default_factory=lambda: Flow(
+            prediction="velocity", time="uniform", shift=1.0, condition_drop=0.1, solver_steps=50
+        )
+    )
+    codec: IdentityCodec | VAECodec = field(default_factory=VAECodec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +286,7 @@ class Experiment:
     seed: int = 0
     mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
-    model: DDTTokenizer | LinearTokenizer = field(default_factory=DDTTokenizer)
+    model: DDTTokenizer | SelftokTokenizer | LinearTokenizer = field(default_factory=DDTTokenizer)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)

@@ -6,32 +6,63 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+Method = Literal["euler", "heun", "dpmpp_2m"]
 
-def integrate(velocity: Callable, x, u_grid, t_grid, method: Literal["euler", "heun"] = "euler"):
-    """x at the end of the grid.
+
+def integrate(velocity: Callable, x, u_grid, t_grid, method: Method = "euler"):
+    """x at the end of the grid, of x's shape and type.
 
     Args:
       velocity: (x, u, t) → dx/dt, u and t scalars: the unshifted time and the noise level.
       x: start, at t_grid[0].
       u_grid, t_grid: [steps + 1], decreasing.
       method: "euler", one evaluation per step; "heun", two (the step to t = 0 stays Euler, as in EDM, arXiv 2206.00364:
-        there x0- and noise-predictions have no velocity).
+        there x0- and noise-predictions have no velocity); "dpmpp_2m", one evaluation and the one before it:
+        DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) on the path's half log SNR, log((1 - t) / t). Its first step
+        is Euler's, the one after t = 1 too (that point is infinitely far), and the step to t = 0, which goes to the
+        predicted x0.
     """
+    u_grid, t_grid = jnp.asarray(u_grid), jnp.asarray(t_grid)
 
-    def step(x, times):
-        u, u_next, t, t_next = times
+    def euler(x, last, times):
+        u, _, t, t_next, _ = times
+        return x + (t_next - t) * velocity(x, u, t), last
+
+    def heun(x, last, times):
+        u, u_next, t, t_next, _ = times
         slope = velocity(x, u, t)
         ahead = x + (t_next - t) * slope
-        if method == "heun":
-            both = (slope + velocity(ahead, u_next, t_next)) / 2
-            ahead = jnp.where(t_next > 0, x + (t_next - t) * both, ahead)
-        return ahead.astype(x.dtype), None
+        both = (slope + velocity(ahead, u_next, t_next)) / 2
+        return jnp.where(t_next > 0, x + (t_next - t) * both, ahead), last
 
-    u_grid, t_grid = jnp.asarray(u_grid), jnp.asarray(t_grid)
-    x, _ = jax.lax.scan(step, x, (u_grid[:-1], u_grid[1:], t_grid[:-1], t_grid[1:]))
+    def dpmpp_2m(x, last, times):
+        u, _, t, t_next, extrapolate = times
+        x0 = x - t * velocity(x, u, t)
+        towards = x0 + extrapolate * (x0 - last)
+        return towards + t_next / t * (x - towards), x0
+
+    advance = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}[method]
+
+    def step(carry, times):
+        x, last = carry
+        moved, last = advance(x, last, times)
+        return (moved.astype(x.dtype), None if last is None else last.astype(x.dtype)), None
+
+    last = jnp.zeros_like(x) if method == "dpmpp_2m" else None
+    times = (u_grid[:-1], u_grid[1:], t_grid[:-1], t_grid[1:], _extrapolation(t_grid))
+    (x, _), _ = jax.lax.scan(step, (x, last), times)
     return x
 
 
+def _extrapolation(t_grid):
+    """Half of each step over the step before it, both in log SNR [steps]; 0 where a step is of first order."""
+    log_snr = jnp.log1p(-t_grid) - jnp.log(t_grid)
+    step = jnp.diff(log_snr)
+    ratio = step[1:] / (2 * step[:-1])  # 0 after t = 1, where the step before has no end
+    ratio = jnp.where(t_grid[2:] > 0, ratio, 0)
+    return jnp.concatenate([jnp.zeros_like(t_grid[:1]), ratio])
+
+
 def guide(conditional, unconditional, scale):
-    """Classifier-free guidance (arXiv 2207.12598): scale 1 is the conditional prediction itself."""
-    return unconditional + scale * (conditional - unconditional)
+    """Classifier-free guidance (arXiv 2207.12598): 1 is the conditional prediction itself, 0 the unconditional one."""
+    return (1 - scale) * unconditional + scale * conditional

@@ -1,6 +1,9 @@
 """Files that are whole or absent: a killed run never leaves half a picture or half a JSON behind."""
 
+import contextlib
+import io
 import os
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -27,6 +30,28 @@ def write_bytes(path, data: bytes) -> epath.Path:
     finally:
         scratch.unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def replacing(path) -> Iterator[io.IOBase]:
+    """As `write_bytes` for what is too large to hold twice: a binary file to write to and seek in.
+
+    It takes its place when the block ends without an error. For an object store it is held in memory until then.
+    """
+    path = epath.Path(path)
+    if not is_local(path):
+        buffer = io.BytesIO()
+        yield buffer
+        write_bytes(path, buffer.getvalue())
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        with open(scratch, "wb") as file:
+            yield file
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_text(path, text: str) -> epath.Path:

@@ -10,6 +10,9 @@ element is 2 (1 - cosine). A healthy one is about 0.2 for 512 codes in 8 dimensi
 about every image and only revival keeps the codebook looking used. To compare with implementations that take the mean
 squared distance of unit vectors (Selftok: weight 1.0), divide their weight by code_dim.
 
+Selftok's own recipe is in the settings: `diversity`, `revive_from`, `revive_count`. Its Laplace smoothing of the counts
+is left out: it scales a code's vector, and the vector is then brought to length 1.
+
 Legend: B batch, K tokens, D code dimension, V codes, N tokens of a micro-batch in a row (B K).
 """
 
@@ -21,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddt_jax import settings
+from ddt_jax.errors import UserError
+from ddt_jax.nn import code_entropy
 
 _MAX_TABLE = 1 << 24  # similarities held at once
 _TINY = 1e-12
@@ -54,7 +59,8 @@ def nearest(features_ND, codes_VD, max_table: int = _MAX_TABLE):
     rows = max(1, max_table // v)
     chunks = -(-n // rows)
     padded = jnp.pad(features_ND, ((0, chunks * rows - n), (0, 0)))
-    return jax.lax.map(search, padded.reshape(chunks, rows, -1)).reshape(-1)[:n]
+    # A chunk takes every chunks-th row, so that it has rows of all devices.
+    return jax.lax.map(search, padded.reshape(rows, chunks, -1).swapaxes(0, 1)).T.reshape(-1)[:n]
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,16 @@ class VectorQuantizer:
     num_tokens: int
     batch_size: int
 
+    def __post_init__(self):
+        groups, (low, high) = self.config.entropy_groups, self.config.entropy_ramp
+        if self.config.diversity and not 1 <= groups <= self.num_tokens:
+            raise UserError(
+                f"model.quantizer.entropy_groups: {groups} groups of {self.num_tokens} tokens leave some empty; "
+                f"choose 1 to {self.num_tokens}"
+            )
+        if self.config.diversity and not low < high:
+            raise UserError(f"model.quantizer.entropy_ramp: ({low}, {high}) must rise, like (0.1, 0.3)")
+
     @property
     def uniform_share(self) -> float:
         """Tokens per code and step if all codes were used alike."""
@@ -80,8 +96,28 @@ class VectorQuantizer:
     def normalizes(self) -> bool:
         return self.config.normalize_input == "batch"
 
+    @property
+    def tracks_usage(self) -> bool:
+        """Whether the state has the running usage [K, V] of codes at each token position."""
+        return bool(self.config.diversity) or self.config.revive_from == "perplexity"
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of those `diversity_terms` that belong to the loss."""
+        return {"diversity": self.config.diversity} if self.config.diversity else {}
+
+    @property
+    def cross_example_terms(self) -> tuple[str, ...]:
+        """What depends on the whole batch at once, see `tokenizers.base`."""
+        norm = ("encoder batch norm",) if self.normalizes else ()
+        return norm + (("code entropy",) if self.config.diversity else ())
+
     def init(self, rng):
-        """State before the first step. Its random codes serve one step: `update` then takes codes from the data."""
+        """State before the first step. Its random codes serve until `update` takes codes from the data.
+
+        That is after one step, or with init = "when_varied" after the first step in which images differ enough: where
+        an encoder starts by saying the same about all images (Selftok's does), one batch has but K distinct features.
+        """
         v, d = self.config.codebook_size, self.config.code_dim
         extra = {
             "codes": unit(jax.random.normal(rng, (v, d))),
@@ -94,6 +130,11 @@ class VectorQuantizer:
             extra |= {
                 "mean": jnp.zeros((self.num_tokens, d), jnp.float32),
                 "var": jnp.ones((self.num_tokens, d), jnp.float32),
+            }
+        if self.tracks_usage:
+            extra |= {
+                "usage": jnp.full((self.num_tokens, v), 1 / v, jnp.float32),
+                "usage_started": jnp.zeros((), jnp.bool_),
             }
         return extra
 
@@ -122,15 +163,76 @@ class VectorQuantizer:
         v = self.config.codebook_size
         stats |= {
             "count": jax.ops.segment_sum(jnp.ones_like(fixed_ND[:, 0]), codes_N, v),
-            "sum": jax.ops.segment_sum(fixed_ND, codes_N, v),
-            "candidates": self._candidates(fixed_ND.reshape(b, k, d), slot_B, rng),
+            "sum": (code_entropy.sorted_segment_sum if self.config.deterministic else jax.ops.segment_sum)(
+                fixed_ND, codes_N, v
+            ),
+            "candidates": self._candidates(extra, fixed_ND.reshape(b, k, d), slot_B, rng),
         }
+        if self.tracks_usage:
+            stats["usage"] = code_entropy.usage_counts(codes_N.reshape(b, k), v)
+        if self.config.init == "when_varied":
+            stats |= {
+                "image_sum": jnp.sum(fixed_ND.reshape(b, k, d), axis=0),
+                "image_square": jnp.mean(jnp.sum(jnp.square(fixed_ND), axis=-1)) * b,
+                "image_count": jnp.asarray(b, fixed_ND.dtype),
+            }
         quantized_BKD = z_BKD + jax.lax.stop_gradient(chosen_BKD - z_BKD)
         commitment_BK = jnp.sum(jnp.square(z_BKD - chosen_BKD), axis=-1)  # = mean over elements at the output's scale
         return math.sqrt(d) * quantized_BKD, codes_N.reshape(b, k), commitment_BK, stats
 
-    def _candidates(self, z_BKD, slot_B, rng):
+    def diversity_terms(self, extra, z_BKD, stats):
+        """Terms of the diversity loss for the whole global batch; none when it is off.
+
+        Args:
+          extra, z_BKD: as given to `quantize`.
+          stats: from it.
+
+        Returns:
+          A dict of scalars, to be divided by 1: "diversity" is the loss without its weight in the settings,
+          "code_entropy" and "diversity_weight" the factors it is made of. The weight is 0 while codes are still random.
+        """
+        if not self.config.diversity:
+            return {}
+        z_BKD = at_least_f32(z_BKD)
+        if self.normalizes:
+            z_BKD, _ = _batch_normalize(z_BKD)
+        soft_KV = code_entropy.mean_probability(unit(z_BKD), jax.lax.stop_gradient(extra["codes"]))
+        hard_KV = jax.lax.stop_gradient(self._next_usage(extra, stats))
+        p_KV = code_entropy.RUNNING_SHARE * hard_KV + (1 - code_entropy.RUNNING_SHARE) * soft_KV
+        loss, entropy, weight = code_entropy.diversity(p_KV, self.config.entropy_groups, self.config.entropy_ramp)
+        on = extra["initialized"]
+        terms = {"diversity": jnp.where(on, loss, 0), "diversity_weight": jnp.where(on, weight, 0)}
+        return terms | {"code_entropy": entropy}
+
+    def _next_usage(self, extra, stats):
+        # What falls on random codes says nothing about those that replace them.
+        usage_KV = code_entropy.next_usage(extra["usage"], stats["usage"], extra["usage_started"])
+        return jnp.where(extra["initialized"], usage_KV, extra["usage"])
+
+    def _candidates(self, extra, z_BKD, slot_B, rng):
         """A feature for each code [V, D]: row r_v of the global batch's B K, zeros where another part owns it."""
+        row_V = self._spread_rows(rng)
+        if self.config.revive_from == "perplexity":
+            row_V = jnp.where(extra["initialized"], self._weighted_rows(extra, rng), row_V)
+        local_of_slot = (
+            jnp.full((self.batch_size,), -1, jnp.int32).at[slot_B].set(jnp.arange(z_BKD.shape[0], dtype=jnp.int32))
+        )
+        local_V = local_of_slot[row_V // self.num_tokens]
+        picked_VD = z_BKD[jnp.maximum(local_V, 0), row_V % self.num_tokens]
+        return jnp.where((local_V >= 0)[:, None], picked_VD, 0)
+
+    def _weighted_rows(self, extra, rng):
+        """Rows [V] of the global batch, drawn with replacement: any image, positions with few codes in use more often.
+
+        The running usage from before the step decides, which does not depend on how the batch was cut.
+        """
+        image_key, position_key = jax.random.split(jax.random.fold_in(rng, 1))
+        k, v = self.num_tokens, self.config.codebook_size
+        position_V = jax.random.choice(position_key, k, (v,), p=code_entropy.position_probability(extra["usage"]))
+        return k * jax.random.randint(image_key, (v,), 0, self.batch_size) + position_V
+
+    def _spread_rows(self, rng):
+        """Rows [V] of the global batch."""
         rows, v = self.batch_size * self.num_tokens, self.config.codebook_size
         bounds = np.arange(v + 1, dtype=np.int64) * rows // v
         width = np.diff(bounds).astype(np.int32)
@@ -139,23 +241,22 @@ class VectorQuantizer:
         within_V = jnp.minimum((share[:v] * width).astype(jnp.int32), np.maximum(width - 1, 0))
         offset = jnp.minimum((share[v] * rows).astype(jnp.int32), rows - 1)
         row_V = bounds[:-1].astype(np.int32) + within_V + offset
-        row_V = jnp.where(row_V >= rows, row_V - rows, row_V)
-        local_of_slot = (
-            jnp.full((self.batch_size,), -1, jnp.int32).at[slot_B].set(jnp.arange(z_BKD.shape[0], dtype=jnp.int32))
-        )
-        local_V = local_of_slot[row_V // self.num_tokens]
-        picked_VD = z_BKD[jnp.maximum(local_V, 0), row_V % self.num_tokens]
-        return jnp.where((local_V >= 0)[:, None], picked_VD, 0)
+        return jnp.where(row_V >= rows, row_V - rows, row_V)
 
     def update(self, extra, stats):
         """The state after an optimizer step. stats: summed over the whole global batch."""
         decay, first = self.config.decay, ~extra["initialized"]
         count = decay * extra["count"] + (1 - decay) * stats["count"]
         total = decay * extra["sum"] + (1 - decay) * stats["sum"]
-        dead = (count < self.config.revive_below * self.uniform_share) | first
-        # A revived code starts as one with the uniform usage, so that it has some steps to prove itself.
-        count = jnp.where(dead, self.uniform_share, count)
-        total = jnp.where(dead[:, None], self.uniform_share * stats["candidates"], total)
+        threshold = self.config.revive_below * self.uniform_share
+        dead = (count < threshold) | first
+        # A revived code starts as one with the uniform usage, so that it has some steps to prove itself. Selftok's
+        # starts at the threshold and has to be hit at once.
+        fresh = self.uniform_share
+        if self.config.revive_count == "threshold":
+            fresh = jnp.where(first, fresh, threshold)
+        count = jnp.where(dead, fresh, count)
+        total = jnp.where(dead[:, None], fresh * stats["candidates"], total)
         length = jnp.linalg.norm(total, axis=-1, keepdims=True)
         new = {
             "codes": jnp.where(length > _TINY, total / jnp.maximum(length, _TINY), extra["codes"]),
@@ -164,6 +265,12 @@ class VectorQuantizer:
             "revived": jnp.sum(dead & ~first).astype(extra["revived"].dtype),
             "initialized": jnp.ones_like(extra["initialized"]),
         }
+        if self.config.init == "when_varied":
+            ready = extra["initialized"] | (_variance(stats) > self.config.init_variance)
+            new = {name: jnp.where(ready, value, extra[name]) for name, value in new.items()}
+        if self.tracks_usage:
+            new["usage"] = self._next_usage(extra, stats)
+            new["usage_started"] = extra["initialized"]
         if self.normalizes:
             mean = stats["norm_sum"] / stats["norm_count"]
             var = jnp.maximum(stats["norm_square"] / stats["norm_count"] - jnp.square(mean), 0)
@@ -189,6 +296,12 @@ class VectorQuantizer:
         share = extra["count"] / jnp.maximum(jnp.sum(extra["count"]), _TINY)
         entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, _TINY)))
         return {"codebook_perplexity": jnp.exp(entropy), "codes_revived": extra["revived"]}
+
+
+def _variance(stats):
+    """Variance of unit features between images, summed over dimensions and averaged over tokens: 0 to 1."""
+    mean_KD = stats["image_sum"] / stats["image_count"]
+    return stats["image_square"] / stats["image_count"] - jnp.mean(jnp.sum(jnp.square(mean_KD), axis=-1))
 
 
 def _batch_normalize(z_BKD):

@@ -59,17 +59,71 @@ def test_euler_is_the_recurrence_by_hand():
     assert float(got) == pytest.approx(float(x), rel=1e-5)
 
 
-def test_heun_is_of_second_order_and_euler_of_first():
-    def error(steps, method):
-        grid = np.linspace(1, 0.1, steps + 1).astype(np.float32)
-        x = solvers.integrate(lambda x, u, t: -2 * x, jnp.float32(1.0), grid, grid, method)
-        return abs(float(x) - np.exp(1.8))
-
-    assert 1.7 < error(20, "euler") / error(40, "euler") < 2.3
-    assert 3.4 < error(20, "heun") / error(40, "heun") < 4.6
+def gaussian_velocity(x, t, mean=0.7, std=0.3):
+    """E[noise - x0 | x_t] for x0 ~ N(mean, std^2)."""
+    variance = ((1 - t) * std) ** 2 + t**2
+    return -mean + (t - (1 - t) * std**2) / variance * (x - (1 - t) * mean)
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
+def test_error_falls_with_the_order_of_the_solver(method, order):
+    """Between 0.9 and 0.1: at the ends of time log SNR is infinite, and the second order comes with a logarithm."""
+    start = np.array([-1.5, 0.3, 2.0], np.float32)
+    spread = np.sqrt((0.27**2 + 0.1**2) / (0.03**2 + 0.9**2))
+    exact = 0.9 * 0.7 + spread * (start - 0.1 * 0.7)
+
+    def error(steps):
+        grid = np.linspace(0.9, 0.1, steps + 1)
+        end = solvers.integrate(lambda x, u, t: gaussian_velocity(x, t), start, grid, grid, method)
+        return float(np.max(np.abs(end - exact)))
+
+    assert np.log2(error(32) / error(64)) == pytest.approx(order, abs=0.25)  # more steps, and fp32 shows
+
+
+def test_multistep_is_the_recurrence_by_hand():
+    t = np.array([1, 0.9, 0.6, 0.5, 0.1, 0])
+    got = solvers.integrate(lambda x, u, t: gaussian_velocity(x, t), jnp.float32(0.8), t, t, "dpmpp_2m")
+    x, before = 0.8, None
+    for i in range(5):
+        x0 = x - t[i] * gaussian_velocity(x, t[i])
+        d = x0
+        if 1 < i < 4:  # the second step follows one of infinite length in log SNR
+            snr = np.log((1 - t[i - 1 : i + 2]) / t[i - 1 : i + 2])
+            r = (snr[1] - snr[0]) / (snr[2] - snr[1])
+            d = x0 + (x0 - before) / (2 * r)
+        alpha = 1 - t[i + 1]
+        exp_minus_h = t[i + 1] / alpha * (1 - t[i]) / t[i]
+        x = t[i + 1] / t[i] * x + alpha * (1 - exp_minus_h) * d
+        before = x0
+    assert float(got) == pytest.approx(x, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs, under NumPy 2
+@pytest.mark.parametrize(("steps", "shift"), [(6, 1.0), (20, 3.0)])
+def test_solvers_are_those_of_diffusers(oracle, steps, shift):
+    torch, diffusers = oracle("torch"), oracle("diffusers")
+    start = np.random.default_rng(1).normal(size=(2, 3, 4, 4)).astype(np.float32)
+    for method, theirs in {
+        "dpmpp_2m": diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift
+        ),
+        "euler": diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
+    }.items():
+        theirs.set_timesteps(steps)
+        x = torch.from_numpy(start)
+        for sigma, time in zip(theirs.sigmas, theirs.timesteps, strict=False):
+            x = theirs.step(gaussian_velocity(x, sigma), time, x).prev_sample
+        grid = theirs.sigmas.numpy()
+        assert len(grid) == steps + 1 and grid[-1] == 0
+        ours = solvers.integrate(lambda x, u, t: gaussian_velocity(x, t), start, grid, grid, method)
+        np.testing.assert_allclose(ours, x.numpy(), atol=2e-5)
+        if method != "euler":
+            first_order = solvers.integrate(lambda x, u, t: gaussian_velocity(x, t), start, grid, grid)
+            assert np.abs(ours - first_order).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "dpmpp_2m"])
 def test_a_known_image_is_reached_from_any_noise(method):
     grid = np.linspace(1, 0, 5).astype(np.float32)
 
@@ -85,9 +139,10 @@ def test_the_loop_is_one_compiled_body():
     assert text.count("tanh") == 1
 
 
-def test_guidance_of_one_is_the_conditional_prediction():
-    np.testing.assert_allclose(solvers.guide(X0, NOISE, 1.0), X0, atol=1e-6)
-    np.testing.assert_array_equal(solvers.guide(X0, NOISE, 0.0), NOISE)
+def test_guidance_at_its_ends_is_one_of_the_predictions_bit_for_bit():
+    for scale in (1, 1.0, jnp.float32(1)):
+        np.testing.assert_array_equal(solvers.guide(X0, NOISE, scale), X0)
+        np.testing.assert_array_equal(solvers.guide(X0, NOISE, 1 - scale), NOISE)
     np.testing.assert_allclose(solvers.guide(X0, NOISE, 3.0), 3 * X0 - 2 * NOISE, atol=1e-5)
 
 

@@ -27,6 +27,16 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_scratch(tmp_path, monke
     assert os.listdir(tmp_path) == ["b.json"]
 
 
+def test_a_block_that_fails_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a" / "x.bin"
+    with atomic.replacing(path) as file:
+        file.write(b"old")
+    with pytest.raises(RuntimeError, match="stop"), atomic.replacing(path) as file:
+        file.write(b"new")
+        raise RuntimeError("stop")
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["x.bin"]
+
+
 def test_knows_object_stores():
     assert atomic.is_local("/tmp/x") and atomic.is_local("runs/x")
     assert not atomic.is_local("gs://bucket/x")

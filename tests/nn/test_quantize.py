@@ -43,7 +43,8 @@ def test_the_chosen_code_has_the_smallest_angle():
 def test_chunked_search_equals_the_whole_table_and_never_holds_it():
     rng = np.random.default_rng(0)
     z, book = rng.normal(size=(37, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
-    np.testing.assert_array_equal(nearest(z, book, max_table=5 * V), np.argmax(z @ book.T, axis=-1))
+    for rows in (5, 36):
+        np.testing.assert_array_equal(nearest(z, book, max_table=rows * V), np.argmax(z @ book.T, axis=-1))
     shapes = str(jax.make_jaxpr(lambda z, c: nearest(z, c, max_table=5 * V))(z, book))
     assert f"[37,{V}]" not in shapes and f"[40,{V}]" not in shapes
 
@@ -111,14 +112,70 @@ def test_dead_codes_move_to_current_features_and_live_ones_stay():
     assert float(never.update(extra, stats)["revived"]) == 0
 
 
-@pytest.mark.parametrize("normalize", ["none", "batch"])
-def test_statistics_of_two_halves_add_up_to_the_whole(normalize):
-    q = make(normalize_input=normalize)
+def test_a_moved_code_starts_at_the_uniform_share_or_at_the_threshold():
+    share = B * K / V
+    for kind, expected in {"uniform": share, "threshold": 0.5 * share}.items():
+        q = make(revive_below=0.5, revive_count=kind, decay=0.0)
+        quantize, update = jax.jit(q.quantize), jax.jit(q.update)
+        extra = q.init(jax.random.key(0))
+        extra = update(extra, quantize(extra, features(), SLOTS, jax.random.key(1))[3])
+        np.testing.assert_allclose(extra["count"], share)  # codes from the data are no moved ones
+        stats = quantize(extra, features(1), SLOTS, jax.random.key(2))[3]
+        after = update(extra, stats)
+        dead = np.asarray(stats["count"]) < 0.5 * share
+        assert 0 < dead.sum() == int(after["revived"]) < V
+        np.testing.assert_allclose(np.asarray(after["count"])[dead], expected)
+        np.testing.assert_allclose(np.asarray(after["codes"])[dead], np.asarray(stats["candidates"])[dead], atol=1e-6)
+
+
+def test_codes_wait_for_features_that_differ_between_images():
+    q = make(init="when_varied", init_variance=0.01, revive_below=0.1, revive_from="perplexity")
+    start = extra = q.init(jax.random.key(0))
+    quantize, update = jax.jit(q.quantize), jax.jit(q.update)
+    same = np.broadcast_to(features()[:1], (B, K, D))
+    slightly = same + 0.01 * features(1)
+    for z in (same, np.zeros_like(same), slightly):
+        extra = update(extra, quantize(extra, z, SLOTS, jax.random.key(1))[3])
+        jax.tree.map(np.testing.assert_array_equal, extra, start)
+    z = same + 0.3 * features(1)
+    rows = normalized(z)
+    assert np.mean(np.sum(rows.var(0), -1)) > 0.01 > np.mean(np.sum(normalized(slightly).var(0), -1))
+    halves = [quantize(extra, z[r], SLOTS[r], jax.random.key(1))[3] for r in (slice(0, B, 2), slice(1, B, 2))]
+    after = update(extra, jax.tree.map(jnp.add, *halves))
+    assert bool(after["initialized"]) and float(after["revived"]) == 0
+    assert len(np.unique(np.asarray(after["codes"]).round(5), axis=0)) == V
+    np.testing.assert_allclose((np.asarray(after["codes"]) @ rows.reshape(-1, D).T).max(1), 1, atol=1e-6)
+    later = update(after, quantize(after, z, SLOTS, jax.random.key(2))[3])
+    assert not np.allclose(later["usage"], 1 / V)
+    again = update(later, quantize(later, same, SLOTS, jax.random.key(2))[3])  # once is for good
+    assert bool(again["initialized"]) and not np.allclose(again["count"], later["count"])
+
+
+def test_sums_without_atomics_lead_to_the_same_codes():
+    z, key, extra = features(), jax.random.key(1), jax.jit(make().init)(jax.random.key(0))
+    stats = {}
+    for deterministic in (False, True):
+        traced = jax.jit(make(deterministic=deterministic).quantize).trace(extra, z, SLOTS, key)
+        # The counts stay: a sum of ones is exact in any order.
+        assert (f"f32[{V},{D}] = scatter-add[" in str(traced.jaxpr)) != deterministic
+        stats[deterministic] = traced.lower().compile()(extra, z, SLOTS, key)[3]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), stats[False], stats[True])
+
+
+PERPLEXITY = {"revive_from": "perplexity", "init": "when_varied"}
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_input": "batch"}, PERPLEXITY], ids=str)
+def test_statistics_of_two_halves_add_up_to_the_whole(options):
+    q = make(**options)
+    normalize = q.config.normalize_input
     extra = q.init(jax.random.key(0))
-    z, key = features(), jax.random.key(1)
+    if options == PERPLEXITY:
+        extra |= {"initialized": jnp.bool_(True)}
+    z, key, quantize = features(), jax.random.key(1), jax.jit(q.quantize)
     order = np.random.default_rng(2).permutation(B)
-    whole = q.quantize(extra, z, SLOTS, key)[3]
-    parts = [q.quantize(extra, z[rows], SLOTS[rows], key)[3] for rows in (order[:3], order[3:])]
+    whole = quantize(extra, z, SLOTS, key)[3]
+    parts = [quantize(extra, z[rows], SLOTS[rows], key)[3] for rows in (order[:3], order[3:])]
     added = jax.tree.map(jnp.add, *parts)
     names = {"norm_sum", "norm_square", "norm_count"} if normalize == "batch" else set(whole)
     for name in names:  # with batch norm the features themselves depend on the cut, so accumulation is refused there
@@ -161,9 +218,13 @@ def test_batch_norm_uses_the_batch_in_training_and_running_statistics_after():
 
 
 def test_update_keeps_types_and_shapes():
-    q = make(normalize_input="batch")
-    extra = q.init(jax.random.key(0))
-    after = q.update(extra, q.quantize(extra, features(), SLOTS, jax.random.key(1))[3])
+    q = make(normalize_input="batch", diversity=1.0, entropy_groups=2, init="when_varied", deterministic=True)
+    extra = jax.eval_shape(q.init, jax.random.key(0))
+
+    def step(extra):
+        return q.update(extra, q.quantize(extra, features(), SLOTS, jax.random.key(1))[3])
+
+    after = jax.eval_shape(step, extra)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), extra) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
 
 
