@@ -37,11 +37,11 @@ test: ## quick tests (at most 15 minutes on 2 cores)
 	$(PYTEST) -m "not slow and not tpu_compile" -n $(WORKERS)
 
 test-slow: ## oracles, several processes, kills; then test-tpu
-	@$(INSTALL) $(VENV) test $(PYTHON)
+	@$(INSTALL) $(VENV) test,oracle $(PYTHON)
 	$(PYTEST) -m "slow and not tpu_compile"
 	@$(MAKE) --no-print-directory test-tpu
 
-test-tpu: ## compile every config's train step for a TPU, in .venv-tpu
+test-tpu: ## compile the small configs' train steps for a TPU, in .venv-tpu
 	@$(INSTALL) $(VENV)-tpu test,tpu $(PYTHON)
 	@$(VENV)-tpu/bin/python -c 'import libtpu' # without it the tests would be skipped, not fail
 	$(TPU_ENV) $(VENV)-tpu/bin/python -m pytest -m tpu_compile tests/tpu

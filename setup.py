@@ -21,6 +21,7 @@ REQUIRES = [
     "jax>=0.10.2,<0.13",
     "matplotlib>=3.11,<4",
     "ml-collections>=1.1,<2",
+    "ml-dtypes>=0.5.4,<0.7",
     "msgpack>=1.2,<2",
     "numpy>=2.4,<3",
     "optax>=0.2.8,<0.3",
@@ -48,6 +49,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.31,<1"],
     # Oracles that tests compare with, and the tests themselves.
     "torch": ["torch>=2.13,<3"],
+    "oracle": ["diffusers>=0.42.1,<0.43", "torch>=2.13.0,<2.13.1"],
     "test": [
         "fsspec>=2026.4,<2027",
         "hypothesis>=6.170,<7",

@@ -1,12 +1,15 @@
-"""Set before JAX is imported: tests run on 8 fake CPU devices."""
+"""Set before JAX is imported: tests run on 8 fake CPU devices, in code that is compiled fast rather than well."""
 
+import importlib
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+for flag, value in {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}.items():
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 
 # A shell's background jobs ignore Ctrl-C and hand that down; the programs that tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,3 +26,20 @@ def data_dir() -> Path:
         give_up = pytest.fail if os.environ.get("DDT_JAX_REQUIRE_DATA") == "1" else pytest.skip
         give_up(f"no data in {path}; set DDT_JAX_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Callable:
+    """`oracle("torch")` imports a package that numbers are compared with; like `data_dir` where it is missing.
+
+    Tests that use it are marked slow: `make test` does without these packages.
+    """
+
+    def load(name: str):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            give_up = pytest.fail if os.environ.get("DDT_JAX_REQUIRE_DATA") == "1" else pytest.skip
+            give_up(f"{error.name} is not installed: pip install -e .[oracle]")
+
+    return load

@@ -18,6 +18,7 @@ from ddt_jax import settings
 # kind of the settings → module and class; imported when asked for, so that one tokenizer never pays for another.
 _REGISTRY = {
     "ddt": ("ddt_jax.tokenizers.ddt", "DDTTokenizer"),
+    "selftok": ("ddt_jax.tokenizers.ddt", "DDTTokenizer"),
     "linear": ("ddt_jax.tokenizers.linear", "LinearTokenizer"),
 }
 
@@ -105,7 +106,11 @@ def example_keys(rng, slot_B):
     return jax.vmap(lambda s: jax.random.fold_in(rng, s))(slot_B)
 
 
-def make_tokenizer(model: settings.DDTTokenizer | settings.LinearTokenizer, image_size: int, batch_size: int):
+def make_tokenizer(
+    model: settings.DDTTokenizer | settings.SelftokTokenizer | settings.LinearTokenizer,
+    image_size: int,
+    batch_size: int,
+):
     """The tokenizer that `model.kind` names.
 
     Args:

@@ -4,12 +4,22 @@ Legend: B batch, H height, W width, C channels; h, w, c the same of the latent.
 """
 
 import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from ddt_jax import settings
+from ddt_jax.errors import UserError
+from ddt_jax.nn import autoencoder, layers
+from ddt_jax.nn.params import is_box
 
 
 class LatentCodec(abc.ABC):
     """Frozen map from images in [-1, 1] to latents of about unit scale, and back.
+
+    Its parameters are not trained: a tokenizer keeps them as `extra["codec"]`, so they are sharded and checkpointed
+    with a run, and no optimizer or weight average ever sees them.
 
     Attributes:
       channels: c.
@@ -19,12 +29,22 @@ class LatentCodec(abc.ABC):
     channels: int
     downsampling: int
 
-    @abc.abstractmethod
-    def encode(self, images_BHWC):
-        """Images → latents [B, h, w, c]."""
+    def init(self, rng) -> dict[str, Any]:
+        """What the codec adds to a tokenizer's `extra`: nothing, or {"codec": its parameters in `params.Box`es}."""
+        del rng
+        return {}
 
     @abc.abstractmethod
-    def decode(self, latents_Bhwc):
+    def encode(self, params, images_BHWC, keys_B=None):
+        """Images → latents [B, h, w, c].
+
+        Args:
+          params: plain arrays; None for a codec without any.
+          keys_B: one key per example, given in training: a codec that is set to may draw its latents with them.
+        """
+
+    @abc.abstractmethod
+    def decode(self, params, latents_Bhwc):
         """Latents → images, not clipped."""
 
 
@@ -34,13 +54,76 @@ class IdentityCodec(LatentCodec):
     channels = 3
     downsampling = 1
 
-    def encode(self, images_BHWC):
+    def encode(self, params, images_BHWC, keys_B=None):
         return images_BHWC
 
-    def decode(self, latents_Bhwc):
+    def decode(self, params, latents_Bhwc):
         return latents_Bhwc
 
 
-def make_codec(config: settings.IdentityCodec) -> LatentCodec:
-    """The codec that config.kind names."""
-    return {"identity": IdentityCodec}[config.kind]()
+class VAECodec(LatentCodec):
+    """Latents of a KL autoencoder, normalised with its published shift and scale.
+
+    Attributes:
+      sizes: of the autoencoder.
+      weights: the file its parameters come from; "" if they are random.
+
+    Raises:
+      UserError: if the settings name neither weights nor random ones, or both, or sizes beside a preset.
+    """
+
+    def __init__(self, config: settings.VAECodec):
+        if not config.weights and not config.random_weights:
+            raise UserError(
+                "config: model.codec.weights is empty; set it to a diffusers .safetensors file of the autoencoder, "
+                "or model.codec.random_weights=True to go on with an untrained one"
+            )
+        if config.weights and config.random_weights:
+            raise UserError(
+                f"config: model.codec.weights={config.weights!r} would not be read with "
+                "model.codec.random_weights=True; leave one of them out"
+            )
+        if config.preset != "custom" and config.sizes != settings.Autoencoder():
+            raise UserError(
+                f"config: model.codec.sizes have no effect with model.codec.preset={config.preset!r}; "
+                "set model.codec.preset='custom'"
+            )
+        self.sizes = config.sizes if config.preset == "custom" else autoencoder.PRESETS[config.preset]
+        uneven = [w for w in self.sizes.block_out_channels if w < 1 or w % self.sizes.norm_groups]
+        if uneven or not self.sizes.block_out_channels:
+            raise UserError(
+                f"config: model.codec.sizes.block_out_channels={self.sizes.block_out_channels} must be multiples of "
+                f"model.codec.sizes.norm_groups={self.sizes.norm_groups}"
+            )
+        self.weights = config.weights
+        self.channels = self.sizes.latent_channels
+        self.downsampling = autoencoder.downsampling(self.sizes)
+        self._sample = config.sample
+        self._network = autoencoder.Autoencoder(self.sizes, layers.compute_dtype(config.dtype))
+
+    def init(self, rng):
+        """Random parameters; NaN where they come from a file, so that a run that never got them can't go unnoticed."""
+        if not self.weights:
+            return {"codec": autoencoder.init(self.sizes, rng)}
+        abstract = jax.eval_shape(lambda: autoencoder.init(self.sizes, rng))
+        missing = lambda b: b.replace(value=jnp.full(b.value.shape, jnp.nan, b.value.dtype))  # noqa: E731
+        return {"codec": jax.tree.map(missing, abstract, is_leaf=is_box)}
+
+    def encode(self, params, images_BHWC, keys_B=None):
+        posterior = self._network.apply({"params": params}, images_BHWC, method="encode")
+        draw = self._sample and keys_B is not None
+        latents_Bhwc = posterior.sample(keys_B) if draw else posterior.mode()
+        return autoencoder.normalize(self.sizes, latents_Bhwc)
+
+    def decode(self, params, latents_Bhwc):
+        raw_Bhwc = autoencoder.denormalize(self.sizes, latents_Bhwc)
+        return self._network.apply({"params": params}, raw_Bhwc, method="decode")
+
+
+def make_codec(config: settings.IdentityCodec | settings.VAECodec) -> LatentCodec:
+    """The codec that config.kind names.
+
+    Raises:
+      UserError: if its settings do not go together.
+    """
+    return VAECodec(config) if isinstance(config, settings.VAECodec) else IdentityCodec()
