@@ -5,6 +5,7 @@ All take (carry, *rest) and return the carry, so that `Stack` can run any of the
 Legend: B batch, S sequence, N patches, K tokens, D width, H heads, E head dimension.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -23,16 +24,18 @@ class HeadProjection(nn.Module):
     Attributes:
       roles: subset of "qkv" in that order.
       qk_norm: RMS norm with a learned scale on each head's q and k.
+      width: of all heads together; 0 for that of the input.
     """
 
     roles: str
     heads: int
     qk_norm: bool
     dtype: Any = None
+    width: int = 0
 
     @nn.compact
     def __call__(self, x_BSD):
-        d = x_BSD.shape[-1]
+        d = self.width or x_BSD.shape[-1]
         # Heads come first, so that the kernel keeps its sharding over heads when Dense flattens it.
         shape = (self.heads, len(self.roles), d // self.heads)
         axes = ("embed", "heads", None, "head_dim")
@@ -182,17 +185,23 @@ class Stack(nn.Module):
       make: (name=…) → block.
       scan: one compiled body for all blocks, with parameters stacked along a first axis; `scanned` and `unrolled`
         convert between the two layouts.
+      remat: blocks are computed again for the gradient. make must be a functools.partial of the block's class.
     """
 
     make: Callable
     depth: int
     scan: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(self, carry, *rest):
+        make = self.make
+        if self.remat:  # under a scan nothing could merge the two computations anyway
+            block = nn.remat(make.func, prevent_cse=not self.scan)
+            make = functools.partial(block, *make.args, **make.keywords)
         if not self.scan or self.depth == 0:
             for i in range(self.depth):
-                carry = self.make(name=f"block_{i}")(carry, *rest)
+                carry = make(name=f"block_{i}")(carry, *rest)
             return carry
         body = nn.scan(
             _Scanned,
@@ -201,7 +210,7 @@ class Stack(nn.Module):
             in_axes=nn.broadcast,
             length=self.depth,
         )
-        return body(self.make, name="scanned")(carry, *rest)[0]
+        return body(make, name="scanned")(carry, *rest)[0]
 
 
 def scanned(params):

@@ -60,10 +60,15 @@ def causal(num_queries: int, offset: int = 0, start=0) -> Spans:
     return Spans(_rows(start), np.arange(num_queries, dtype=np.int32)[None] + np.int32(offset + 1))
 
 
-def tokens_and_patches(start, end, num_tokens: int, num_patches: int) -> Spans:
+def tokens_and_patches(start, end, num_tokens: int, num_patches: int, *, tokens_see_patches: bool = True) -> Spans:
     """MMDiT with hidden tokens: every row sees tokens [start, end) and all patches, which follow the K tokens.
 
     Args:
       start, end: int32 scalar or [B], in [0, K].
+      tokens_see_patches: False: the rows of the tokens see tokens only.
     """
-    return Spans(_rows(start), _rows(end), _rows(num_tokens), _rows(num_tokens + num_patches))
+    num_keys = num_tokens + num_patches
+    end2 = _rows(num_keys)
+    if not tokens_see_patches:
+        end2 = np.where(np.arange(num_keys) < num_tokens, num_tokens, num_keys).astype(np.int32)[None]
+    return Spans(_rows(start), _rows(end), _rows(num_tokens), end2)

@@ -2,9 +2,9 @@
 noise level and more at another, so that the codes come in an order.
 
 The parts are options of the same modules. The quickstart's choice (coupling by cross-attention, linear mix paths, x0
-prediction with a plain squared error, batch-normalised features, ladder of visible tokens at high noise) is what trains
+prediction with a plain squared error, ladder of visible tokens at high noise) is what trains
 in minutes on two CPU cores; Selftok's (arXiv 2505.07538: joint blocks, velocity, piecewise schedule with the opposite
-direction) is in the settings as well.
+direction) is in the settings as well. `kind: selftok` puts the published networks in the place of the small ones.
 
 Legend: B batch, K tokens, N patches, P values of a patch, D width, d code dimension; H, W, C height, width and channels
 of the latent.
@@ -15,15 +15,18 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddt_jax import settings
 from ddt_jax.diffusion import paths, prediction, solvers, time
-from ddt_jax.diffusion.token_schedule import TokenSchedule
+from ddt_jax.diffusion.token_schedule import TokenSchedule, weigh_gradients
 from ddt_jax.errors import UserError
 from ddt_jax.nn import blocks, embeddings, layers, spans
 from ddt_jax.nn.quantize import VectorQuantizer
-from ddt_jax.tokenizers import base
+from ddt_jax.tokenizers import base, selftok_networks
 from ddt_jax.tokenizers.codec import make_codec
+
+_CODEC = 2  # folded into a key for what the codec draws; 0 and 1 would give the two keys that split does
 
 
 def patchify(x_BHWC, size: int):
@@ -138,7 +141,7 @@ class Network(nn.Module):
 class DDTTokenizer(base.ImageTokenizer):
     """See the module's docstring."""
 
-    def __init__(self, config: settings.DDTTokenizer, image_size: int, batch_size: int):
+    def __init__(self, config: settings.DDTTokenizer | settings.SelftokTokenizer, image_size: int, batch_size: int):
         self.config = config
         self.image_size = image_size
         self.batch_size = batch_size
@@ -151,13 +154,20 @@ class DDTTokenizer(base.ImageTokenizer):
                 f"model.patch_size: {config.patch_size} does not divide data.image_size {image_size} "
                 f"(reduced {self.codec.downsampling}x by the codec); choose a divisor of {self._latent_size}"
             )
-        if config.width % config.heads:
-            raise UserError(f"model.heads: {config.heads} does not divide model.width {config.width}")
+        if isinstance(config, settings.SelftokTokenizer):
+            grid = (self._latent_size // config.patch_size,) * 2
+            selftok_networks.check(config, grid)
+            self._network = selftok_networks.Network(config, grid)
+        else:
+            if config.width % config.heads:
+                raise UserError(f"model.heads: {config.heads} does not divide model.width {config.width}")
+            self._network = Network(config)
         self.loss_weights = {"flow": 1.0, "commitment": config.quantizer.commitment}
         self.quantizer = VectorQuantizer(config.quantizer, config.num_tokens, batch_size)
         self.schedule = TokenSchedule(config.schedule, config.num_tokens)
-        self.cross_example_terms = ("encoder batch norm",) if self.quantizer.normalizes else ()
-        self._network = Network(config)
+        self.loss_weights |= self.quantizer.loss_weights
+        self.cross_example_terms = self.quantizer.cross_example_terms
+        self._one_step = selftok_networks.is_one_step(config)
 
     @property
     def _latent_shape(self):
@@ -166,14 +176,21 @@ class DDTTokenizer(base.ImageTokenizer):
     def init(self, rng):
         params_key, codes_key = jax.random.split(rng)
         example = patchify(jnp.zeros((1, *self._latent_shape)), self.config.patch_size)
-        return self._network.init(params_key, example)["params"], {"codebook": self.quantizer.init(codes_key)}
+        extra = {"codebook": self.quantizer.init(codes_key), **self.codec.init(jax.random.fold_in(rng, _CODEC))}
+        if isinstance(self.config, settings.SelftokTokenizer):
+            extra["released"] = selftok_networks.init_released(self.config)
+        return self._network.init(params_key, example)["params"], extra
 
     def loss_fn(self, params, extra, batch, rng):
         flow, slot_B = self.config.flow, batch["slot"]
-        x0_BNP = self._patches(base.to_float(batch["image"]))
+        codec_keys_B = base.example_keys(jax.random.fold_in(rng, _CODEC), slot_B)
+        x0_BNP = self._patches(extra, base.to_float(batch["image"]), codec_keys_B)
         codes_key, examples_key = jax.random.split(rng)
         z_BKd = self._apply(params, "encode", x0_BNP)
         codes_BKd, _, commitment_BK, stats = self.quantizer.quantize(extra["codebook"], z_BKd, slot_B, codes_key)
+
+        if self.config.token_gradient_weights:
+            codes_BKd = weigh_gradients(codes_BKd, self.schedule.gradient_weights())
 
         # One draw per example holds all its randomness: its noise, then its time, then whether its codes are hidden.
         n, p = x0_BNP.shape[1:]
@@ -181,10 +198,13 @@ class DDTTokenizer(base.ImageTokenizer):
         uniform_BX = jax.vmap(lambda key: paths.uniform(key, n * p + 2, x0_BNP.dtype))(keys_B)
         noise_BNP = paths.to_normal(uniform_BX[:, : n * p]).reshape(x0_BNP.shape)
         u_B = time.sample(flow, uniform_BX[:, n * p], slot_B, self.batch_size)
+        if self._one_step:
+            u_B = jnp.ones_like(u_B)
         t_B = time.shift(u_B, flow.shift)
         start_B, end_B = self.schedule.visible(u_B)
         if flow.condition_drop:
-            drop_B = (1 + uniform_BX[:, n * p + 1]) / 2 < flow.condition_drop
+            # Never at pure noise, as published: there the codes are all there is.
+            drop_B = ((1 + uniform_BX[:, n * p + 1]) / 2 < flow.condition_drop) & (t_B < 1)
             end_B = jnp.where(drop_B, start_B, end_B)
         x_BNP = paths.interpolate(x0_BNP, noise_BNP, t_B)
         predicted_BNP = self._apply(params, "predict", x_BNP, t_B, codes_BKd, start_B, end_B)
@@ -194,18 +214,29 @@ class DDTTokenizer(base.ImageTokenizer):
             error_B = error_B * prediction.loss_weight(flow.prediction, flow.weighting, t_B)
         sums = {"flow": jnp.sum(error_B), "commitment": jnp.sum(commitment_BK)}
         counts = {"flow": jnp.float32(error_B.size), "commitment": jnp.float32(commitment_BK.size)}
-        return sums, counts, {"codebook": stats}
+        diversity = self.quantizer.diversity_terms(extra["codebook"], z_BKd, stats)
+        return sums | diversity, counts | dict.fromkeys(diversity, jnp.float32(1)), {"codebook": stats}
 
     def update_extra(self, extra, stats, rng):
         del rng  # the candidates for revival were drawn in loss_fn
-        return {"codebook": self.quantizer.update(extra["codebook"], stats["codebook"])}
+        return extra | {"codebook": self.quantizer.update(extra["codebook"], stats["codebook"])}
 
     def encode(self, params, extra, images_BHWC):
-        z_BKd = self._apply(params, "encode", self._patches(images_BHWC))
+        z_BKd = self._apply(params, "encode", self._patches(extra, images_BHWC))
         return self.quantizer.encode(extra["codebook"], z_BKd)
 
-    def decode(self, params, extra, codes_BK, rng, *, num_visible=None, steps=None, guidance=None):
-        """See the base class. guidance: scale, static; None: the setting."""
+    def decode(self, params, extra, codes_BK, rng, *, num_visible=None, steps=None, guidance=None, stop_after=None):
+        """See the base class.
+
+        Args:
+          guidance: scale, static; 1 shows the codes, 0 hides them all; None: the setting.
+          stop_after: a preview: the image that is expected after so many of the steps, static; None: all. It costs as
+            many evaluations of the decoder and depends on the tokens that those steps see
+            (`self.schedule.steps_driven`).
+
+        Raises:
+          UserError: if stop_after is not one of the steps.
+        """
         flow, b = self.config.flow, codes_BK.shape[0]
         guidance = flow.guidance if guidance is None else guidance
         codes_BKd = self.quantizer.lookup(extra["codebook"], codes_BK)
@@ -214,26 +245,34 @@ class DDTTokenizer(base.ImageTokenizer):
             base.example_keys(rng, jnp.arange(b))
         )
         u_grid = time.grid(flow.solver_steps if steps is None else steps)
+        if stop_after is not None:
+            if not 1 <= stop_after < len(u_grid):
+                raise UserError(f"decode: stop_after={stop_after} is not between 1 and the {len(u_grid) - 1} steps")
+            # A last step that goes to t = 0 at once ends at the x0 that the solver sees there.
+            u_grid = np.append(u_grid[:stop_after], u_grid[-1])
 
         def velocity(x_BNP, u, t):
             t_B = jnp.full((b,), t)
-            start_B, end_B = self.schedule.visible(jnp.full((b,), u), num_visible)
+            start_B, end_B = self.schedule.visible(jnp.full((b,), u), num_visible, sampling=True)
 
             def at(end_B):
                 predicted = self._apply(params, "predict", x_BNP, t_B, codes_BKd, start_B, end_B)
                 return prediction.to_velocity(flow.prediction, predicted, x_BNP, t_B)
 
-            return at(end_B) if guidance == 1 else solvers.guide(at(end_B), at(start_B), guidance)
+            if guidance in (0, 1):  # one evaluation, and the prediction itself
+                return at(end_B if guidance == 1 else start_B)
+            return solvers.guide(at(end_B), at(start_B), guidance)
 
         x_BNP = patchify(noise_BHWC, size)
         x_BNP = solvers.integrate(velocity, x_BNP, u_grid, time.shift(u_grid, flow.shift), flow.solver)
-        return jnp.clip(self.codec.decode(unpatchify(x_BNP, size, self._latent_size)), -1, 1)
+        latents_Bhwc = unpatchify(x_BNP, size, self._latent_size)
+        return jnp.clip(self.codec.decode(extra.get("codec"), latents_Bhwc), -1, 1)
 
     def extra_metrics(self, extra):
         return self.quantizer.metrics(extra["codebook"])
 
-    def _patches(self, images_BHWC):
-        return patchify(self.codec.encode(images_BHWC), self.config.patch_size)
+    def _patches(self, extra, images_BHWC, keys_B=None):
+        return patchify(self.codec.encode(extra.get("codec"), images_BHWC, keys_B), self.config.patch_size)
 
     def _apply(self, params, method, *args):
         return self._network.apply({"params": params}, *args, method=method)

@@ -61,7 +61,8 @@ class LinearTokenizer(base.ImageTokenizer):
         self.codebook_size = config.quantizer.codebook_size
         self.loss_weights = {"reconstruction": 1.0, "commitment": config.quantizer.commitment}
         self.quantizer = VectorQuantizer(config.quantizer, config.num_tokens, batch_size)
-        self.cross_example_terms = ("encoder batch norm",) if self.quantizer.normalizes else ()
+        self.loss_weights |= self.quantizer.loss_weights
+        self.cross_example_terms = self.quantizer.cross_example_terms
         self._maps = _Maps(
             num_tokens=config.num_tokens,
             code_dim=config.quantizer.code_dim,
@@ -84,14 +85,15 @@ class LinearTokenizer(base.ImageTokenizer):
         keys = base.example_keys(noise_key, batch["slot"])
         noise_BP = jax.vmap(lambda key: jax.random.normal(key, x_BP.shape[1:], x_BP.dtype))(keys)
         z_BKD = self._apply(params, x_BP + _NOISE * noise_BP, "encode")
-        z_BKD, _, commitment_BK, stats = self.quantizer.quantize(extra["codebook"], z_BKD, batch["slot"], codes_key)
-        y_BP = self._apply(params, z_BKD, "decode")
+        codes_BKD, _, commitment_BK, stats = self.quantizer.quantize(extra["codebook"], z_BKD, batch["slot"], codes_key)
+        y_BP = self._apply(params, codes_BKD, "decode")
         sums = {
             "reconstruction": jnp.sum(jnp.mean(jnp.square(y_BP - x_BP), axis=-1)),
             "commitment": commitment_BK.sum(),
         }
         counts = {"reconstruction": jnp.float32(x_BP.shape[0]), "commitment": jnp.float32(commitment_BK.size)}
-        return sums, counts, {"codebook": stats}
+        diversity = self.quantizer.diversity_terms(extra["codebook"], z_BKD, stats)
+        return sums | diversity, counts | dict.fromkeys(diversity, jnp.float32(1)), {"codebook": stats}
 
     def update_extra(self, extra, stats, rng):
         del rng  # the candidates for revival were drawn in loss_fn

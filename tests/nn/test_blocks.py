@@ -118,6 +118,22 @@ def test_scanned_equals_unrolled_and_converts_both_ways(case):
     jax.tree.map(np.testing.assert_array_equal, blocks.unrolled(stacked), values)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_blocks_that_are_computed_again_have_the_same_gradients_and_keep_less(scan):
+    make, args = encoder_case()
+    kept, again = blocks.Stack(make, 3, scan), blocks.Stack(make, 3, scan, remat=True)
+    values = noisy(kept, *args)
+
+    def loss(stack):
+        return lambda values: jnp.sum(jnp.sin(stack.apply({"params": values}, *args)))
+
+    gradients = [jax.tree.leaves(jax.jit(jax.grad(loss(stack)))(values)) for stack in (kept, again)]
+    for a, b in zip(*gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    saved = [len(jax.tree.leaves(jax.eval_shape(lambda v, s=s: jax.vjp(loss(s), v)[1], values))) for s in (kept, again)]
+    assert saved[1] < saved[0]
+
+
 def test_scanned_layers_start_different_from_each_other():
     make, args = encoder_case()
     kernel = init(blocks.Stack(make, 2, scan=True), *args)["scanned"]["block"]["mlp"]["up"]["kernel"]

@@ -103,6 +103,25 @@ def test_published_form_accumulates_and_batch_norm_says_that_it_cannot():
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-5, atol=1e-5), *parts, whole)
 
 
+def test_diversity_is_part_of_the_loss_and_says_that_it_cannot_accumulate():
+    quantizer = replace(PUBLISHED.quantizer, diversity=1.0, entropy_groups=2, entropy_ramp=(0.9, 1.1))
+    config = replace(PUBLISHED, quantizer=quantizer)
+    tokenizer, params, extra = build(config)
+    assert tokenizer.cross_example_terms == ("code entropy",)
+    extra = {"codebook": extra["codebook"] | {"initialized": jnp.bool_(True)}}
+
+    def diversity(params):
+        sums, counts, _ = tokenizer.loss_fn(params, extra, make_batch(), jax.random.key(1))
+        terms = {n: sums[n] / counts[n] for n in tokenizer.loss_weights}
+        assert set(terms) == {"flow", "commitment", "diversity"}
+        return terms["diversity"]
+
+    value, gradient = jax.jit(jax.value_and_grad(diversity))(params)
+    assert np.log(16) / 4 < -float(value) <= np.log(16) / 2 + 1e-6
+    assert max(np.abs(g).max() for g in jax.tree.leaves(gradient["encoder"])) > 1e-6
+    assert max(np.abs(g).max() for g in jax.tree.leaves(gradient["decoder"])) == 0
+
+
 def test_a_perfect_decoder_has_no_loss_and_the_target_is_the_one_configured():
     tokenizer, (_, params, extra) = base.make_tokenizer(QUICK, SIZE, B), build(QUICK)
     batch = make_batch()

@@ -1,4 +1,4 @@
-"""The train step of every config compiles for four chips of a TPU v5e, on a machine that has none.
+"""The train step of every config for small images compiles for four chips of a TPU v5e, on a machine that has none.
 
 libtpu holds the real compiler, and abstract devices need no hardware. It lives in an environment of its own
 (`make test-tpu`), because with libtpu installed every ordinary JAX program looks for a TPU.
@@ -12,7 +12,9 @@ import pytest
 pytestmark = pytest.mark.tpu_compile
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+# The released tokenizer needs a pod, and its compilation for 64 chips had not ended after 8 minutes on two cores;
+# tests/tokenizers/test_selftok_networks.py traces its step instead.
+CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.py")} - {"ddt_selftok_256.py"})
 TOPOLOGY = "v5e:2x2"
 HBM_BYTES = 16e9  # of one v5e chip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -20,7 +22,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 @pytest.fixture(scope="session")
 def chips():
-    """Abstract devices. The variables tell libtpu not to look for real ones; they count when it is loaded, here."""
+    """Abstract devices. The variables tell libtpu, when it is loaded here, not to look for real ones."""
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",

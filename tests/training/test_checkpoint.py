@@ -1,5 +1,6 @@
 """Checkpoints are trusted only when what comes back is what was saved."""
 
+import gc
 import json
 
 import jax
@@ -14,6 +15,13 @@ from ddt_jax.training.checkpoint import Checkpoints, digest
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
 )
+
+
+@pytest.fixture(autouse=True)
+def collect():
+    """Collects those coroutines here, where their remarks are ignored, and not in whatever test comes later."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,30 @@ LINEAR = settings.LinearTokenizer(quantizer=settings.Quantizer(normalize_input="
 DDT = settings.DDTTokenizer(
     width=32, heads=2, num_tokens=8, encoder_depth=1, decoder_depth=1, quantizer=settings.Quantizer(codebook_size=64)
 )
+SELFTOK = settings.SelftokTokenizer(
+    num_tokens=8,
+    encoder=settings.SelftokEncoder(depth=2, image_width=16, image_heads=2, width=32, heads=2, position_grid=8),
+    decoder=settings.SelftokDecoder(depth=2, width=32, heads=2, position_grid=8),
+    quantizer=settings.Quantizer(
+        codebook_size=64,
+        normalize_input="none",
+        diversity=1.0,
+        entropy_groups=4,
+        revive_below=0.2,
+        revive_from="perplexity",
+        revive_count="threshold",
+        init="when_varied",
+        init_variance=1e-4,  # reached within the test
+    ),
+    schedule=settings.Schedule(kind="uniform", direction="selftok"),
+    codec=settings.VAECodec(
+        preset="custom",
+        sizes=settings.Autoencoder(
+            block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_groups=4, scaling_factor=1.0
+        ),
+        random_weights=True,
+    ),
+)
 STEPS = 20
 
 
@@ -78,6 +102,17 @@ def test_every_mesh_gives_the_single_device_curve_of_ddt(mesh, coupling):
     losses, _ = curve(make(model, mesh))
     single, _ = curve(make(model, devices=jax.devices()[:1]))
     np.testing.assert_allclose(losses, single, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_published_networks_on_latents_give_the_single_device_curve():
+    losses, state = curve(make(SELFTOK, settings.Mesh(data=2, fsdp=4)), steps=10)
+    single, alone = curve(make(SELFTOK, devices=jax.devices()[:1]), steps=10)
+    np.testing.assert_allclose(losses, single, rtol=1e-5)
+    assert losses[-1] < losses[0]
+    assert state.extra["codebook"]["initialized"], "codes were never taken from the data: their losses went untested"
+    for a, b in zip(jax.tree.leaves(state.extra["codec"]), jax.tree.leaves(alone.extra["codec"]), strict=True):
+        np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))  # frozen: no sum over devices touched it
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])

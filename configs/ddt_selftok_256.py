@@ -1,0 +1,39 @@
+"""The released Selftok tokenizer at 256 px: 512 tokens of 32,768 codes, 2.2 B parameters. Hardware: a pod.
+
+Needs the autoencoder of SD3 as `--config.model.codec.weights=FILE.safetensors` (diffusers' layout), and ImageNet as
+Parquet files, here in the data folder; elsewhere with `--config.data.source=parquet:...` and `data.eval_source`.
+
+Networks, quantizer, schedule, batch and betas are the released ones (arXiv 2505.07538 and its inference code). Where
+the letter can't train or is not known: codes are taken from the data once the features of different images differ
+(`model.quantizer.init="first_batch"` is the letter), one rate serves all parameters (published: 1e-5 for the image
+stream of the decoder, 5e-5 for the rest), and the decoder starts from scratch, not from SD3. It has never been trained
+to its end here, so no figure is given. The published headline figures are those of the one-step renderer.
+"""
+
+from ddt_jax import config, settings
+
+
+def get_config():
+    c = config.defaults()
+    c.name = "ddt_selftok_256"
+    c.data.source = "parquet:${DDT_JAX_DATA}/imagenet/train-*.parquet"
+    c.data.eval_source = "parquet:${DDT_JAX_DATA}/imagenet/val-*.parquet"
+    c.data.image_size = 256
+    c.data.threads = 16
+    c.model = config.defaults(settings.SelftokTokenizer)
+    c.model.dtype = "bfloat16"
+    c.model.codec.dtype = "bfloat16"
+    c.optimizer.name = "adamw"
+    c.optimizer.lr = 5e-5
+    c.optimizer.schedule = "constant"
+    c.optimizer.warmup = 1000
+    c.optimizer.b1, c.optimizer.b2 = 0.9, 0.99
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip_norm = 0.0
+    c.train.steps = 100_000
+    c.train.batch_size = 384
+    c.train.ema = 0.9999
+    c.train.log_every = 100
+    c.train.checkpoint_every = 1000
+    c.evaluate.images = 50_000
+    return c
