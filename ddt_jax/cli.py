@@ -16,6 +16,7 @@ EXIT_USER = 2
 
 _CONFIG_HELP = "config file, FILE.py or FILE.py:VARIANT; change single settings with --config.NAME.NAME=VALUE"
 _WORKDIR_HELP = "directory of the run: its config, log, checkpoints and results"
+_PUBLISHED = ("selftok",)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +85,32 @@ def _parser() -> argparse.ArgumentParser:
         choices=("digest", "list"),
         help="digest: a SHA-256 of the newest one: step, parameters, optimizer, average, codebook; list: their steps",
     )
+    p = verb(
+        "import",
+        "make a run out of a published checkpoint",
+        workdir=True,
+        report=True,
+        more="The workdir gets a config and a checkpoint at step 0, for evaluate, reconstruct, export and train. "
+        "The published Selftok tokenizers work on latents of SD3's autoencoder, which is not in their files: "
+        "--config.model.codec.weights=FILE.safetensors.",
+    )
+    p.add_argument("kind", choices=_PUBLISHED, help="whose checkpoint it is")
+    p.add_argument("--from", required=True, dest="file", metavar="FILE", help="the .pth file")
+    p.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"{_CONFIG_HELP} (default: the released model with 512 tokens at 256 px, without a weight average)",
+    )
+    p = verb(
+        "export",
+        "write the newest checkpoint in a published layout",
+        workdir=True,
+        report=True,
+        more="Of a run that keeps a weight average it is the average that is written, as it is what evaluate measures. "
+        "The codec is not part of the file.",
+    )
+    p.add_argument("kind", choices=_PUBLISHED, help="whose layout")
+    p.add_argument("--to", required=True, dest="file", metavar="FILE", help="the .pth file to write")
     return parser
 
 
@@ -176,6 +203,27 @@ def _checkpoint(args, overrides) -> int:
     return 0
 
 
+def _import(args, overrides) -> int:
+    from ddt_jax import config, experiment
+
+    s = config.load(args.config, overrides) if args.config else experiment.released_settings(overrides)
+    result = experiment.import_selftok(s, args.file, args.workdir)
+    text = f"{result['tensors']:,} tensors, {result['parameters']:,} parameters: {args.workdir} at step 0"
+    _report(args, result, text)
+    return 0
+
+
+def _export(args, overrides) -> int:
+    from ddt_jax import experiment
+
+    if overrides:
+        raise UserError(f"--config.{overrides[0][0]}: export writes what the run has and takes no settings")
+    result = experiment.export_selftok(args.workdir, args.file)
+    text = f"step {result['step']:,}, {result['weights']}, {result['tensors']:,} tensors: {result['written']}"
+    _report(args, result, text)
+    return 0
+
+
 _VERBS = {
     "train": _train,
     "evaluate": _evaluate,
@@ -183,6 +231,8 @@ _VERBS = {
     "data": _data,
     "config": _config,
     "checkpoint": _checkpoint,
+    "import": _import,
+    "export": _export,
 }
 
 

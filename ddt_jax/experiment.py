@@ -21,7 +21,8 @@ from ddt_jax import mesh as meshes
 from ddt_jax.data.base import open_source
 from ddt_jax.data.loader import Loader
 from ddt_jax.errors import UserError
-from ddt_jax.io import atomic
+from ddt_jax.interop import diffusers_vae, selftok
+from ddt_jax.io import atomic, torch_file
 from ddt_jax.nn import params as params_lib
 from ddt_jax.tokenizers.base import make_tokenizer
 from ddt_jax.training import checkpoint, loop, writers
@@ -44,10 +45,27 @@ class Built:
     step: Any  # jitted (state, batch) → (state, metrics)
     fallbacks: list
 
+    def codec_weights(self):
+        """The weights of a frozen codec from their file, NumPy arrays; None where no file is named.
+
+        Raises:
+          UserError: if that file does not hold them.
+        """
+        codec = getattr(self.model, "codec", None)
+        file = getattr(codec, "weights", "")
+        return diffusers_vae.read(file, codec.sizes) if file else None
+
     def init(self) -> TrainState:
-        """A fresh state, made on the devices where it belongs."""
+        """A fresh state, made on the devices where it belongs. Raises UserError as `codec_weights`."""
+        weights = self.codec_weights()
+        # Runs once: on CPU, optimizing its code takes longer than the code itself.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._init, out_shardings=self.shardings)()
+            state = jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)()
+            if weights is None:
+                return state
+            codec_params = jax.tree.map(meshes.put_whole, weights, self.abstract.extra["codec"])
+            return state.replace(extra=state.extra | {"codec": codec_params})
 
     def _init(self):
         s = self.settings
@@ -103,7 +121,7 @@ def train(s: settings.Experiment, workdir: str) -> dict:
     root = epath.Path(workdir)
     source = _open(s, s.data.source)
     loader = _loader(source, s)
-    _claim(root, tree)
+    _claim(root, tree, built)
     note = _to_stderr if first else lambda line: None
     points = checkpoint.Checkpoints(workdir, s.train, note)
     with jax.set_mesh(built.mesh):
@@ -242,6 +260,78 @@ def reconstruct(
     return {"codes": {f: c.tolist() for f, c in zip(files, codes, strict=True)}, "written": out}
 
 
+def released_settings(overrides: tuple[tuple[str, str], ...] = ()) -> settings.Experiment:
+    """Settings of a run with the released Selftok tokenizer, for who has no config of their own.
+
+    There is no weight average: nothing has been trained here. Evaluation is set to ImageNet in the data folder.
+    """
+    images = "parquet:${DDT_JAX_DATA}/imagenet"
+    s = settings.Experiment(
+        name="selftok",
+        model=settings.SelftokTokenizer(),
+        data=settings.Data(source=f"{images}/train-*.parquet", eval_source=f"{images}/val-*.parquet", image_size=256),
+        optimizer=settings.Optimizer(name="adamw", lr=5e-5, weight_decay=0.0, clip_norm=0.0),
+        train=settings.Train(ema=0.0),
+    )
+    return config.from_dict(config.override(config.dump(s), overrides))
+
+
+def import_selftok(s: settings.Experiment, file: str, workdir: str) -> dict:
+    """Writes a published Selftok checkpoint as a run that has taken no step: its config and a checkpoint at step 0.
+
+    The optimizer is fresh, and the weight average, where the settings have one, starts at the weights.
+
+    Returns:
+      "step", "tensors" in the file, "parameters", "workdir".
+
+    Raises:
+      UserError: if the file does not hold what the settings need, or the workdir holds a run already.
+    """
+    built = build(replace(s, mesh=settings.Mesh()), jax.devices()[:1])
+    arrays = selftok.read(file)
+    tensors = selftok.layout(s.model, _model_state(built.abstract, built.abstract.params))
+    selftok.check(arrays, tensors, file)
+    tree = config.dump(s)
+    _claim(epath.Path(workdir), tree, built)
+    points = checkpoint.Checkpoints(workdir, s.train, _to_stderr)
+    try:
+        if steps := points.steps():
+            raise UserError(f"workdir: {workdir} holds a run at step {steps[-1]:,} already; use another --workdir")
+        with jax.set_mesh(built.mesh):
+            state = built.init()
+            filled = selftok.fill(arrays, tensors, _model_state(state, state.params), meshes.put_whole)
+            state = state.replace(**filled, ema=None if state.ema is None else filled["params"])
+            points.save(state, tree)
+    finally:
+        points.close()
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(built.abstract.params))
+    return {"step": 0, "tensors": len(arrays), "parameters": count, "workdir": str(workdir)}
+
+
+def export_selftok(workdir: str, file: str) -> dict:
+    """Writes the newest checkpoint as a file in the layout of published Selftok checkpoints.
+
+    Returns:
+      "step", "tensors", "weights" ("average" where the run has one, else "parameters"), "written".
+
+    Raises:
+      UserError: if the run has no published counterpart, or the file cannot be written.
+    """
+    built, state = restore(workdir)
+    with jax.set_mesh(built.mesh):
+        arrays = selftok.to_arrays(_model_state(state, weights(state)), built.settings.model)
+    try:
+        torch_file.save(file, arrays)
+    except OSError as error:
+        raise UserError(f"export: cannot write {file}: {error.strerror or error}") from error
+    which = "parameters" if state.ema is None else "average"
+    return {"step": int(state.step), "tensors": len(arrays), "weights": which, "written": str(file)}
+
+
+def _model_state(state: TrainState, params) -> dict:
+    return {"params": params, "extra": state.extra}
+
+
 def look_at_data(s: settings.Experiment, split: str, count: int, out: str) -> dict:
     """Counts of a source, a grid of its first examples in training order, and how fast they load."""
     from ddt_jax.evaluation import pictures
@@ -332,11 +422,12 @@ def _step_inputs(batches: Iterator[dict]) -> Iterator[dict]:
         yield {"image": batch["image"], "slot": batch["slot"]}
 
 
-def _claim(root, tree: dict) -> None:
+def _claim(root, tree: dict, built: Built) -> None:
     """Writes the config of a new run; refuses to go on with another one's.
 
     Raises:
-      UserError: if the directory holds a run with other settings, or cannot be written.
+      UserError: if the directory holds a run with other settings, or cannot be written; or as `codec_weights`: a run
+        that cannot begin for that must not keep the directory from the one with the right file.
     """
     path = root / "config.json"
     if path.exists():
@@ -346,6 +437,8 @@ def _claim(root, tree: dict) -> None:
             raise UserError(
                 f"workdir: {root} holds a run with other settings ({names}); use another --workdir or its settings"
             )
+    else:
+        built.codec_weights()
     if jax.process_index() == 0:
         try:
             root.mkdir(parents=True, exist_ok=True)
