@@ -349,8 +349,8 @@ from ddt_jax.settings import Data
 loader = Loader(open_source("digits:train", image_size=8), Data(image_size=8, workers=1), batch_size=8, seed=0)
 iterator = loader.iterate(0)
 next(iterator)
-print("ready", flush=True)
 try:
+    print("ready", flush=True)  # inside: from here on the test may interrupt
     while True:
         next(iterator)
         time.sleep(0.01)
