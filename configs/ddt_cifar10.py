@@ -1,4 +1,7 @@
-"""DDT tokenizer on CIFAR-10 from Parquet files: 64 tokens of 4,096 codes. Hardware: 2 CPU cores, about 10 minutes."""
+"""DDT tokenizer on CIFAR-10 from Parquet files: 64 tokens of 4,096 codes. Hardware: 2 CPU cores, 8 to 10 minutes.
+
+Expect 22.3 dB on the last shard, where PCA with 32 coefficients gives 19.9 (docs/soak/cifar10.json).
+"""
 
 from ddt_jax import config
 
