@@ -40,7 +40,7 @@ def test_a_fresh_run_holds_the_weights_of_the_file(tmp_path, monkeypatch):
 def test_a_run_whose_weights_are_not_there_leaves_the_workdir_to_the_next_one(tmp_path):
     codec = settings.VAECodec(preset="custom", sizes=SIZES, weights=str(tmp_path / "none.safetensors"))
     model = settings.DDTTokenizer(num_tokens=2, width=8, heads=1, encoder_depth=1, decoder_depth=1, codec=codec)
-    s = settings.Experiment(model=model, data=settings.Data(image_size=16))
+    s = settings.Experiment(model=model, data=settings.Data(source="digits:train", image_size=16))
     with pytest.raises(UserError, match="none.safetensors does not exist"):
         experiment.train(s, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
