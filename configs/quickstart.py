@@ -1,6 +1,6 @@
 """DDT tokenizer on procedural scenes at 32 px: 16 tokens of 512 codes. Hardware: 2 CPU cores.
 
-Expect 28.3 dB and 96 % of the scenes read back right after 4 to 6 minutes (docs/soak/quickstart.json).
+Expect 28.4 dB and 97 % of the scenes read back right after 4 to 5 minutes (docs/soak/quickstart.json).
 """
 
 from ddt_jax import config
