@@ -31,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout, whatever else is installed
 PATIENCE = 10  # seconds in which the children of a run may follow it
+POLL = 0.01  # seconds between two looks at what a run has written
 SAVED = 75  # exit code of a run that was asked to stop and has saved
 
 
@@ -84,11 +85,13 @@ class Outcome:
     session: int
 
 
-def run(args: list[str], *, after: float | None = None, send: signal.Signals = signal.SIGKILL) -> Outcome:
+def run(
+    args: list[str], *, after: float | Callable[[], bool] | None = None, send: signal.Signals = signal.SIGKILL
+) -> Outcome:
     """Runs a command in a session of its own and shows what it says.
 
     Args:
-      after: send it a signal after so many seconds, if it still runs then.
+      after: send it a signal after so many seconds, or once this is true, if it still runs then.
     """
     start, complaints = time.monotonic(), []
     child = subprocess.Popen(
@@ -106,11 +109,15 @@ def run(args: list[str], *, after: float | None = None, send: signal.Signals = s
     for reader in readers:
         reader.start()
     try:
-        try:
-            code = child.wait(after)
-        except subprocess.TimeoutExpired:
+        if callable(after):
+            while child.poll() is None and not after():
+                time.sleep(POLL)
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(after)
+        if child.poll() is None:
             child.send_signal(send)
-            code = child.wait()
+        code = child.wait()
         seconds = time.monotonic() - start
         leftover = session_members(child.pid, patience=PATIENCE)
     finally:
@@ -239,50 +246,94 @@ def cifar10(options, folder: Path) -> dict:
 
 
 def kill(options, folder: Path) -> dict:
-    """SIGKILL at random moments, start-up and saving included; each time the same command goes on."""
+    """SIGKILL again and again; each time the same command goes on. One kill in five hits the start-up, the others hit
+    random steps, from the last checkpoint to some checkpoints later, saves included.
+    """
     rng = random.Random(options.seeds[0])
-    overrides = [f"--config.seed={options.seeds[0]}", *options.overrides]
+    steps, every, reach = 200, 10, 40
+    overrides = [f"--config.seed={options.seeds[0]}", f"--config.train.steps={steps}", *options.overrides]
+    overrides += [f"--config.train.checkpoint_every={every}", "--config.train.log_every=1"]
 
     def train(workdir):
         return command("train", "--config", "configs/smoke.py", "--workdir", str(workdir), *overrides)
 
     undisturbed = must(run(train(folder / "undisturbed")), "the undisturbed run")
-    wanted, length = digest(folder / "undisturbed"), undisturbed.seconds
-    note(f"undisturbed: {length:.1f} s, digest {wanted[:16]}")
+    wanted, log = digest(folder / "undisturbed"), (folder / "undisturbed" / "metrics.jsonl").read_bytes()
+    note(f"undisturbed: {undisturbed.seconds:.1f} s, digest {wanted[:16]}")
 
     kills, ends, outcomes, runs, began = [], [], [undisturbed], 0, time.monotonic()
     workdir = folder / "killed0"
     while True:
         enough = len(kills) >= options.kills
-        outcome = run(train(workdir), after=None if enough else rng.uniform(0.1, 1.0) * length)
+        saved = max(saved_steps(workdir), default=0)
+        moment = None if enough else next_kill(rng, workdir, saved, reach, undisturbed.seconds)
+        outcome = run(train(workdir), after=moment)
         outcomes.append(outcome)
         if outcome.code == -signal.SIGKILL:
-            kills.append({"run": runs, "after_seconds": round(outcome.seconds, 2), "checkpoints": saved_steps(workdir)})
+            at = logged_step(workdir)
+            kills.append({"run": runs, "after_seconds": round(outcome.seconds, 2), "went_on_from": saved, "step": at})
             left = (time.monotonic() - began) / len(kills) * (options.kills - len(kills)) / 60
-            saved = kills[-1]["checkpoints"]
-            note(f"kill {len(kills)} of {options.kills}, checkpoints {saved}; about {left:.0f} min left")
+            note(f"kill {len(kills)} of {options.kills}: from step {saved} to {at}; about {left:.0f} min left")
             continue
         must(outcome, f"run {runs} after {sum(k['run'] == runs for k in kills)} kills")
-        ends.append({"run": runs, "kills": sum(k["run"] == runs for k in kills), "digest": digest(workdir)})
-        note(f"run {runs} reached its end after {ends[-1]['kills']} kills, digest {ends[-1]['digest'][:16]}")
+        same = (workdir / "metrics.jsonl").read_bytes() == log
+        count = sum(k["run"] == runs for k in kills)
+        ends.append({"run": runs, "kills": count, "digest": digest(workdir), "same_log": same})
+        note(f"run {runs} reached its end after {count} kills, digest {ends[-1]['digest'][:16]}")
         if enough:
             break
         shutil.rmtree(workdir)
         runs += 1
         workdir = folder / f"killed{runs}"
-    different = sum(end["digest"] != wanted for end in ends if end["kills"])
-    disturbed = sum(end["kills"] > 0 for end in ends)
+    disturbed = [end for end in ends if end["kills"]]
     return {
         "config": "configs/smoke.py",
         "seeds": options.seeds[:1],
-        "results": {"digest": wanted, "undisturbed_seconds": round(length, 1), "kills": kills, "ends": ends},
+        "results": {
+            "digest": wanted,
+            "undisturbed_seconds": round(undisturbed.seconds, 1),
+            "kills": kills,
+            "ends": ends,
+        },
         "gates": [
             at_least("kills", len(kills), options.kills),
-            at_least("runs that were killed and reached their end", disturbed, 1),
-            at_most("of these, with another digest", different, 0),
+            at_least(
+                "of these, of a run that had gone on from a checkpoint",
+                sum(k["went_on_from"] > 0 for k in kills),
+                options.kills // 3,
+            ),
+            at_least("runs that were killed and reached their end", len(disturbed), 1),
+            at_most("of these, with another digest", sum(end["digest"] != wanted for end in disturbed), 0),
+            at_most("of these, with another log", sum(not end["same_log"] for end in disturbed), 0),
             *quiet(outcomes),
         ],
     }
+
+
+def next_kill(rng: random.Random, workdir: Path, saved: int, reach: int, seconds: float) -> float | Callable[[], bool]:
+    """When the next kill is due: see `run`."""
+    if rng.random() < 0.2:
+        return rng.uniform(0.1, 0.5) * seconds
+    step, delay = saved + rng.randint(1, reach), rng.uniform(0, 0.3)
+    before = (workdir / "metrics.jsonl").stat().st_mtime_ns if (workdir / "metrics.jsonl").exists() else 0
+    due = None
+
+    def reached():
+        nonlocal due
+        path = workdir / "metrics.jsonl"
+        # The log of the killed run may be ahead of its checkpoint, until the new one cuts it back.
+        if due is None and path.exists() and path.stat().st_mtime_ns > before and logged_step(workdir) >= step:
+            due = time.monotonic() + delay
+        return due is not None and time.monotonic() >= due
+
+    return reached
+
+
+def logged_step(workdir: Path) -> int:
+    """The last step in a run's log; 0 without one."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last line may be half written
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def train_and_evaluate(config: str, workdir: Path, seed: int, options, minutes: float | None = None):

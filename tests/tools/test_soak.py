@@ -9,21 +9,27 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Counts to 20 and keeps every tenth count; with WRONG only the undisturbed run has the right digest.
+# Counts to 60 and keeps every tenth count, with a log; with WRONG only the undisturbed run has the right digest, with
+# FORGETS a killed one begins anew each time.
 STAND_IN = """
-import os, pathlib, sys, time
+import json, os, pathlib, sys, time
 workdir = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
-kept = workdir / "checkpoints"
+kept, log = workdir / "checkpoints", workdir / "metrics.jsonl"
 kept.mkdir(parents=True, exist_ok=True)
-step = max([int(p.name) for p in kept.iterdir()], default=0)
 if sys.argv[1] == "checkpoint":
     print((workdir / "digest").read_text())
     sys.exit()
-while step < 20:
+time.sleep(0.05)
+step = max([int(p.name) for p in kept.iterdir()], default=0)
+lines = log.read_text().splitlines()[:step] if log.exists() else []
+log.write_text("".join(line + "\\n" for line in lines))
+while step < 60:
     step += 1
-    time.sleep(0.02)
-    if step % 10 == 0:
-        (kept / str(step)).mkdir()
+    time.sleep(0.01)
+    with log.open("a") as file:
+        file.write(json.dumps({"step": step}) + "\\n")
+    if step % 10 == 0 and not ("FORGETS" in os.environ and workdir.name != "undisturbed"):
+        (kept / str(step)).mkdir(exist_ok=True)
 (workdir / "digest").write_text("other" if "WRONG" in os.environ and workdir.name != "undisturbed" else "same")
 """
 
@@ -41,7 +47,10 @@ def soak(monkeypatch, tmp_path):
 def test_kill_counts_compares_and_says_where_it_was_made(soak, tmp_path):
     assert soak.main(["kill", "--kills", "3", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "kill.json").read_text())
-    assert len(record["results"]["kills"]) == 3
+    kills = record["results"]["kills"]
+    assert len(kills) == 3
+    assert any(k["went_on_from"] > 0 for k in kills)
+    assert all(k["step"] >= k["went_on_from"] for k in kills)
     assert record["passed"] and record["machine"]["cores"] and record["machine"]["versions"]["jax"]
     assert {"commit", "dirty", "date", "command", "seeds", "config", "wall_seconds"} <= set(record)
 
@@ -49,6 +58,13 @@ def test_kill_counts_compares_and_says_where_it_was_made(soak, tmp_path):
 def test_another_digest_misses_the_gate(soak, tmp_path, monkeypatch):
     monkeypatch.setenv("WRONG", "1")
     assert soak.main(["kill", "--kills", "1", "--out", str(tmp_path)]) == 1
+
+
+def test_kills_of_which_none_met_a_checkpoint_prove_nothing(soak, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORGETS", "1")
+    assert soak.main(["kill", "--kills", "3", "--out", str(tmp_path)]) == 1
+    missed = [g["gate"] for g in json.loads((tmp_path / "kill.json").read_text())["gates"] if not g["passed"]]
+    assert missed == ["of these, of a run that had gone on from a checkpoint"]
 
 
 def test_a_missed_gate_is_recorded_and_is_a_failure(soak, tmp_path, monkeypatch):
