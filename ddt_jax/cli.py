@@ -109,8 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         more="Of a run that keeps a weight average it is the average that is written, as it is what evaluate measures. "
         "The codec is not part of the file.",
     )
-    p.add_argument("kind", choices=_PUBLISHED, help="whose layout")
-    p.add_argument("--to", required=True, dest="file", metavar="FILE", help="the .pth file to write")
+    p.add_argument(
+        "kind", choices=(*_PUBLISHED, "vae"), help="whose layout; vae: diffusers', of a run that trains an autoencoder"
+    )
+    p.add_argument("--to", required=True, dest="file", metavar="PATH", help="the .pth file, or vae's folder, to write")
     return parser
 
 
@@ -218,9 +220,16 @@ def _export(args, overrides) -> int:
 
     if overrides:
         raise UserError(f"--config.{overrides[0][0]}: export writes what the run has and takes no settings")
-    result = experiment.export_selftok(args.workdir, args.file)
-    text = f"step {result['step']:,}, {result['weights']}, {result['tensors']:,} tensors: {result['written']}"
-    _report(args, result, text)
+    write = {"selftok": experiment.export_selftok, "vae": experiment.export_vae}[args.kind]
+    result = write(args.workdir, args.file)
+    lines = [f"step {result['step']:,}, {result['weights']}, {result['tensors']:,} tensors: {result['written']}"]
+    if "codec" in result:
+        lines += [
+            f"latents measured on {result['images']:,} images; in the config of a tokenizer on them:",
+            f"    c.model.codec = config.defaults(settings.VAECodec, preset='custom', weights={args.file!r})",
+            f"    c.model.codec.sizes = {result['codec']['sizes']}",
+        ]
+    _report(args, result, "\n".join(lines))
     return 0
 
 

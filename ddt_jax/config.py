@@ -219,6 +219,7 @@ def _check(e: settings.Experiment):
             raise UserError(f"config: {message}")
 
     t, m, d = e.train, e.model, e.data
+    quantizer = getattr(m, "quantizer", settings.Quantizer())
     for key, value in {
         "train.steps": t.steps,
         "train.batch_size": t.batch_size,
@@ -229,9 +230,9 @@ def _check(e: settings.Experiment):
         "data.image_size": d.image_size,
         "data.prefetch": d.prefetch,
         "data.threads": d.threads,
-        "model.num_tokens": m.num_tokens,
-        "model.quantizer.codebook_size": m.quantizer.codebook_size,
-        "model.quantizer.code_dim": m.quantizer.code_dim,
+        "model.num_tokens": getattr(m, "num_tokens", 1),
+        "model.quantizer.codebook_size": quantizer.codebook_size,
+        "model.quantizer.code_dim": quantizer.code_dim,
         "evaluate.images": e.evaluate.images,
         "evaluate.batch_size": e.evaluate.batch_size,
     }.items():
@@ -258,5 +259,9 @@ def _check(e: settings.Experiment):
             d.image_size % m.patch_size == 0,
             f"data.image_size={d.image_size} is not a multiple of model.patch_size={m.patch_size}",
         )
+    need(
+        not (isinstance(m, settings.VAE) and e.evaluate.verifier),
+        "evaluate.verifier=True judges tokenizers, model.kind='vae' is none; set evaluate.verifier=False",
+    )
     if isinstance(m, settings.DDTTokenizer):
         need(m.width % m.heads == 0, f"model.width={m.width} is not a multiple of model.heads={m.heads}")

@@ -24,7 +24,7 @@ from ddt_jax.errors import UserError
 from ddt_jax.interop import diffusers_vae, selftok
 from ddt_jax.io import atomic, torch_file
 from ddt_jax.nn import params as params_lib
-from ddt_jax.tokenizers.base import make_tokenizer
+from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
 from ddt_jax.training import checkpoint, loop, writers
 from ddt_jax.training import optimizer as optimizers
@@ -211,8 +211,9 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     atomic.write_text(root / "results.md", report.markdown())
     written = [root / "results.json", root / "results.md", root / "reconstructions.png"]
     pictures.save_png(report.picture(), root / "reconstructions.png")
-    pictures.tokens_plot(results["psnr_by_tokens"], root / "psnr_by_tokens.png")
-    written.append(root / "psnr_by_tokens.png")
+    if "psnr_by_tokens" in results:
+        pictures.tokens_plot(results["psnr_by_tokens"], root / "psnr_by_tokens.png")
+        written.append(root / "psnr_by_tokens.png")
     if (root / "metrics.jsonl").exists():
         pictures.loss_curve(root / "metrics.jsonl", root / "loss.png")
         written.append(root / "loss.png")
@@ -231,17 +232,17 @@ def checkpoint_steps(workdir: str) -> list[int]:
 def reconstruct(
     workdir: str, files: list[str], out: str | None = None, overrides: tuple[tuple[str, str], ...] = ()
 ) -> dict:
-    """Encodes image files and decodes them from growing numbers of tokens.
+    """Encodes image files and decodes them, from growing numbers of tokens where there are tokens.
 
     Returns:
-      "codes" per file, and "written", the picture.
+      "codes" per file, none of an autoencoder, and "written", the picture.
 
     Raises:
       UserError: for a file that is missing or no image.
     """
     from ddt_jax.data.base import BadRecord
     from ddt_jax.data.images import prepare
-    from ddt_jax.evaluation import pictures
+    from ddt_jax.evaluation import autoencoding, pictures
     from ddt_jax.evaluation.reconstruction import reconstruct_prefixes
 
     built, state = restore(workdir, overrides)
@@ -257,10 +258,13 @@ def reconstruct(
             raise UserError(f"reconstruct: {file} cannot be read: {error}") from error
     originals = np.stack(images)
     with jax.set_mesh(built.mesh):
-        codes, by_tokens = reconstruct_prefixes(built.model, weights(state), state.extra, originals, s.evaluate)
+        if isinstance(built.model, ImageTokenizer):
+            codes, decoded = reconstruct_prefixes(built.model, weights(state), state.extra, originals, s.evaluate)
+        else:
+            codes, decoded = (), {"latent": autoencoding.reconstruct(built.model, weights(state), originals)}
     out = out or str(epath.Path(workdir) / "reconstruct.png")
-    pictures.save_png(pictures.reconstruction_grid(originals, by_tokens), out)
-    return {"codes": {f: c.tolist() for f, c in zip(files, codes, strict=True)}, "written": out}
+    pictures.save_png(pictures.reconstruction_grid(originals, decoded), out)
+    return {"codes": {f: c.tolist() for f, c in zip(files, codes, strict=False)}, "written": out}
 
 
 def released_settings(overrides: tuple[tuple[str, str], ...] = ()) -> settings.Experiment:
@@ -331,6 +335,34 @@ def export_selftok(workdir: str, file: str) -> dict:
     return {"step": int(state.step), "tensors": len(arrays), "weights": which, "written": str(file)}
 
 
+def export_vae(workdir: str, folder: str) -> dict:
+    """Writes the newest checkpoint of an autoencoder as a folder in diffusers' layout, its latents' scale measured.
+
+    Returns:
+      "step", "tensors", "images" that were measured, "weights" as `export_selftok`, "codec": the settings with which
+      a tokenizer works on these latents, "written".
+
+    Raises:
+      UserError: if the run holds no autoencoder, or the folder cannot be written.
+    """
+    built, state = restore(workdir)
+    if not isinstance(built.settings.model, settings.VAE):
+        raise UserError(f"export: {workdir} holds a model of kind {built.settings.model.kind!r}, not 'vae'")
+    found = _reconstruct(built, state).results
+    scaled = {"scaling_factor": 1 / found["latent_std"], "shift_factor": found["latent_mean"]}
+    sizes = replace(built.settings.model.sizes, **scaled)
+    params = jax.device_get(built.model.autoencoder_params(weights(state)))
+    try:
+        written = diffusers_vae.write(folder, params, sizes)
+    except OSError as error:
+        raise UserError(f"export: cannot write {folder}: {error.strerror or error}") from error
+    codec = config.dump(settings.VAECodec(preset="custom", sizes=sizes, weights=str(folder)))
+    which = "parameters" if state.ema is None else "average"
+    tensors = len(jax.tree.leaves(params))
+    result = {"step": int(state.step), "tensors": tensors, "images": found["n"], "weights": which}
+    return result | {"codec": codec, "written": str(written)}
+
+
 def _model_state(state: TrainState, params) -> dict:
     return {"params": params, "extra": state.extra}
 
@@ -360,21 +392,19 @@ def look_at_data(s: settings.Experiment, split: str, count: int, out: str) -> di
 
 
 def _reconstruct(built: Built, state: TrainState, progress=None):
+    from ddt_jax.evaluation.autoencoding import evaluate_autoencoder
     from ddt_jax.evaluation.reconstruction import evaluate_reconstruction
 
     s = built.settings
     source = _open(s, s.data.eval_source)
-    loader = _loader(source, s)
+    batches = _loader(source, s).eval_batches(s.evaluate.images, s.evaluate.batch_size)
+    how = {"put": lambda batch: meshes.put_batch(batch, built.mesh), "progress": progress}
     with jax.set_mesh(built.mesh):
+        if not isinstance(built.model, ImageTokenizer):
+            return evaluate_autoencoder(built.model, weights(state), batches, s.evaluate, **how)
+        verifier = _verifier(source) if s.evaluate.verifier else None
         return evaluate_reconstruction(
-            built.model,
-            weights(state),
-            state.extra,
-            loader.eval_batches(s.evaluate.images, s.evaluate.batch_size),
-            s.evaluate,
-            put=lambda batch: meshes.put_batch(batch, built.mesh),
-            verifier=_verifier(source) if s.evaluate.verifier else None,
-            progress=progress,
+            built.model, weights(state), state.extra, batches, s.evaluate, verifier=verifier, **how
         )
 
 

@@ -258,6 +258,48 @@ class SelftokTokenizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpatialTokenizer:
+    """A code for each place of a grid, by the convolutional encoder and decoder of an autoencoder (VQGAN).
+
+    Defaults: one code for 16 x 16 pixels, of 16,384 with 8 dimensions, as in LlamaGen.
+    """
+
+    kind: Literal["spatial"] = "spatial"
+    block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512)  # from the image's resolution down by halves
+    layers_per_block: int = 2
+    norm_groups: int = 32
+    remat: bool = False  # compute a residual block again for its gradient rather than keep what it computed
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    quantizer: Quantizer = field(
+        default_factory=lambda: Quantizer(
+            codebook_size=16384,
+            decay=0.99,
+            commitment=0.25 / 8,  # 0.25 on unit vectors; ours have length sqrt(code_dim)
+            normalize_input="none",
+        )
+    )
+    image_loss: ImageLoss = field(
+        default_factory=lambda: ImageLoss(lpips_weight=1.0, lpips_weight_late=1.0, late_from=20_000)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAE:
+    """The convolutional KL autoencoder under latent tokenizers, trained from scratch. Defaults: SD3's sizes."""
+
+    kind: Literal["vae"] = "vae"
+    sizes: Autoencoder = field(
+        default_factory=lambda: Autoencoder(scaling_factor=1.0, shift_factor=0.0)  # both are measured at export
+    )
+    kl_weight: float = 1e-6  # of the nats per value of a pixel (Stable Diffusion's weight, which is for sums over both)
+    remat: bool = False  # compute a residual block again for its gradient rather than keep what it computed
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    image_loss: ImageLoss = field(
+        default_factory=lambda: ImageLoss(pixel="l1", lpips_weight=1.0, lpips_weight_late=1.0, late_from=50_000)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinearTokenizer:
     """A linear autoencoder with a codebook: the smallest thing with every kind of state. For tests of the machinery."""
 
@@ -327,7 +369,9 @@ class Experiment:
     seed: int = 0
     mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
-    model: DDTTokenizer | SelftokTokenizer | LinearTokenizer = field(default_factory=DDTTokenizer)
+    model: DDTTokenizer | SelftokTokenizer | SpatialTokenizer | VAE | LinearTokenizer = field(
+        default_factory=DDTTokenizer
+    )
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)

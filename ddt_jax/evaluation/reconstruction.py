@@ -161,7 +161,7 @@ def evaluate_reconstruction(
         slot_B = np.asarray(batch.get("slot", np.arange(b) + b * jax.process_index()), np.int32)
         on_device = put({"image": image_BHWC, "slot": slot_B})
         by_rows = on_device["image"].sharding
-        codes_BK = _local(run.encode(params, extra, on_device["image"]), by_rows)
+        codes_BK = local_rows(run.encode(params, extra, on_device["image"]), by_rows)
         wrong_BK, previous_K = _codes_of_the_image_before(codes_BK, valid_B, previous_K)
 
         def start(codes_BK, k, index_B=index_B):
@@ -175,11 +175,14 @@ def evaluate_reconstruction(
         if run.commitment is not None:
             row["commitment"] = np.full(b, float(run.commitment(params, extra, on_device)))
 
-        decoded = {k: _local(image, by_rows) for k, image in decoded.items()}
+        decoded = {k: local_rows(image, by_rows) for k, image in decoded.items()}
         for k, image in decoded.items():
-            row[f"psnr/{k}"], row[f"ssim/{k}"] = metrics.psnr(image_BHWC, image), _ssim(image_BHWC, image)
+            row[f"psnr/{k}"], row[f"ssim/{k}"] = (
+                metrics.psnr(image_BHWC, image),
+                ssim_where_it_exists(image_BHWC, image),
+            )
         for name, image in controls.items():
-            row[f"psnr/{name}"] = metrics.psnr(image_BHWC, _local(image, by_rows))
+            row[f"psnr/{name}"] = metrics.psnr(image_BHWC, local_rows(image, by_rows))
         if verifier is not None:
             row |= _verify(verifier, "original", image_BHWC, index_B, valid_B)
             row |= _verify(verifier, "decoded", decoded[k_all], index_B, valid_B)
@@ -190,7 +193,7 @@ def evaluate_reconstruction(
         if progress is not None:
             progress(f"{seen:,} images")
 
-    table = _gather(rows)
+    table = gather_rows(rows)
     results = _summary(table, shown, tokenizer.codebook_size)
     p = settings.pictures
     originals = np.concatenate([image for image, _ in kept])[:p]
@@ -251,7 +254,8 @@ def _codes_of_the_image_before(codes_BK, valid_B, previous_K):
     return wrong_BK, previous_K
 
 
-def _ssim(a_BHWC, b_BHWC):
+def ssim_where_it_exists(a_BHWC, b_BHWC):
+    """SSIM [B]; NaN for images that are smaller than its window."""
     if min(a_BHWC.shape[1:3]) < metrics.SSIM_WINDOW:
         return np.full(len(a_BHWC), np.nan)
     return metrics.ssim(a_BHWC, b_BHWC)
@@ -266,7 +270,7 @@ def _verify(verifier, of, image_BHWC, index_B, valid_B):
     return columns
 
 
-def _local(array, by_rows) -> np.ndarray:
+def local_rows(array, by_rows) -> np.ndarray:
     """This process's rows of a global array, in order. by_rows: how the rows of the batch were put."""
     if array.is_fully_addressable:
         return np.asarray(array)
@@ -276,7 +280,7 @@ def _local(array, by_rows) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def _gather(rows) -> dict[str, np.ndarray]:
+def gather_rows(rows) -> dict[str, np.ndarray]:
     """Columns over the valid rows of all batches and processes."""
     if not rows:
         raise ValueError("evaluation: there are no images")
@@ -305,13 +309,13 @@ def _summary(table, shown, codebook_size) -> dict[str, Any]:
     usage = metrics.codebook_usage(table["codes"], codebook_size)
     results = {
         "n": n,
-        "psnr": _mean(table[f"psnr/{all_tokens}"]),
+        "psnr": mean_of(table[f"psnr/{all_tokens}"]),
         "psnr_standard_error": float(np.std(table[f"psnr/{all_tokens}"]) / np.sqrt(n)),
-        "ssim": _mean(table[f"ssim/{all_tokens}"]),
-        "psnr_by_tokens": {str(k): _mean(table[f"psnr/{k}"]) for k in shown},
-        "ssim_by_tokens": {str(k): _mean(table[f"ssim/{k}"]) for k in shown},
-        "psnr_shuffled_codes": _mean(table["psnr/shuffled"]),
-        "psnr_wrong_image_codes": _mean(table["psnr/wrong"]),
+        "ssim": mean_of(table[f"ssim/{all_tokens}"]),
+        "psnr_by_tokens": {str(k): mean_of(table[f"psnr/{k}"]) for k in shown},
+        "ssim_by_tokens": {str(k): mean_of(table[f"ssim/{k}"]) for k in shown},
+        "psnr_shuffled_codes": mean_of(table["psnr/shuffled"]),
+        "psnr_wrong_image_codes": mean_of(table["psnr/wrong"]),
     }
     results["psnr_drop_shuffled"] = results["psnr"] - results["psnr_shuffled_codes"]
     results |= {
@@ -320,7 +324,7 @@ def _summary(table, shown, codebook_size) -> dict[str, Any]:
         "codebook_perplexity": usage["perplexity"],
         "codebook_used_by_position": usage["used_by_position"],
         "codebook_perplexity_by_position": usage["perplexity_by_position"],
-        "commitment_distance": _mean(table["commitment"]) if "commitment" in table else None,
+        "commitment_distance": mean_of(table["commitment"]) if "commitment" in table else None,
     }
     for of, suffix in (("decoded", ""), ("original", "_originals")):
         for column in [name for name in table if name.startswith(f"{of}/")]:
@@ -331,7 +335,7 @@ def _summary(table, shown, codebook_size) -> dict[str, Any]:
     return results
 
 
-def _mean(column):
-    """Over the values that exist; None if there are none."""
+def mean_of(column):
+    """Mean over the values that exist; None if there are none."""
     exists = column[~np.isnan(column)]
     return float(exists.mean()) if len(exists) else None

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ddt_jax import settings
+from ddt_jax.errors import UserError
 from ddt_jax.nn import layers, spans
 from ddt_jax.nn.attention import attend
 from ddt_jax.nn.params import declare
@@ -45,6 +46,12 @@ class Posterior(NamedTuple):
         shape, dtype = self.mean.shape[1:], self.mean.dtype
         noise_Bhwc = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys_B)
         return self.mean + jnp.exp(0.5 * self.logvar) * noise_Bhwc
+
+
+def kl_divergence(posterior: Posterior):
+    """Nats [B] from a standard normal distribution, over all elements of a latent."""
+    square_Bhwc = jnp.square(posterior.mean) + jnp.exp(posterior.logvar) - 1 - posterior.logvar
+    return 0.5 * jnp.sum(square_Bhwc, axis=(1, 2, 3))
 
 
 class Conv(nn.Module):
@@ -131,18 +138,24 @@ class AttentionBlock(nn.Module):
         return x_BHWC + y_BSC.reshape(b, h, w, c)
 
 
+def _resnet(remat: bool):
+    """The class of the residual blocks; remat: computed again for the gradient rather than kept."""
+    return nn.remat(ResNetBlock) if remat else ResNetBlock
+
+
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
     groups: int
     dtype: Any = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x_BHWC):
-        c = x_BHWC.shape[-1]
-        x_BHWC = ResNetBlock(c, self.groups, self.dtype, name="resnet_0")(x_BHWC)
+        c, block = x_BHWC.shape[-1], _resnet(self.remat)
+        x_BHWC = block(c, self.groups, self.dtype, name="resnet_0")(x_BHWC)
         x_BHWC = AttentionBlock(self.groups, self.dtype, name="attention")(x_BHWC)
-        return ResNetBlock(c, self.groups, self.dtype, name="resnet_1")(x_BHWC)
+        return block(c, self.groups, self.dtype, name="resnet_1")(x_BHWC)
 
 
 class Level(nn.Module):
@@ -153,11 +166,13 @@ class Level(nn.Module):
     groups: int
     change: str
     dtype: Any = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x_BHWC):
         for i in range(self.blocks):
-            x_BHWC = ResNetBlock(self.features, self.groups, self.dtype, name=f"resnet_{i}")(x_BHWC)
+            block = _resnet(self.remat)
+            x_BHWC = block(self.features, self.groups, self.dtype, name=f"resnet_{i}")(x_BHWC)
         axes = ("embed", "embed_out")
         if self.change == "down":
             # One row and column of zeros behind the image only: the published weights were trained so.
@@ -171,10 +186,16 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, H, W, 3] → [B, h, w, 2 c]."""
+    """Images [B, H, W, 3] → [B, h, w, moments c].
+
+    Attributes:
+      moments: 2 for mean and log-variance of the latents, 1 for the latents themselves.
+    """
 
     config: settings.Autoencoder
     dtype: Any = None
+    remat: bool = False
+    moments: int = 2
 
     @nn.compact
     def __call__(self, x_BHWC):
@@ -182,11 +203,12 @@ class Encoder(nn.Module):
         x_BHWC = Conv(widths[0], ("patch", "embed"), dtype=self.dtype, name="conv_in")(x_BHWC)
         for i, width in enumerate(widths):
             change = "down" if i + 1 < len(widths) else ""
-            level = Level(width, s.layers_per_block, s.norm_groups, change, self.dtype, name=f"down_{i}")
+            options = (s.norm_groups, change, self.dtype, self.remat)
+            level = Level(width, s.layers_per_block, *options, name=f"down_{i}")
             x_BHWC = level(x_BHWC)
-        x_BHWC = Middle(s.norm_groups, self.dtype, name="mid")(x_BHWC)
+        x_BHWC = Middle(s.norm_groups, self.dtype, self.remat, name="mid")(x_BHWC)
         x_BHWC = nn.silu(GroupNorm(s.norm_groups, "embed", name="norm_out")(x_BHWC))
-        return Conv(2 * s.latent_channels, ("embed", "patch"), dtype=self.dtype, name="conv_out")(x_BHWC)
+        return Conv(self.moments * s.latent_channels, ("embed", "patch"), dtype=self.dtype, name="conv_out")(x_BHWC)
 
 
 class Decoder(nn.Module):
@@ -194,15 +216,17 @@ class Decoder(nn.Module):
 
     config: settings.Autoencoder
     dtype: Any = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x_BHWC):
         s, widths = self.config, self.config.block_out_channels[::-1]
         x_BHWC = Conv(widths[0], ("patch", "embed"), dtype=self.dtype, name="conv_in")(x_BHWC)
-        x_BHWC = Middle(s.norm_groups, self.dtype, name="mid")(x_BHWC)
+        x_BHWC = Middle(s.norm_groups, self.dtype, self.remat, name="mid")(x_BHWC)
         for i, width in enumerate(widths):
             change = "up" if i + 1 < len(widths) else ""
-            level = Level(width, s.layers_per_block + 1, s.norm_groups, change, self.dtype, name=f"up_{i}")
+            options = (s.norm_groups, change, self.dtype, self.remat)
+            level = Level(width, s.layers_per_block + 1, *options, name=f"up_{i}")
             x_BHWC = level(x_BHWC)
         x_BHWC = nn.silu(GroupNorm(s.norm_groups, "embed", name="norm_out")(x_BHWC))
         return Conv(_IMAGE_CHANNELS, ("embed", "patch"), dtype=self.dtype, name="conv_out")(x_BHWC)
@@ -214,15 +238,17 @@ class Autoencoder(nn.Module):
     Attributes:
       config: sizes; `PRESETS` has the published ones.
       dtype: of the activations; None follows the inputs.
+      remat: compute a residual block again for its gradient rather than keep what it computed.
     """
 
     config: settings.Autoencoder
     dtype: Any = None
+    remat: bool = False
 
     def setup(self):
         s = self.config
-        self.encoder = Encoder(s, self.dtype)
-        self.decoder = Decoder(s, self.dtype)
+        self.encoder = Encoder(s, self.dtype, self.remat)
+        self.decoder = Decoder(s, self.dtype, self.remat)
         if s.use_quant_conv:
             axes = ("patch", "patch")
             self.quant_conv = Conv(2 * s.latent_channels, axes, size=1, dtype=self.dtype)
@@ -250,6 +276,25 @@ class Autoencoder(nn.Module):
     def __call__(self, images_BHWC):
         """Images → images through the mode. Also what touches every parameter once, for `init`."""
         return self.decode(self.encode(images_BHWC).mode())
+
+
+def check(config: settings.Autoencoder, name: str) -> None:
+    """Raises UserError if these sizes, called `name` in the settings, are of no network."""
+    uneven = [w for w in config.block_out_channels if w < 1 or w % config.norm_groups]
+    if uneven or not config.block_out_channels:
+        raise UserError(
+            f"config: {name}.block_out_channels={config.block_out_channels} must be multiples of "
+            f"{name}.norm_groups={config.norm_groups}"
+        )
+
+
+def check_divides(config: settings.Autoencoder, image_size: int) -> None:
+    """Raises UserError if images of this size do not become whole latents."""
+    if image_size % downsampling(config):
+        raise UserError(
+            f"config: data.image_size={image_size} is not a multiple of {downsampling(config)}, "
+            f"by which {len(config.block_out_channels)} levels of the autoencoder reduce it"
+        )
 
 
 def downsampling(config: settings.Autoencoder) -> int:

@@ -14,23 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddt_jax import settings
 from ddt_jax.tokenizers.image_loss import ImageLoss
 
 # kind of the settings → module and class; imported when asked for, so that one tokenizer never pays for another.
 _REGISTRY = {
     "ddt": ("ddt_jax.tokenizers.ddt", "DDTTokenizer"),
     "selftok": ("ddt_jax.tokenizers.ddt", "DDTTokenizer"),
+    "spatial": ("ddt_jax.tokenizers.spatial", "SpatialTokenizer"),
+    "vae": ("ddt_jax.tokenizers.vae", "VAE"),
     "linear": ("ddt_jax.tokenizers.linear", "LinearTokenizer"),
 }
 
 
-class ImageTokenizer(abc.ABC):
-    """Interface of all image tokenizers.
+class ImageModel(abc.ABC):
+    """What the train step, a state and its checkpoints need of a model of images.
 
     Attributes:
-      num_tokens: codes per image, K.
-      codebook_size: how many codes there are.
       image_size: height and width of the images.
       loss_weights: weight of each ratio sums[name] / counts[name] that belongs to the loss, a number or a function of
         the optimizer step (int32, traced); other ratios are only logged.
@@ -40,8 +39,6 @@ class ImageTokenizer(abc.ABC):
         params["discriminator"]: gradients of the two sides are kept apart in `loss_fn`, so one gradient serves both.
     """
 
-    num_tokens: int
-    codebook_size: int
     image_size: int
     loss_weights: dict[str, float | Callable]
     cross_example_terms: tuple[str, ...] = ()
@@ -70,6 +67,23 @@ class ImageTokenizer(abc.ABC):
     def update_extra(self, extra, stats, rng):
         """The state after an optimizer step, from the statistics of the whole global batch. rng: the step's key."""
 
+    def extra_metrics(self, extra) -> dict[str, Any]:
+        """Scalars about the state that are worth logging, computed on device."""
+        del extra
+        return {}
+
+
+class ImageTokenizer(ImageModel):
+    """Interface of all image tokenizers: what writes an image into codes.
+
+    Attributes:
+      num_tokens: codes per image, K.
+      codebook_size: how many codes there are.
+    """
+
+    num_tokens: int
+    codebook_size: int
+
     @abc.abstractmethod
     def encode(self, params, extra, images_BHWC):
         """Codes int32 [B, K] of images float [B, H, W, C] in [-1, 1]."""
@@ -82,13 +96,9 @@ class ImageTokenizer(abc.ABC):
           rng: key of the sampler's noise, of which row b of the batch uses fold_in(rng, b); or keys [B], one for each
             row, so that an image's noise does not depend on the batch it is in (`example_keys` takes both).
           num_visible: int32 scalar or [B], may be traced: only so many of the coarsest tokens are ever shown. None:
-          all. steps: solver steps, static; None: the setting.
+            all.
+          steps: solver steps, static; None: the setting.
         """
-
-    def extra_metrics(self, extra) -> dict[str, Any]:
-        """Scalars about the state that are worth logging, computed on device."""
-        del extra
-        return {}
 
 
 def to_float(image):
@@ -111,12 +121,8 @@ def example_keys(rng, slot_B):
     return jax.vmap(lambda s: jax.random.fold_in(rng, s))(slot_B)
 
 
-def make_tokenizer(
-    model: settings.DDTTokenizer | settings.SelftokTokenizer | settings.LinearTokenizer,
-    image_size: int,
-    batch_size: int,
-):
-    """The tokenizer that `model.kind` names.
+def make_tokenizer(model, image_size: int, batch_size: int) -> ImageModel:
+    """The tokenizer, or the autoencoder under one, that `model.kind` names.
 
     Args:
       model: settings of the model.

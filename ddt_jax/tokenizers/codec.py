@@ -89,12 +89,7 @@ class VAECodec(LatentCodec):
                 "set model.codec.preset='custom'"
             )
         self.sizes = config.sizes if config.preset == "custom" else autoencoder.PRESETS[config.preset]
-        uneven = [w for w in self.sizes.block_out_channels if w < 1 or w % self.sizes.norm_groups]
-        if uneven or not self.sizes.block_out_channels:
-            raise UserError(
-                f"config: model.codec.sizes.block_out_channels={self.sizes.block_out_channels} must be multiples of "
-                f"model.codec.sizes.norm_groups={self.sizes.norm_groups}"
-            )
+        autoencoder.check(self.sizes, "model.codec.sizes")
         self.weights = config.weights
         self.channels = self.sizes.latent_channels
         self.downsampling = autoencoder.downsampling(self.sizes)

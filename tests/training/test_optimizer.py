@@ -1,5 +1,7 @@
 """Which parameter gets which optimizer, and what an update is."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ MATRIX = Declaration(axes=("embed", "mlp"), group="matrix", matrix=((-2,), (-1,)
 STACK = Declaration(axes=("layers", "embed", None, "heads", "head_dim"), group="matrix", matrix=((-4,), (-2, -1)))
 BIAS = Declaration(axes=("mlp",), decay=False)
 FROZEN = Declaration(axes=("mlp",), group="frozen")
+JUDGE = Declaration(axes=("mlp",), group="discriminator")
 
 
 def one_update(declarations, params, grads, **kwargs):
@@ -63,6 +66,49 @@ def test_lr_scale_multiplies_the_whole_update():
     p, g = {"w": jnp.ones((4,))}, {"w": jnp.ones((4,))}
     full = one_update({"w": Declaration(axes=("mlp",))}, p, g)["w"]
     np.testing.assert_allclose(one_update({"w": slow}, p, g)["w"], 0.1 * full, rtol=1e-6)
+
+
+def clipped_update(scale_w, scale_judge):
+    """First update of a parameter and a discriminator whose gradients have these lengths; plain descent shows them."""
+    s = settings.Optimizer(name="adamw", lr=1.0, warmup=0, schedule="constant", clip_norm=1.0, eps=1e3)
+    s = dataclasses.replace(s, discriminator=settings.DiscriminatorOptimizer(lr=0.5, clip_norm=2.0))
+    declarations, params = {"w": BIAS, "discriminator": JUDGE}, {"w": jnp.ones((4,)), "discriminator": jnp.ones((4,))}
+    tx = make_optimizer(s, 10, declarations)
+    grads = {"w": jnp.full((4,), scale_w / 2), "discriminator": jnp.full((4,), scale_judge / 2)}
+    updates = tx.update(grads, tx.init(params), params)[0]
+    # With such an epsilon Adam's first step is the gradient / epsilon.
+    return [float(jnp.linalg.norm(updates[name])) * 1e3 for name in ("w", "discriminator")]
+
+
+def test_a_discriminator_is_clipped_by_itself():
+    np.testing.assert_allclose(clipped_update(100.0, 100.0), [1.0, 0.5 * 2.0], rtol=2e-3)
+    np.testing.assert_allclose(clipped_update(100.0, 0.1), [1.0, 0.5 * 0.1], rtol=2e-3)
+    np.testing.assert_allclose(clipped_update(0.1, 100.0), [0.1, 0.5 * 2.0], rtol=2e-3)
+
+
+def test_a_discriminator_has_adam_without_decay_and_its_own_rate_and_betas():
+    s = settings.Optimizer(lr=1.0, warmup=0, schedule="constant", clip_norm=0.0, weight_decay=0.1)
+    s = dataclasses.replace(s, discriminator=settings.DiscriminatorOptimizer(lr=0.25, b1=0.5, b2=0.9, clip_norm=0.0))
+    params = {"w": jnp.ones((4, 4)), "discriminator": jnp.ones((4,))}
+    tx, own = make_optimizer(s, 10, {"w": MATRIX, "discriminator": JUDGE}), optax.adam(0.25, b1=0.5, b2=0.9)
+    state, own_state = tx.init(params), own.init(params["discriminator"])
+    for step in range(3):
+        grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(step), p.shape), params)  # noqa: B023
+        updates, state = tx.update(grads, state, params)
+        expected, own_state = own.update(grads["discriminator"], own_state)
+        np.testing.assert_allclose(updates["discriminator"], expected, rtol=1e-5)
+
+
+def test_without_a_discriminator_the_state_has_no_place_for_one():
+    """Checkpoints of runs that never heard of discriminators go on."""
+
+    def places(declarations):
+        tx = make_optimizer(settings.Optimizer(name="adamw"), 10, declarations)
+        state = tx.init(jax.tree.map(lambda d: jnp.ones((4,)), declarations))
+        return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+
+    assert not [p for p in places({"w": BIAS}) if "discriminator" in p]
+    assert [p for p in places({"w": BIAS, "d": JUDGE}) if "discriminator" in p]
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])

@@ -42,7 +42,18 @@ SELFTOK = settings.SelftokTokenizer(
         random_weights=True,
     ),
 )
-STEPS = 20
+# Judged by pixels and, from its fourth step on, by a discriminator, with noise of its own for each example.
+VAE = settings.VAE(
+    sizes=settings.Autoencoder(block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_groups=4),
+    image_loss=settings.ImageLoss(
+        lpips_weight=0.0,
+        lpips_weight_late=0.0,
+        late_from=3,
+        r1_weight=1.0,
+        discriminator=settings.Discriminator(width=8, layers=2, norm_groups=4),
+    ),
+)
+STEPS, JUDGED_STEPS = 20, 8
 
 
 def make(model=LINEAR, mesh=settings.Mesh(), devices=None, **train):  # noqa: B008 - frozen
@@ -113,6 +124,53 @@ def test_the_published_networks_on_latents_give_the_single_device_curve():
     assert state.extra["codebook"]["initialized"], "codes were never taken from the data: their losses went untested"
     for a, b in zip(jax.tree.leaves(state.extra["codec"]), jax.tree.leaves(alone.extra["codec"]), strict=True):
         np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))  # frozen: no sum over devices touched it
+
+
+@pytest.fixture(scope="module")
+def judged():
+    return curve(make(VAE, devices=jax.devices()[:1]), steps=JUDGED_STEPS)
+
+
+def same_judged_curve(built, judged):
+    losses, state = curve(built, steps=JUDGED_STEPS)
+    np.testing.assert_allclose(losses, judged[0], rtol=1e-4)  # Adam's first steps divide rounding by rounding
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(judged[1].params), strict=True):
+        np.testing.assert_allclose(jax.device_get(a), jax.device_get(b), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_single_device_curve_of_adversaries(judged):
+    same_judged_curve(make(VAE, settings.Mesh(fsdp=4, tensor=2)), judged)
+
+
+@pytest.mark.slow
+def test_micro_batches_of_adversaries_add_up_to_the_whole(judged):
+    same_judged_curve(make(VAE, settings.Mesh(fsdp=2, data=4), accumulate=2), judged)
+
+
+def test_weights_of_the_loss_and_the_discriminator_follow_the_step():
+    built = make(VAE, devices=jax.devices()[:1])
+    with jax.set_mesh(built.mesh):
+        state = built.init()
+        for step in range(5):
+            before = jax.device_get(state.params["discriminator"])
+            state, metrics = built.step(state, batch_of(step))
+            m = {name: float(value) for name, value in metrics.items()}
+            late = step >= 3
+            weights = {"pixel": 1, "adversarial": 0.5 * late, "discriminator": late, "r1": late, "kl": 1e-6}
+            np.testing.assert_allclose(m["loss"], sum(w * m[n] for n, w in weights.items()), rtol=1e-5)
+            assert m["grad_norm"] > 0 and (m["grad_norm_discriminator"] > 0) == late, step
+            after = jax.device_get(state.params["discriminator"])
+            moved = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)]
+            assert any(moved) == late, step
+
+
+def test_the_norm_of_one_side_is_not_that_of_both():
+    from ddt_jax.training.tokenizer_step import _norms
+
+    tree = {"encoder": {"w": jnp.full((4,), 3.0)}, "discriminator": jnp.full((4,), 8.0)}
+    assert _norms("grad_norm", tree) == {"grad_norm": 6.0, "grad_norm_discriminator": 16.0}
+    assert _norms("grad_norm", tree["encoder"]) == {"grad_norm": 6.0}
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
