@@ -27,7 +27,7 @@ def images(size=16):
 
 def make(config=GAN, size=16):
     loss = ImageLoss(config, size)
-    boxed, extra = loss.init(jax.random.key(0))
+    boxed, extra = jax.jit(loss.init)(jax.random.key(0))
     return loss, *declared.split(boxed), extra
 
 
@@ -36,7 +36,8 @@ def make(config=GAN, size=16):
 def test_each_side_moves_only_what_is_its_own(name):
     loss, params, _, extra = make()
     fake, real = images()
-    by_params, by_fake = jax.grad(lambda p, f: loss.terms(p, extra, f, real)[0][name], (0, 1))(params, fake)
+    grad = jax.jit(jax.grad(lambda p, f: loss.terms(p, extra, f, real)[0][name], (0, 1)))
+    by_params, by_fake = grad(params, fake)
     moved = {
         "discriminator": max(float(jnp.abs(g).max()) for g in jax.tree.leaves(by_params)),
         "decoded": float(jnp.abs(by_fake).max()),
@@ -67,12 +68,11 @@ def test_r1_is_the_squared_slope_at_originals():
     fake, real = images()
     found = loss.terms(params, extra, fake, real)[0]["r1"]
     judge = lambda x: loss._adversary.apply({"params": params["discriminator"]}, x[None]).mean()  # noqa: E731
-    # Slope along each of many random directions: its mean square times the number of pixels is the squared length.
-    expected = sum(float(jnp.square(jax.grad(judge)(x)).sum()) for x in real)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    step = 1e-2 * jax.grad(judge)(real[0])
+    slope = jax.jit(jax.grad(judge))
+    np.testing.assert_allclose(found, sum(float(jnp.square(slope(x)).sum()) for x in real), rtol=1e-4)
+    step = 1e-2 * slope(real[0])  # a step along the slope rises by its squared length
     rise = judge(real[0] + step) - judge(real[0] - step)
-    np.testing.assert_allclose(rise / 2e-2, jnp.square(jax.grad(judge)(real[0])).sum(), rtol=1e-2)
+    np.testing.assert_allclose(rise / 2e-2, jnp.square(slope(real[0])).sum(), rtol=1e-2)
 
 
 def test_the_published_schedule_switches_at_its_step():
@@ -127,7 +127,8 @@ def test_lpips_is_the_distance_of_frozen_weights():
     expected = lpips.distance(weights["lpips"], fake, real, backbone="alexnet")
     assert expected.min() > 0
     np.testing.assert_allclose(sums["lpips"], expected.sum(), rtol=1e-5)
-    by_weights, by_fake = jax.grad(lambda e, f: loss.terms({}, e, f, real)[0]["lpips"], (0, 1))(weights, fake)
+    grad = jax.jit(jax.grad(lambda e, f: loss.terms({}, e, f, real)[0]["lpips"], (0, 1)))
+    by_weights, by_fake = grad(weights, fake)
     assert all((g == 0).all() for g in jax.tree.leaves(by_weights)) and jnp.abs(by_fake).max() > 0
 
 

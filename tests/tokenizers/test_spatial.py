@@ -7,6 +7,7 @@ import pytest
 
 from ddt_jax import settings
 from ddt_jax.errors import UserError
+from ddt_jax.nn import autoencoder
 from ddt_jax.nn import params as declared
 from ddt_jax.tokenizers.spatial import SpatialTokenizer
 
@@ -17,6 +18,8 @@ CONFIG = settings.SpatialTokenizer(
     quantizer=settings.Quantizer(code_dim=4, codebook_size=16, normalize_input="none"),
     image_loss=settings.ImageLoss(lpips_weight=0.0, lpips_weight_late=0.0, adversarial_weight_late=0.0),
 )
+
+SIZES = settings.Autoencoder(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_groups=4)
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +40,21 @@ def test_sizes_follow_from_the_image(made):
         SpatialTokenizer(CONFIG, 9, 4)
 
 
-def test_token_k_is_the_place_in_row_k_over_4(made):
-    """Encoder and decoder without attention and norms would be local; here the nearest places move most."""
+def test_tokens_are_places_in_raster_order(made):
     tokenizer, params, extra = made
-    codes = jnp.zeros((1, 16), jnp.int32)
-    decode = lambda codes: np.asarray(tokenizer.decode(params, extra, codes, None))[0]  # noqa: E731
-    for k in (0, 6, 13):
-        change = np.abs(decode(codes.at[0, k].set(5)) - decode(codes)).sum(-1).reshape(4, 2, 4, 2).sum((1, 3))
-        assert np.unravel_index(change.argmax(), (4, 4)) == (k // 4, k % 4)
+    images = jax.random.normal(jax.random.key(1), (1, 8, 8, 3))
+    book = np.asarray(extra["codebook"]["codes"])
+    features = autoencoder.Encoder(SIZES, moments=1).apply({"params": params["encoder"]}, images)
+    codes = np.asarray(tokenizer.encode(params, extra, images))
+    grid = np.zeros((1, 4, 4, 4), np.float32)
+    for row in range(4):
+        for column in range(4):
+            code = codes[0, 4 * row + column]
+            assert code == np.argmax(book @ np.asarray(features)[0, row, column])
+            grid[0, row, column] = 2 * book[code]  # times the root of the 4 dimensions
+    assert len(np.unique(codes)) > 1
+    decoded = autoencoder.Decoder(SIZES).apply({"params": params["decoder"]}, grid)
+    np.testing.assert_allclose(tokenizer.decode(params, extra, codes, None), np.clip(decoded, -1, 1), atol=1e-5)
 
 
 def test_what_a_hidden_token_says_has_no_effect(made):

@@ -15,7 +15,7 @@ from ddt_jax.tokenizers.base import to_float
 from ddt_jax.tokenizers.vae import VAE
 
 CONFIG = settings.VAE(
-    sizes=settings.Autoencoder(block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_groups=4),
+    sizes=settings.Autoencoder(block_out_channels=(8,), layers_per_block=1, latent_channels=2, norm_groups=4),
     kl_weight=0.1,
     image_loss=settings.ImageLoss(
         pixel="l1",
@@ -29,7 +29,7 @@ CONFIG = settings.VAE(
 @pytest.fixture(scope="module")
 def made():
     vae = VAE(CONFIG, 8, 4)
-    boxed, extra = vae.init(jax.random.key(0))
+    boxed, extra = jax.jit(vae.init)(jax.random.key(0))
     params, declarations = declared.split(boxed)
     return vae, params, declarations, extra
 
@@ -60,22 +60,24 @@ def test_only_the_discriminator_is_in_its_group(made):
 def test_terms_are_of_a_draw_keyed_by_example(made):
     vae, params, _, extra = made
     key = jax.random.key(3)
-    sums, counts, stats = vae.loss_fn(params, extra, batch(), key)
+    loss = jax.jit(vae.loss_fn)
+    sums, counts, stats = loss(params, extra, batch(), key)
     x = to_float(jnp.asarray(batch()["image"]))
-    posterior = vae.encode(params, x)
+    posterior = jax.jit(vae.encode)(params, x)
     np.testing.assert_allclose(sums["kl"], kl_divergence(posterior).sum() / (8 * 8 * 3), rtol=1e-5)
-    noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), (4, 4, 2)) for i in range(4)])
-    decoded = vae.decode(params, posterior.mean + jnp.exp(posterior.logvar / 2) * noise)
+    noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), (8, 8, 2)) for i in range(4)])
+    decoded = jax.jit(vae.decode)(params, posterior.mean + jnp.exp(posterior.logvar / 2) * noise)
     np.testing.assert_allclose(sums["pixel"], jnp.abs(decoded - x).mean((1, 2, 3)).sum(), rtol=1e-5)
     assert counts["kl"] == counts["pixel"] == 4 and stats == {}
     turned = {name: np.roll(rows, 1, axis=0) for name, rows in batch().items()}
-    np.testing.assert_allclose(vae.loss_fn(params, extra, turned, key)[0]["pixel"], sums["pixel"], rtol=1e-5)
+    np.testing.assert_allclose(loss(params, extra, turned, key)[0]["pixel"], sums["pixel"], rtol=1e-5)
 
 
 def test_recomputed_blocks_give_the_same_gradient(made):
     vae, params, _, extra = made
     again = VAE(replace(CONFIG, remat=True), 8, 4)
-    assert jax.tree.structure(declared.split(again.init(jax.random.key(0))[0])[0]) == jax.tree.structure(params)
+    abstract = jax.eval_shape(again.init, jax.random.key(0))[0]
+    assert jax.tree.structure(declared.split(abstract)[0]) == jax.tree.structure(params)
 
     def gradient(model):
         loss = lambda p: model.loss_fn(p, extra, batch(), jax.random.key(3))[0]["pixel"]  # noqa: E731
@@ -91,4 +93,4 @@ def test_sizes_that_are_of_no_network_are_refused():
     with pytest.raises(UserError, match="multiples of model.sizes.norm_groups=3"):
         VAE(replace(CONFIG, sizes=replace(CONFIG.sizes, norm_groups=3)), 8, 4)
     with pytest.raises(UserError, match="image_size=9 is not a multiple of 2"):
-        VAE(CONFIG, 9, 4)
+        VAE(replace(CONFIG, sizes=replace(CONFIG.sizes, block_out_channels=(8, 8))), 9, 4)
