@@ -25,6 +25,7 @@ from ddt_jax.interop import diffusers_vae, selftok
 from ddt_jax.io import atomic, torch_file
 from ddt_jax.nn import params as params_lib
 from ddt_jax.tokenizers.base import make_tokenizer
+from ddt_jax.tokenizers.image_loss import LPIPS
 from ddt_jax.training import checkpoint, loop, writers
 from ddt_jax.training import optimizer as optimizers
 from ddt_jax.training.progress import Progress
@@ -45,27 +46,29 @@ class Built:
     step: Any  # jitted (state, batch) → (state, metrics)
     fallbacks: list
 
-    def codec_weights(self):
-        """The weights of a frozen codec from their file, NumPy arrays; None where no file is named.
+    def frozen_weights(self) -> dict[str, Any]:
+        """What `extra` holds from files that the settings name: its key → NumPy arrays.
 
         Raises:
-          UserError: if that file does not hold them.
+          UserError: if a file does not hold them.
         """
-        codec = getattr(self.model, "codec", None)
-        file = getattr(codec, "weights", "")
-        return diffusers_vae.read(file, codec.sizes) if file else None
+        found = {}
+        codec, image_loss = getattr(self.model, "codec", None), self.model.image_loss
+        if file := getattr(codec, "weights", ""):
+            found["codec"] = diffusers_vae.read(file, codec.sizes)
+        if image_loss and image_loss.has_lpips:
+            found[LPIPS] = image_loss.read_lpips()
+        return found
 
     def init(self) -> TrainState:
-        """A fresh state, made on the devices where it belongs. Raises UserError as `codec_weights`."""
-        weights = self.codec_weights()
+        """A fresh state, made on the devices where it belongs. Raises UserError as `frozen_weights`."""
+        weights = self.frozen_weights()
         # Runs once: on CPU, optimizing its code takes longer than the code itself.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         with jax.set_mesh(self.mesh):
             state = jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)()
-            if weights is None:
-                return state
-            codec_params = jax.tree.map(meshes.put_whole, weights, self.abstract.extra["codec"])
-            return state.replace(extra=state.extra | {"codec": codec_params})
+            frozen = {k: jax.tree.map(meshes.put_whole, v, self.abstract.extra[k]) for k, v in weights.items()}
+            return state.replace(extra=state.extra | frozen)
 
     def _init(self):
         s = self.settings
@@ -426,7 +429,7 @@ def _claim(root, tree: dict, built: Built) -> None:
     """Writes the config of a new run; refuses to go on with another one's.
 
     Raises:
-      UserError: if the directory holds a run with other settings, or cannot be written; or as `codec_weights`: a run
+      UserError: if the directory holds a run with other settings, or cannot be written; or as `frozen_weights`: a run
         that cannot begin for that must not keep the directory from the one with the right file.
     """
     path = root / "config.json"
@@ -438,7 +441,7 @@ def _claim(root, tree: dict, built: Built) -> None:
                 f"workdir: {root} holds a run with other settings ({names}); use another --workdir or its settings"
             )
     else:
-        built.codec_weights()
+        built.frozen_weights()
     if jax.process_index() == 0:
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -455,6 +458,7 @@ def _opening(built: Built, source) -> str:
         f"{s.name}: {count:,} parameters, {len(source):,} images from {source.name}, "
         f"{s.train.steps:,} steps of {s.train.batch_size} on {built.mesh.size} x {jax.devices()[0].device_kind}",
         *(f"mesh: {f}" for f in built.fallbacks),
+        *(built.model.image_loss.notes if built.model.image_loss else ()),
     ]
     return "\n".join(lines)
 

@@ -71,6 +71,36 @@ class VAECodec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Discriminator:
+    """Convolutions that judge overlapping patches of an image."""
+
+    width: int = 64  # channels of the first layer; doubled by each of the next three
+    layers: int = 3  # halvings of the resolution
+    norm_groups: int = 32  # of the normalisation in all layers but the first and the last; 0 = none
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLoss:
+    """Losses between decoded images and originals; the defaults are the published schedule of Selftok's renderer.
+
+    A weight of 0 on both sides of `late_from` leaves its term out.
+    """
+
+    pixel: Literal["l1", "l2"] = "l2"
+    pixel_weight: float = 1.0
+    lpips_weight: float = 0.1
+    lpips_weight_late: float = 0.5
+    adversarial_weight: float = 0.0
+    adversarial_weight_late: float = 0.5
+    late_from: int = 30_000  # optimizer step from which the late weights hold
+    lpips_backbone: Literal["vgg16", "alexnet"] = "vgg16"
+    lpips_backbone_file: str = ""  # torchvision's .pth of the classifier; without files training does without LPIPS
+    lpips_heads_file: str = ""  # the heads of LPIPS 0.1 for this backbone
+    discriminator: Discriminator = field(default_factory=Discriminator)
+    r1_weight: float = 0.0  # squared gradient of the discriminator at originals
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Token schedule k(t): which tokens the decoder may see at noise level t."""
 
@@ -238,6 +268,16 @@ class LinearTokenizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiscriminatorOptimizer:
+    """Adam of a discriminator, where there is one. Its rate rises and falls as that of all else."""
+
+    lr: float = 1e-4
+    b1: float = 0.5
+    b2: float = 0.9
+    clip_norm: float = 1.0  # over the discriminator alone; 0 = no clipping
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     name: Literal["adamw", "muon"] = "muon"  # muon: on matrices that ask for it, AdamW on the rest
     lr: float = 3e-3
@@ -252,6 +292,7 @@ class Optimizer:
     momentum: float = 0.95  # muon
     newton_schulz_steps: int = 5  # muon
     clip_norm: float = 1.0  # 0 = no clipping
+    discriminator: DiscriminatorOptimizer = field(default_factory=DiscriminatorOptimizer)
 
 
 @dataclass(frozen=True, kw_only=True)

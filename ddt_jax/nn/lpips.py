@@ -105,6 +105,17 @@ def from_torch(backbone: Backbone, features, heads, names=("backbone", "heads"))
     return {"features": convs, "heads": [_weight(heads, k, s, names[1], backbone).reshape(-1) for k, s in keys]}
 
 
+def abstract(backbone: Backbone) -> dict[str, Any]:
+    """Shapes of what `load` gives: ShapeDtypeStructs."""
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    inputs = (3, *(conv.features for conv in _layers(backbone)))
+    convs = [
+        {"kernel": spec(conv.size, conv.size, n, conv.features), "bias": spec(conv.features)}
+        for n, conv in zip(inputs, _layers(backbone), strict=False)
+    ]
+    return {"features": convs, "heads": [spec(conv.features) for conv in _layers(backbone) if conv.tap]}
+
+
 def taps(params, image_BHWC, *, backbone: Backbone, precision=jax.lax.Precision.HIGHEST) -> list:
     """The backbone's five rectified features that are compared, from fine to coarse.
 

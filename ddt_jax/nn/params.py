@@ -23,16 +23,16 @@ class Declaration:
     Attributes:
       axes: one logical name per dimension, None for a dimension that is never sharded. `mesh.RULES` maps them.
       decay: whether weight decay applies.
-      group: which optimizer may take it. "matrix" goes to Muon where that is chosen, "other" to AdamW, "frozen" to
-      none. matrix: for "matrix": which dimensions the linear map reads and which it writes, counted from the end so
-      that a
+      group: which optimizer may take it. "matrix" goes to Muon where that is chosen, "other" to AdamW,
+        "discriminator" to an Adam of its own that is clipped by itself, "frozen" to none.
+      matrix: for "matrix": which dimensions the linear map reads and which it writes, counted from the end so that a
         layer axis in front changes nothing; dimensions in neither are independent matrices.
       lr_scale: factor on the learning rate.
     """
 
     axes: tuple[str | None, ...]
     decay: bool = True
-    group: Literal["matrix", "other", "frozen"] = "other"
+    group: Literal["matrix", "other", "discriminator", "frozen"] = "other"
     matrix: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     lr_scale: float = 1.0
 
@@ -87,6 +87,15 @@ def declare(init: Callable, axes: tuple[str | None, ...], **how) -> Callable:
 
 def is_box(x) -> bool:
     return isinstance(x, Box)
+
+
+def in_group(boxed, group: str):
+    """A boxed tree whose parameters are all in one optimizer group other than "matrix"."""
+
+    def one(box):
+        return box.replace(declaration=replace(box.declaration, group=group, matrix=None))
+
+    return jax.tree.map(one, boxed, is_leaf=is_box)
 
 
 def split(boxed):

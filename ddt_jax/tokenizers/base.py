@@ -8,12 +8,14 @@ Legend: B batch, K tokens, H height, W width, C channels.
 
 import abc
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ddt_jax import settings
+from ddt_jax.tokenizers.image_loss import ImageLoss
 
 # kind of the settings → module and class; imported when asked for, so that one tokenizer never pays for another.
 _REGISTRY = {
@@ -30,17 +32,20 @@ class ImageTokenizer(abc.ABC):
       num_tokens: codes per image, K.
       codebook_size: how many codes there are.
       image_size: height and width of the images.
-      loss_weights: weight of each ratio sums[name] / counts[name] that belongs to the loss; other ratios are only
-      logged. cross_example_terms: names of terms in the loss that depend on the whole batch at once. With any of them
-      a step
+      loss_weights: weight of each ratio sums[name] / counts[name] that belongs to the loss, a number or a function of
+        the optimizer step (int32, traced); other ratios are only logged.
+      cross_example_terms: names of terms in the loss that depend on the whole batch at once. With any of them a step
         cut into micro-batches would compute something else, so accumulation must be refused.
+      image_loss: learned judges of decoded images, None where there are none. Its discriminator is
+        params["discriminator"]: gradients of the two sides are kept apart in `loss_fn`, so one gradient serves both.
     """
 
     num_tokens: int
     codebook_size: int
     image_size: int
-    loss_weights: dict[str, float]
+    loss_weights: dict[str, float | Callable]
     cross_example_terms: tuple[str, ...] = ()
+    image_loss: ImageLoss | None = None
 
     @abc.abstractmethod
     def init(self, rng) -> tuple[Any, Any]:

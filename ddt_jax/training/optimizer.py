@@ -32,20 +32,22 @@ def learning_rate(s: settings.Optimizer, steps: int) -> optax.Schedule:
 
 
 def label(declaration: Declaration, s: settings.Optimizer) -> str:
-    """Which optimizer takes a parameter: "muon", "adamw" or "frozen"."""
-    if declaration.group == "frozen":
-        return "frozen"
+    """Which optimizer takes a parameter: "muon", "adamw", "discriminator" (Adam) or "frozen"."""
+    if declaration.group in ("discriminator", "frozen"):
+        return declaration.group
     return "muon" if declaration.group == "matrix" and s.name == "muon" else "adamw"
 
 
 def make_optimizer(s: settings.Optimizer, steps: int, declarations) -> optax.GradientTransformation:
     """Clipping, then the optimizer of each parameter's group, decoupled weight decay and the learning rate.
 
+    A discriminator is clipped by itself: the size of neither side's gradient moves the other.
+
     Args:
       declarations: tree of `Declaration` in the structure of the parameters.
     """
     labels = jax.tree.map(lambda d: label(d, s), declarations)
-    decays = jax.tree.map(lambda d: d.decay and d.group != "frozen", declarations)
+    decays = jax.tree.map(_decays, declarations)
 
     def dimensions(updates):
         # Explicit for every leaf: without it optax leaves all but plain 2-D kernels to Adam, without a word.
@@ -60,13 +62,31 @@ def make_optimizer(s: settings.Optimizer, steps: int, declarations) -> optax.Gra
         _scale_to_rms(dimensions),
     )
     groups = {"muon": muon, "adamw": optax.scale_by_adam(s.b1, s.b2, s.eps), "frozen": optax.set_to_zero()}
+    clip = _clip(s.clip_norm)
+    if "discriminator" in jax.tree.leaves(labels):
+        d = s.discriminator
+        groups["discriminator"] = optax.chain(_clip(d.clip_norm), optax.scale_by_adam(d.b1, d.b2, s.eps))
+        clip = optax.masked(clip, jax.tree.map(lambda name: name != "discriminator", labels))
     return optax.chain(
-        optax.clip_by_global_norm(s.clip_norm) if s.clip_norm else optax.identity(),
+        clip,
         optax.partition(groups, labels),
         optax.add_decayed_weights(s.weight_decay, decays),
-        optax.stateless(lambda updates, _: jax.tree.map(lambda d, u: u * d.lr_scale, declarations, updates)),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda d, u: u * _rate(d, s), declarations, updates)),
         optax.scale_by_learning_rate(learning_rate(s, steps)),
     )
+
+
+def _clip(norm: float) -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(norm) if norm else optax.identity()
+
+
+def _decays(d: Declaration) -> bool:
+    return d.decay and d.group not in ("discriminator", "frozen")
+
+
+def _rate(d: Declaration, s: settings.Optimizer) -> float:
+    """Factor on the learning rate."""
+    return d.lr_scale * s.discriminator.lr / s.lr if d.group == "discriminator" else d.lr_scale
 
 
 def _scale_to_rms(dimensions):
@@ -99,10 +119,10 @@ def table(params, declarations, shardings, s: settings.Optimizer) -> str:
     )
     for (path, value), d, sharding in leaves:
         spec = ", ".join("-" if axis is None else str(axis) for axis in sharding.spec)
-        decay = s.weight_decay if d.decay and d.group != "frozen" else 0.0
+        decay = s.weight_decay if _decays(d) else 0.0
         shape = "x".join(map(str, value.shape)) or "scalar"
         name = re.sub(r"_\d+(?=/)", "_*", jax.tree_util.keystr(path, simple=True, separator="/"))
-        row = (name, shape, label(d, s), f"{decay:g}", f"x{d.lr_scale:g}", f"({spec})")
+        row = (name, shape, label(d, s), f"{decay:g}", f"x{_rate(d, s):g}", f"({spec})")
         rows[row] = rows.get(row, 0) + 1
     lines = [("parameter", "shape", "optimizer", "decay", "rate", "sharding")]
     lines += [(f"{name} ({n})" if n > 1 else name, *rest) for (name, *rest), n in rows.items()]

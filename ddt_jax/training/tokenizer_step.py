@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from ddt_jax import mesh as meshes
+from ddt_jax.tokenizers.image_loss import DISCRIMINATOR
 from ddt_jax.training.state import TrainState
 
 STOP = "stop"  # a row column: a host that was asked to stop says so to all of them through the step
@@ -29,13 +30,13 @@ def make_step(
 
     Returns:
       A function of (TrainState, dict of [B, ...] arrays). Metrics are float32 scalars: "loss", every term as sum over
-      count, "grad_norm", "update_norm", "learning_rate", "bad_step", "bad_steps" in all, "bad_in_a_row", "stop", and
-      the model's own.
+      count, "grad_norm", "update_norm", both again with "_discriminator" where there is one (and without it
+      otherwise), "learning_rate", "bad_step", "bad_steps" in all, "bad_in_a_row", "stop", and the model's own.
     """
 
-    def loss(params, extra, batch, rng, totals):
+    def loss(params, extra, batch, rng, totals, weights):
         sums, counts, stats = model.loss_fn(params, extra, batch, rng)
-        value = sum(w * sums[name] / totals[name] for name, w in model.loss_weights.items())
+        value = sum(w * sums[name] / totals[name] for name, w in weights.items())
         return value, (sums, counts, stats)
 
     grad_fn = jax.value_and_grad(loss, has_aux=True)
@@ -44,19 +45,19 @@ def make_step(
         # Counts do not depend on the parameters: all else in this call is dead code to the compiler.
         return jax.tree.map(lambda c: jnp.maximum(c, 1), model.loss_fn(params, extra, batch, rng)[1])
 
-    def gradients(params, extra, batch, rng):
+    def gradients(params, extra, batch, rng, weights):
         if accumulate == 1:
-            (value, aux), grads = grad_fn(params, extra, batch, rng, totals_of(params, extra, batch, rng))
+            (value, aux), grads = grad_fn(params, extra, batch, rng, totals_of(params, extra, batch, rng), weights)
             return value, grads, aux
         micro = jax.tree.map(lambda x: _split_rows(x, accumulate), batch)
         count = jax.lax.map(lambda b: model.loss_fn(params, extra, b, rng)[1], micro)
         totals = jax.tree.map(lambda c: jnp.maximum(c.sum(0), 1), count)
 
         def one(carry, b):
-            return jax.tree.map(jnp.add, carry, grad_fn(params, extra, b, rng, totals)), None
+            return jax.tree.map(jnp.add, carry, grad_fn(params, extra, b, rng, totals, weights)), None
 
         first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(grad_fn, params, extra, first, rng, totals)
+        shapes = jax.eval_shape(grad_fn, params, extra, first, rng, totals, weights)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         ((value, aux), grads), _ = jax.lax.scan(one, zeros, micro)
         return value, grads, aux
@@ -65,14 +66,15 @@ def make_step(
         batch = dict(batch)
         stop = jnp.max(batch.pop(STOP)) if STOP in batch else jnp.int32(0)
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        value, grads, (sums, counts, stats) = gradients(state.params, state.extra, batch, rng)
-        grad_norm = optax.tree.norm(grads)
+        weights = {name: w(state.step) if callable(w) else w for name, w in model.loss_weights.items()}
+        value, grads, (sums, counts, stats) = gradients(state.params, state.extra, batch, rng, weights)
+        norms = _norms("grad_norm", grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = None if state.ema is None else jax.tree.map(lambda a, p: a + (1 - ema) * (p - a), state.ema, params)
         extra = model.update_extra(state.extra, stats, rng)
 
-        good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        good = jnp.isfinite(jnp.stack([value, *norms.values()])).all()
         new = (params, opt_state, average, extra)
         old = (state.params, state.opt_state, state.ema, state.extra)
         # Selected, never multiplied: 0 x NaN is NaN. The first bad step leaves no trace but in the counters.
@@ -81,10 +83,9 @@ def make_step(
         bad_steps = jnp.stack([state.bad_steps[0] + bad, (state.bad_steps[1] + 1) * bad])
         metrics = {name: sums[name] / jnp.maximum(counts[name], 1) for name in sums}
         metrics |= model.extra_metrics(extra)
+        metrics |= norms | _norms("update_norm", updates)
         metrics |= {
             "loss": value,
-            "grad_norm": grad_norm,
-            "update_norm": optax.tree.norm(updates),
             "learning_rate": schedule(_updates_done(state)),
             "bad_step": bad,
             "bad_steps": bad_steps[0],
@@ -95,6 +96,14 @@ def make_step(
         return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
     return step
+
+
+def _norms(name, tree):
+    """Global norms of the two sides, each by itself; of one where there is no discriminator."""
+    if DISCRIMINATOR not in tree:
+        return {name: optax.tree.norm(tree)}
+    rest = {key: value for key, value in tree.items() if key != DISCRIMINATOR}
+    return {name: optax.tree.norm(rest), f"{name}_{DISCRIMINATOR}": optax.tree.norm(tree[DISCRIMINATOR])}
 
 
 def _updates_done(state):
