@@ -1,9 +1,11 @@
 """DDT tokenizer on procedural scenes at 32 px: 16 tokens of 512 codes, 144 bits, as the quickstart, trained for longer.
 
-Hardware: 2 CPU cores, 30 minutes.
+Hardware: 2 CPU cores, 30 minutes. Then `ddt_scenes.py:renderer` trains a decoder of one step for the same codes in 10
+more; it needs `--config.init_from=WORKDIR` of the first run.
 """
 
-from ddt_jax import config
+from ddt_jax import config, settings
+from ddt_jax.errors import UserError
 
 
 def get_config(variant="tokenizer"):
@@ -22,4 +24,15 @@ def get_config(variant="tokenizer"):
     c.optimizer.decay_fraction = 0.5
     c.train.steps = 10_000
     c.evaluate.verifier = True
+    if variant == "renderer":
+        c.model.decoder = config.defaults(settings.Renderer)
+        c.model.stage = "decoder"
+        # Squared error alone: it is what the gate measures, and flat shapes have no texture to judge.
+        c.model.image_loss.lpips_weight = c.model.image_loss.lpips_weight_late = 0.0
+        c.model.image_loss.adversarial_weight_late = 0.0
+        c.optimizer.lr = 2e-3
+        c.optimizer.decay_fraction = 0.7
+        c.train.steps = 4000
+    elif variant != "tokenizer":
+        raise UserError(f"config: {variant!r} is no variant of ddt_scenes; choose tokenizer or renderer")
     return c
