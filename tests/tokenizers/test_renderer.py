@@ -16,7 +16,10 @@ from tests.tokenizers.test_ddt import PUBLISHED, QUICK, SIZE, B, K, Stub, build,
 from tests.tokenizers.test_ddt_sampling import multiplications
 
 PIXELS = settings.ImageLoss(
-    lpips_weight=0, lpips_weight_late=0, adversarial_weight_late=0, discriminator=settings.Discriminator(width=8)
+    lpips_weight=0,
+    lpips_weight_late=0,
+    adversarial_weight_late=0,
+    discriminator=settings.Discriminator(width=4, layers=1, norm_groups=4),
 )
 JUDGED = replace(PIXELS, adversarial_weight=0.5, adversarial_weight_late=0.5)
 SECOND = {"decoder": settings.Renderer(), "stage": "decoder", "image_loss": PIXELS}

@@ -38,11 +38,11 @@ def second(first, **changes):
 
 
 def begun(s):
-    """A fresh state of a run, as training begins with it, and what the user is told."""
+    """The state with which training begins, what the user is told, and the state without `init_from`."""
     built, said = experiment.build(s), []
     with jax.set_mesh(built.mesh):
-        found = warm_start.find(s, built.model, built.mesh, built.abstract)
-        return found.give(built.init(), said.append), "\n".join(said)
+        fresh, found = built.init(), warm_start.find(s, built.model, built.mesh, built.abstract)
+        return found.give(fresh, said.append), "\n".join(said), fresh
 
 
 def equal(a, b):
@@ -52,9 +52,9 @@ def equal(a, b):
 def test_it_begins_with_the_average_and_the_codebook_and_nothing_else(first):
     theirs = experiment.restore(first)[1]
     assert not equal(theirs.params, theirs.ema)
-    state, said = begun(second(first))
+    state, said, fresh = begun(second(first))
     assert equal(state.params, theirs.ema) and equal(state.ema, theirs.ema) and equal(state.extra, theirs.extra)
-    assert int(state.step) == 0 and not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
+    assert not equal(fresh.params, theirs.ema) and int(state.step) == 0 and equal(state.opt_state, fresh.opt_state)
     assert "at step 6, its average" in said and "params/down (1)" in said and "extra/codebook (5)" in said
 
 
@@ -62,7 +62,7 @@ def test_without_an_average_it_takes_the_parameters(first, tmp_path):
     s = replace(FIRST, train=replace(FIRST.train, ema=0.0, steps=1))
     experiment.train(s, str(tmp_path))
     theirs = experiment.restore(str(tmp_path))[1]
-    state, said = begun(second(str(tmp_path)))
+    state, said, _ = begun(second(str(tmp_path)))
     assert equal(state.params, theirs.params) and equal(state.ema, theirs.params) and "its parameters" in said
 
 
@@ -122,7 +122,7 @@ def test_a_decoder_alone_needs_a_run_with_its_codes(tmp_path):
     assert plan.fresh == ("params/decoder/canvas",)
     assert plan.left == ("params/decoder/embed/bias", "params/decoder/embed/kernel")
     assert "left behind: params/decoder/embed/bias, params/decoder/embed/kernel" in str(plan)
-    state, _ = begun(replace(theirs, model=RENDERER, init_from=str(tmp_path)))
+    state, _, _ = begun(replace(theirs, model=RENDERER, init_from=str(tmp_path)))
     assert equal(state.params["encoder"], experiment.restore(str(tmp_path))[1].ema["encoder"])
 
 
