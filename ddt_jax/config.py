@@ -96,6 +96,12 @@ _FREE = (
 _FREE += tuple(f"train.{k}" for k in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_every"))
 _FREE += tuple(f"train.{k}" for k in ("tensorboard", "wandb", "max_bad_steps"))
 
+# Settings that decide, with the weights, which codes an image gets, or where these weights lie in the state.
+CODES = ("data.image_size", "model.encoder")
+CODES += tuple(f"model.{k}" for k in ("kind", "num_tokens", "patch_size", "width", "heads", "mlp_ratio", "mix"))
+CODES += tuple(f"model.{k}" for k in ("qk_norm", "scan_layers", "codec.kind", "codec.preset", "codec.sizes"))
+CODES += tuple(f"model.quantizer.{k}" for k in ("code_dim", "codebook_size", "normalize_input"))
+
 
 def difference(before: dict, now: dict, prefix: str = "") -> list[str]:
     """Dotted names of the settings that differ, leaving out those that a run may change when it goes on."""

@@ -4,6 +4,7 @@ needs.
 Each function here is what one verb of the command line does, and can be called from a notebook just as well.
 """
 
+import functools
 import json
 import sys
 import time
@@ -23,13 +24,12 @@ from ddt_jax.data.loader import Loader
 from ddt_jax.errors import UserError
 from ddt_jax.interop import diffusers_vae, selftok
 from ddt_jax.io import atomic, torch_file
-from ddt_jax.nn import params as params_lib
 from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
-from ddt_jax.training import checkpoint, loop, writers
+from ddt_jax.training import checkpoint, loop, warm_start, writers
 from ddt_jax.training import optimizer as optimizers
 from ddt_jax.training.progress import Progress
-from ddt_jax.training.state import TrainState, init_state, state_shardings
+from ddt_jax.training.state import TrainState, abstract_state, init_state
 from ddt_jax.training.tokenizer_step import STOP, compile_step, make_step
 
 
@@ -90,12 +90,8 @@ def build(s: settings.Experiment, devices=None) -> Built:
             f"config: train.accumulate={s.train.accumulate} would change {', '.join(model.cross_example_terms)}, "
             "which looks at the whole batch at once; set train.accumulate=1"
         )
-    boxed, _ = jax.eval_shape(model.init, jax.random.key(0))
-    _, declarations = params_lib.split(boxed)
-    optimizer = optimizers.make_optimizer(s.optimizer, s.train.steps, declarations)
-    abstract = jax.eval_shape(lambda: init_state(model, optimizer, seed=s.seed, use_ema=s.train.ema > 0))
-    shardings, fallbacks = state_shardings(model, abstract, mesh)
-    abstract = jax.tree.map(lambda a, sh: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sh), abstract, shardings)
+    optimizer, declarations, abstract, fallbacks = abstract_state(s, model, mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
     schedule = optimizers.learning_rate(s.optimizer, s.train.steps)
     step = make_step(model, optimizer, schedule, accumulate=s.train.accumulate, ema=s.train.ema)
     return Built(s, mesh, model, abstract, shardings, declarations, compile_step(step, shardings, mesh), fallbacks)
@@ -124,7 +120,8 @@ def train(s: settings.Experiment, workdir: str) -> dict:
     root = epath.Path(workdir)
     source = _open(s, s.data.source)
     loader = _loader(source, s)
-    _claim(root, tree, built)
+    first_stage = functools.partial(warm_start.find, s, built.model, built.mesh, built.abstract)
+    _claim(root, tree, lambda: (built.frozen_weights(), first_stage()))
     note = _to_stderr if first else lambda line: None
     points = checkpoint.Checkpoints(workdir, s.train, note)
     with jax.set_mesh(built.mesh):
@@ -132,7 +129,8 @@ def train(s: settings.Experiment, workdir: str) -> dict:
         start = 0 if state is None else int(state.step)
         if state is None:
             note(_opening(built, source))
-            state = built.init()
+            begin = first_stage()
+            state = built.init() if begin is None else begin.give(built.init(), note)
         elif start >= s.train.steps:
             points.close()
             return {"finished": True, "step": start, **_timing(root)}
@@ -223,10 +221,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
 def checkpoint_steps(workdir: str) -> list[int]:
     """Steps of the checkpoints that a run has, oldest first."""
     checkpoint.saved_config(workdir)
-    points = checkpoint.Checkpoints(workdir, read_only=True)
-    steps = points.steps()
-    points.close()
-    return steps
+    return checkpoint.saved_steps(workdir)
 
 
 def reconstruct(
@@ -299,7 +294,7 @@ def import_selftok(s: settings.Experiment, file: str, workdir: str) -> dict:
     tensors = selftok.layout(s.model, _model_state(built.abstract, built.abstract.params))
     selftok.check(arrays, tensors, file)
     tree = config.dump(s)
-    _claim(epath.Path(workdir), tree, built)
+    _claim(epath.Path(workdir), tree, built.frozen_weights)
     points = checkpoint.Checkpoints(workdir, s.train, _to_stderr)
     try:
         if steps := points.steps():
@@ -455,12 +450,14 @@ def _step_inputs(batches: Iterator[dict]) -> Iterator[dict]:
         yield {"image": batch["image"], "slot": batch["slot"]}
 
 
-def _claim(root, tree: dict, built: Built) -> None:
+def _claim(root, tree: dict, check) -> None:
     """Writes the config of a new run; refuses to go on with another one's.
 
+    Args:
+      check: called for a new run. One that cannot begin must not keep the directory from the one with the right files.
+
     Raises:
-      UserError: if the directory holds a run with other settings, or cannot be written; or as `frozen_weights`: a run
-        that cannot begin for that must not keep the directory from the one with the right file.
+      UserError: if the directory holds a run with other settings, or cannot be written; or as `check`.
     """
     path = root / "config.json"
     if path.exists():
@@ -471,7 +468,7 @@ def _claim(root, tree: dict, built: Built) -> None:
                 f"workdir: {root} holds a run with other settings ({names}); use another --workdir or its settings"
             )
     else:
-        built.frozen_weights()
+        check()
     if jax.process_index() == 0:
         try:
             root.mkdir(parents=True, exist_ok=True)

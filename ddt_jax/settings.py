@@ -152,6 +152,25 @@ class Flow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlowDecoder:
+    """Draws from noise in some steps. `flow` and `schedule` are its settings."""
+
+    kind: Literal["flow"] = "flow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renderer:
+    """One-step decoder: a learned canvas in the place of the noised patches, t = 1, x0 as output.
+
+    It has no use for `flow`, and of `schedule` for the direction only, which says what a prefix is.
+    """
+
+    kind: Literal["renderer"] = "renderer"
+    repeat: bool = False  # one canvas vector for all patches; False: one for each
+    random_prefixes: float = 0.0  # share of the examples that see a random number of tokens; as published: 0, all
+
+
+@dataclass(frozen=True, kw_only=True)
 class DDTTokenizer:
     kind: Literal["ddt"] = "ddt"
     num_tokens: int = 16
@@ -160,6 +179,8 @@ class DDTTokenizer:
     heads: int = 4
     encoder_depth: int = 2
     decoder_depth: int = 4
+    decoder: FlowDecoder | Renderer = field(default_factory=FlowDecoder)
+    stage: Literal["joint", "decoder"] = "joint"  # decoder: encoder and codebook stand as they were in init_from
     mlp_ratio: int = 4
     coupling: Literal["cross", "joint"] = "cross"
     mix: bool = True  # linear paths patches -> codes and codes -> patches beside the attention
@@ -170,6 +191,7 @@ class DDTTokenizer:
     quantizer: Quantizer = field(default_factory=Quantizer)
     schedule: Schedule = field(default_factory=Schedule)
     flow: Flow = field(default_factory=Flow)
+    image_loss: ImageLoss = field(default_factory=ImageLoss)  # of a renderer
     codec: IdentityCodec | VAECodec = field(default_factory=IdentityCodec)
 
 
@@ -200,17 +222,16 @@ class SelftokDecoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelftokRenderer:
-    """One-step decoder: a learned canvas in the place of the noised patches, t = 1, x0 as output."""
+class SelftokRenderer(Renderer):
+    """The published one-step decoder."""
 
-    kind: Literal["renderer"] = "renderer"
     depth: int = 24
     width: int = 1536
     heads: int = 24
     mlp_ratio: int = 4
     position_grid: int = 192
     context_see_xt: bool = False
-    repeat: bool = True  # one mask token for all patches; False: one for each
+    repeat: bool = True
     canvas_keeps_table: bool = True  # add the fixed table of positions to the canvas, as to noised patches
 
 
@@ -221,6 +242,7 @@ class SelftokTokenizer:
     kind: Literal["selftok"] = "selftok"
     num_tokens: int = 512
     patch_size: int = 2
+    stage: Literal["joint", "decoder"] = "joint"  # decoder: encoder and codebook stand as they were in init_from
     token_gradient_weights: bool = False  # flow gradient of a token times 1 / P(it is visible), for u uniform
     scan_layers: bool = True
     remat: bool = True  # compute a block again for its gradient rather than keep what it computed
@@ -254,6 +276,7 @@ class SelftokTokenizer:
             prediction="velocity", time="uniform", shift=1.0, condition_drop=0.1, solver_steps=50
         )
     )
+    image_loss: ImageLoss = field(default_factory=ImageLoss)  # of a renderer
     codec: IdentityCodec | VAECodec = field(default_factory=VAECodec)
 
 
@@ -367,6 +390,7 @@ class Evaluate:
 class Experiment:
     name: str = "experiment"
     seed: int = 0
+    init_from: str = ""  # workdir of a run whose weights (the average, where there is one) and codebook this one takes
     mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
     model: DDTTokenizer | SelftokTokenizer | SpatialTokenizer | VAE | LinearTokenizer = field(

@@ -99,6 +99,24 @@ def test_difference_ignores_what_a_run_may_change():
     assert config.difference(before, before) == []
 
 
+def test_settings_that_decide_codes_exist():
+    models = settings.DDTTokenizer(codec=settings.VAECodec()), settings.SelftokTokenizer()
+    names = []
+    for model in models:
+        tree = config.dump(settings.Experiment(model=model))
+        names += config.difference(tree, {"data": {}, "model": {"quantizer": {}, "codec": {}}})
+    assert [code for code in config.CODES if not any(name.startswith(code) for name in names)] == []
+
+
+def test_the_renderer_of_scenes_is_for_the_codes_of_their_tokenizer():
+    file = str(ROOT / "configs" / "ddt_scenes.py")
+    first, second = (config.dump(config.load(f"{file}:{variant}")) for variant in ("tokenizer", "renderer"))
+    changed = config.difference(first, second)
+    assert "model.stage" in changed and not [name for name in changed if name.startswith(config.CODES)]
+    with pytest.raises(UserError, match="'rendrer' is no variant of ddt_scenes"):
+        config.load(f"{file}:rendrer")
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_named_config_is_as_reviewed(path):

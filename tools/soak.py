@@ -1,6 +1,7 @@
 """Long measurements, run by hand; each leaves its figures in docs/soak/NAME.json for good.
 
     python tools/soak.py quickstart               configs/quickstart.py for seeds 0, 1, 2, against its gates
+    python tools/soak.py scenes                   configs/ddt_scenes.py, then its renderer, against the gates
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
 
@@ -221,6 +222,36 @@ def quickstart(options, folder: Path) -> dict:
     return {"config": "configs/quickstart.py", "seeds": options.seeds, "results": runs, "gates": gates}
 
 
+def scenes(options, folder: Path) -> dict:
+    """The tokenizer of configs/ddt_scenes.py, then a renderer for its codes; both on the same held-out scenes."""
+    tokenizer, renderer = "configs/ddt_scenes.py:tokenizer", "configs/ddt_scenes.py:renderer"
+    seed, first = options.seeds[0], folder / "tokenizer"
+    flow, outcomes = train_and_evaluate(tokenizer, first, seed, options)
+    note("the renderer")
+    begin = f"--config.init_from={first}"
+    rendered, more = train_and_evaluate(renderer, folder / "renderer", seed, options, also=(begin,))
+    usage = "codebook_used_by_position", "codebook_perplexity_by_position"
+    same = all(flow[name] == rendered[name] for name in usage)
+    gates = [
+        at_least("PSNR, flow decoder", flow["psnr"], 33.0),
+        at_least("scenes read fully right, flow decoder", flow["scenes_all_correct"], 0.95),
+        at_most("seconds of training, tokenizer and flow decoder", flow["train_seconds"], 1800),
+        *tokens_carry_the_image(flow),
+        at_least("PSNR, renderer less flow decoder", round(rendered["psnr"] - flow["psnr"], 3), -1.0),
+        at_most("seconds of training, renderer", rendered["train_seconds"], 600),
+        at_least("images evaluated, renderer", rendered["n"], 1000),
+        gate("use of codes by position, renderer and flow decoder", "equal" if same else "differs", "equal", same),
+        *quiet(outcomes + more),
+    ]
+    return {
+        "config": tokenizer,
+        "seeds": [seed],
+        "results": {"flow": flow, "renderer": rendered},
+        "renderer_settings": dump_config(renderer, options),
+        "gates": gates,
+    }
+
+
 def cifar10(options, folder: Path) -> dict:
     """Trains on the Parquet files for some minutes of wall time; PCA on the same held-out images is what to beat."""
     results, outcomes = train_and_evaluate(
@@ -336,9 +367,15 @@ def logged_step(workdir: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def train_and_evaluate(config: str, workdir: Path, seed: int, options, minutes: float | None = None):
-    """The figures of `evaluate`, and the outcomes of both commands; after `minutes` training is asked to stop."""
-    args = command("train", "--config", config, "--workdir", str(workdir), f"--config.seed={seed}", *options.overrides)
+def train_and_evaluate(
+    config: str, workdir: Path, seed: int, options, minutes: float | None = None, also: tuple[str, ...] = ()
+):
+    """The figures of `evaluate`, and the outcomes of both commands; after `minutes` training is asked to stop.
+
+    also: more arguments of the training.
+    """
+    overrides = (f"--config.seed={seed}", *also, *options.overrides)
+    args = command("train", "--config", config, "--workdir", str(workdir), *overrides)
     trained = run(args, after=minutes and minutes * 60, send=signal.SIGTERM)
     must(trained, "train", (0, SAVED) if minutes else (0,))
     path = workdir / "soak.json"
@@ -399,7 +436,7 @@ def pca_psnr(config: str, options, *, components: int, images: int) -> dict:
     }
 
 
-MEASUREMENTS: dict[str, Callable] = {"quickstart": quickstart, "cifar10": cifar10, "kill": kill}
+MEASUREMENTS: dict[str, Callable] = {"quickstart": quickstart, "scenes": scenes, "cifar10": cifar10, "kill": kill}
 
 
 def parse(argv=None):

@@ -167,8 +167,15 @@ class TokenSchedule:
             return start, end
         if self.config.direction == "coarse_first":
             return jnp.broadcast_arrays(start, jnp.minimum(end, limit_B))
-        start, end = jnp.broadcast_arrays(jnp.maximum(self.num_tokens - limit_B, 0), end)
+        start, end = jnp.broadcast_arrays(self.prefix(limit_B)[0], end)
         return start, jnp.maximum(start, end)
+
+    def prefix(self, count_B):
+        """The count_B coarsest tokens as [start, end), int32; all of them if there are not as many."""
+        count_B = jnp.clip(jnp.asarray(count_B, jnp.int32), 0, self.num_tokens)
+        if self.config.direction == "coarse_first":
+            return jnp.zeros_like(count_B), count_B
+        return self.num_tokens - count_B, jnp.full_like(count_B, self.num_tokens)
 
 
 def weigh_gradients(codes_BKd, weight_K):

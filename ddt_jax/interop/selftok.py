@@ -237,7 +237,7 @@ class _Table:
         m, k, ours = self.model.decoder, self.model.num_tokens, Place("params/decoder")
         self._reshaped("model.pos_embed", (1, m.position_grid**2, m.width), ours / "positions")
         self._reshaped("model.context_pos_embed", (1, k, m.width), ours / "token_positions")
-        if selftok_networks.is_one_step(self.model):
+        if isinstance(self.model.decoder, settings.Renderer):
             mask, canvas = ours / "mask_token", ours / "canvas_positions"
             self._reshaped("model.mask_token", (1, *self.leaves[mask.path]), mask)
             self._reshaped("model.positional_embedding", self.leaves[canvas.path], canvas)

@@ -37,12 +37,15 @@ class ImageModel(abc.ABC):
         cut into micro-batches would compute something else, so accumulation must be refused.
       image_loss: learned judges of decoded images, None where there are none. Its discriminator is
         params["discriminator"]: gradients of the two sides are kept apart in `loss_fn`, so one gradient serves both.
+      inherited: names of parts of the state ("params/encoder") that this model does not train, and that have to come
+        from another run.
     """
 
     image_size: int
     loss_weights: dict[str, float | Callable]
     cross_example_terms: tuple[str, ...] = ()
     image_loss: ImageLoss | None = None
+    inherited: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def init(self, rng) -> tuple[Any, Any]:

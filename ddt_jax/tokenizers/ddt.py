@@ -5,6 +5,7 @@ The parts are options of the same modules. The quickstart's choice (coupling by 
 prediction with a plain squared error, ladder of visible tokens at high noise) is what trains
 in minutes on two CPU cores; Selftok's (arXiv 2505.07538: joint blocks, velocity, piecewise schedule with the opposite
 direction) is in the settings as well. `kind: selftok` puts the published networks in the place of the small ones.
+A renderer (`decoder.kind`) takes the place of the flow decoder in a second stage, in which codes stand.
 
 Legend: B batch, K tokens, N patches, P values of a patch, D width, d code dimension; H, W, C height, width and channels
 of the latent.
@@ -22,11 +23,16 @@ from ddt_jax.diffusion import paths, prediction, solvers, time
 from ddt_jax.diffusion.token_schedule import TokenSchedule, weigh_gradients
 from ddt_jax.errors import UserError
 from ddt_jax.nn import blocks, embeddings, layers, spans
+from ddt_jax.nn.params import in_group
 from ddt_jax.nn.quantize import VectorQuantizer
 from ddt_jax.tokenizers import base, selftok_networks
 from ddt_jax.tokenizers.codec import make_codec
+from ddt_jax.tokenizers.image_loss import ImageLoss
 
+# What decides the codes of an image, by name in the state: all that a second stage leaves as it is.
+_CODES = ("params/encoder", "params/code_norm", "extra/codebook", "extra/codec")
 _CODEC = 2  # folded into a key for what the codec draws; 0 and 1 would give the two keys that split does
+_JUDGES = 3  # the same for a discriminator
 
 
 def patchify(x_BHWC, size: int):
@@ -72,7 +78,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Noised patches, noise level and the codes' vectors → prediction [B, N, P]."""
+    """Noised patches, noise level and the codes' vectors → prediction [B, N, P]; as a renderer → x0.
+
+    A renderer has a learned canvas for its patches, of which only the shape counts.
+    """
 
     config: settings.DDTTokenizer
 
@@ -85,7 +94,11 @@ class Decoder(nn.Module):
         index_K = jnp.arange(k)
         shown_BK = (start_B[:, None] <= index_K) & (index_K < end_B[:, None])
         codes_BKd = jnp.where(shown_BK[..., None], codes_BKd, 0)
-        x_BND = layers.Dense((c.width,), ("patch", "embed"), dtype=dtype, name="embed")(patches_BNP)
+        if isinstance(c.decoder, settings.Renderer):
+            canvas_ND = embeddings.learned(self, "canvas", 1 if c.decoder.repeat else n, c.width)
+            x_BND = jnp.broadcast_to(canvas_ND, (codes_BKd.shape[0], n, c.width)).astype(dtype or codes_BKd.dtype)
+        else:
+            x_BND = layers.Dense((c.width,), ("patch", "embed"), dtype=dtype, name="embed")(patches_BNP)
         x_BND = x_BND + embeddings.learned(self, "positions", n, c.width).astype(x_BND.dtype)
         if c.mix:
             axes = (None, "code", None, "embed")
@@ -162,12 +175,17 @@ class DDTTokenizer(base.ImageTokenizer):
             if config.width % config.heads:
                 raise UserError(f"model.heads: {config.heads} does not divide model.width {config.width}")
             self._network = Network(config)
-        self.loss_weights = {"flow": 1.0, "commitment": config.quantizer.commitment}
         self.quantizer = VectorQuantizer(config.quantizer, config.num_tokens, batch_size)
         self.schedule = TokenSchedule(config.schedule, config.num_tokens)
-        self.loss_weights |= self.quantizer.loss_weights
-        self.cross_example_terms = self.quantizer.cross_example_terms
-        self._one_step = selftok_networks.is_one_step(config)
+        self._renders = isinstance(config.decoder, settings.Renderer)
+        if self._renders:
+            self.image_loss = ImageLoss(config.image_loss, image_size, config.dtype)
+        self.loss_weights = dict(self.image_loss.loss_weights) if self._renders else {"flow": 1.0}
+        if config.stage == "joint":
+            self.loss_weights |= {"commitment": config.quantizer.commitment} | self.quantizer.loss_weights
+            self.cross_example_terms = self.quantizer.cross_example_terms
+        else:
+            self.inherited = _CODES
 
     @property
     def _latent_shape(self):
@@ -179,27 +197,46 @@ class DDTTokenizer(base.ImageTokenizer):
         extra = {"codebook": self.quantizer.init(codes_key), **self.codec.init(jax.random.fold_in(rng, _CODEC))}
         if isinstance(self.config, settings.SelftokTokenizer):
             extra["released"] = selftok_networks.init_released(self.config)
-        return self._network.init(params_key, example)["params"], extra
+        params = self._network.init(params_key, example)["params"]
+        if self.image_loss:
+            more_params, more_extra = self.image_loss.init(jax.random.fold_in(rng, _JUDGES))
+            params, extra = params | more_params, extra | more_extra
+        stands = [name for name in params if f"params/{name}" in self.inherited]
+        return params | {name: in_group(params[name], "frozen") for name in stands}, extra
 
     def loss_fn(self, params, extra, batch, rng):
-        flow, slot_B = self.config.flow, batch["slot"]
-        codec_keys_B = base.example_keys(jax.random.fold_in(rng, _CODEC), slot_B)
-        x0_BNP = self._patches(extra, base.to_float(batch["image"]), codec_keys_B)
+        slot_B, images_BHWC = batch["slot"], base.to_float(batch["image"])
         codes_key, examples_key = jax.random.split(rng)
-        z_BKd = self._apply(params, "encode", x0_BNP)
-        codes_BKd, _, commitment_BK, stats = self.quantizer.quantize(extra["codebook"], z_BKd, slot_B, codes_key)
+        if self.config.stage == "joint":
+            codec_keys_B = base.example_keys(jax.random.fold_in(rng, _CODEC), slot_B)
+            x0_BNP = self._patches(extra, images_BHWC, codec_keys_B)
+            z_BKd = self._apply(params, "encode", x0_BNP)
+            codes_BKd, _, commitment_BK, stats = self.quantizer.quantize(extra["codebook"], z_BKd, slot_B, codes_key)
+            sums = {"commitment": jnp.sum(commitment_BK)}
+            counts = {"commitment": jnp.float32(commitment_BK.size)}
+            diversity = self.quantizer.diversity_terms(extra["codebook"], z_BKd, stats)
+            sums, counts = sums | diversity, counts | dict.fromkeys(diversity, jnp.float32(1))
+            stats = {"codebook": stats}
+        else:
+            x0_BNP = self._patches(extra, images_BHWC)
+            codes_BK = self._codes(jax.lax.stop_gradient(params), extra, x0_BNP)  # those of `encode`, bit for bit
+            codes_BKd = self.quantizer.lookup(extra["codebook"], codes_BK)
+            sums, counts, stats = {}, {}, {}
+        keys_B = base.example_keys(examples_key, slot_B)
+        decoded = self._render_terms if self._renders else self._flow_terms
+        more_sums, more_counts = decoded(params, extra, images_BHWC, x0_BNP, codes_BKd, slot_B, keys_B)
+        return sums | more_sums, counts | more_counts, stats
 
+    def _flow_terms(self, params, extra, images_BHWC, x0_BNP, codes_BKd, slot_B, keys_B):
+        """Sums and counts of the flow's loss."""
+        flow = self.config.flow
         if self.config.token_gradient_weights:
             codes_BKd = weigh_gradients(codes_BKd, self.schedule.gradient_weights())
-
         # One draw per example holds all its randomness: its noise, then its time, then whether its codes are hidden.
         n, p = x0_BNP.shape[1:]
-        keys_B = base.example_keys(examples_key, slot_B)
         uniform_BX = jax.vmap(lambda key: paths.uniform(key, n * p + 2, x0_BNP.dtype))(keys_B)
         noise_BNP = paths.to_normal(uniform_BX[:, : n * p]).reshape(x0_BNP.shape)
         u_B = time.sample(flow, uniform_BX[:, n * p], slot_B, self.batch_size)
-        if self._one_step:
-            u_B = jnp.ones_like(u_B)
         t_B = time.shift(u_B, flow.shift)
         start_B, end_B = self.schedule.visible(u_B)
         if flow.condition_drop:
@@ -212,21 +249,36 @@ class DDTTokenizer(base.ImageTokenizer):
         error_B = jnp.mean(jnp.square(error_BNP), axis=(1, 2))
         if flow.weighting != "prediction":
             error_B = error_B * prediction.loss_weight(flow.prediction, flow.weighting, t_B)
-        sums = {"flow": jnp.sum(error_B), "commitment": jnp.sum(commitment_BK)}
-        counts = {"flow": jnp.float32(error_B.size), "commitment": jnp.float32(commitment_BK.size)}
-        diversity = self.quantizer.diversity_terms(extra["codebook"], z_BKd, stats)
-        return sums | diversity, counts | dict.fromkeys(diversity, jnp.float32(1)), {"codebook": stats}
+        return {"flow": jnp.sum(error_B)}, {"flow": jnp.float32(error_B.size)}
+
+    def _render_terms(self, params, extra, images_BHWC, x0_BNP, codes_BKd, slot_B, keys_B):
+        """Sums and counts of the losses between rendered images and originals."""
+        shown_B = jnp.full(slot_B.shape, self.num_tokens, jnp.int32)
+        if share := self.config.decoder.random_prefixes:
+            chance_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+            fewer_B = 1 + jnp.floor(chance_B2[:, 1] * self.num_tokens).astype(jnp.int32)
+            shown_B = jnp.where(chance_B2[:, 0] < share, jnp.minimum(fewer_B, self.num_tokens), shown_B)
+        return self.image_loss.terms(params, extra, self._render(params, extra, codes_BKd, shown_B), images_BHWC)
+
+    def _render(self, params, extra, codes_BKd, shown_B):
+        """Images [B, H, W, C], not clipped, from the shown_B coarsest tokens: one run of the network."""
+        b, size = codes_BKd.shape[0], self.config.patch_size
+        start_B, end_B = self.schedule.prefix(jnp.broadcast_to(shown_B, (b,)))
+        shape_only_BNP = patchify(jnp.zeros((b, *self._latent_shape)), size)
+        x0_BNP = self._apply(params, "predict", shape_only_BNP, jnp.ones((b,)), codes_BKd, start_B, end_B)
+        return self.codec.decode(extra.get("codec"), unpatchify(x0_BNP, size, self._latent_size))
 
     def update_extra(self, extra, stats, rng):
         del rng  # the candidates for revival were drawn in loss_fn
+        if self.config.stage != "joint":
+            return extra
         return extra | {"codebook": self.quantizer.update(extra["codebook"], stats["codebook"])}
 
     def encode(self, params, extra, images_BHWC):
-        z_BKd = self._apply(params, "encode", self._patches(extra, images_BHWC))
-        return self.quantizer.encode(extra["codebook"], z_BKd)
+        return self._codes(params, extra, self._patches(extra, images_BHWC))
 
     def decode(self, params, extra, codes_BK, rng, *, num_visible=None, steps=None, guidance=None, stop_after=None):
-        """See the base class.
+        """See the base class. A renderer takes no noise and one step.
 
         Args:
           guidance: scale, static; 1 shows the codes, 0 hides them all; None: the setting.
@@ -235,11 +287,16 @@ class DDTTokenizer(base.ImageTokenizer):
             (`self.schedule.steps_driven`).
 
         Raises:
-          UserError: if stop_after is not one of the steps.
+          UserError: if stop_after is not one of the steps, or a renderer is asked for what only a flow can do.
         """
         flow, b = self.config.flow, codes_BK.shape[0]
-        guidance = flow.guidance if guidance is None else guidance
         codes_BKd = self.quantizer.lookup(extra["codebook"], codes_BK)
+        if self._renders:
+            if any(value not in (None, 1) for value in (steps, guidance, stop_after)):
+                raise UserError("decode: a renderer has one step, no guidance: leave out steps, guidance, stop_after")
+            shown = self.num_tokens if num_visible is None else num_visible
+            return jnp.clip(self._render(params, extra, codes_BKd, shown), -1, 1)
+        guidance = flow.guidance if guidance is None else guidance
         size = self.config.patch_size
         noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, self._latent_shape))(
             base.example_keys(rng, jnp.arange(b))
@@ -269,7 +326,10 @@ class DDTTokenizer(base.ImageTokenizer):
         return jnp.clip(self.codec.decode(extra.get("codec"), latents_Bhwc), -1, 1)
 
     def extra_metrics(self, extra):
-        return self.quantizer.metrics(extra["codebook"])
+        return self.quantizer.metrics(extra["codebook"]) if self.config.stage == "joint" else {}
+
+    def _codes(self, params, extra, patches_BNP):
+        return self.quantizer.encode(extra["codebook"], self._apply(params, "encode", patches_BNP))
 
     def _patches(self, extra, images_BHWC, keys_B=None):
         return patchify(self.codec.encode(extra.get("codec"), images_BHWC, keys_B), self.config.patch_size)

@@ -43,20 +43,6 @@ def check(config: settings.SelftokTokenizer, grid: tuple[int, int]) -> None:
     for name, side in (("encoder", e.position_grid), ("decoder", d.position_grid)):
         if side < max(grid):
             raise UserError(f"model.{name}.position_grid: {side} is less than the {grid[0]} x {grid[1]} patches")
-    if is_one_step(config):
-        flow = config.flow
-        if (flow.prediction, flow.solver_steps, flow.condition_drop) != ("x0", 1, 0) or flow.solver != "euler":
-            raise UserError(
-                "model.flow: a renderer gives x0 in one step; set prediction=x0, solver=euler, solver_steps=1 and "
-                "condition_drop=0"
-            )
-        if config.schedule.direction != "selftok":
-            raise UserError("model.schedule.direction: a renderer sees all tokens at t = 1; set it to selftok")
-
-
-def is_one_step(config) -> bool:
-    """Whether the decoder is a renderer."""
-    return isinstance(getattr(config, "decoder", None), settings.SelftokRenderer)
 
 
 def released_buffers(config: settings.SelftokTokenizer) -> dict[str, tuple[int, ...]]:
@@ -140,7 +126,7 @@ class Decoder(nn.Module):
         """start_B, end_B: tokens [start, end) are visible. What a hidden token holds has no effect at all."""
         c, d, dtype = self.config, self.config.decoder, layers.compute_dtype(self.config.dtype)
         n, p = patches_BNP.shape[1:]
-        k, width, one_step = c.num_tokens, d.width, is_one_step(c)
+        k, width, one_step = c.num_tokens, d.width, isinstance(d, settings.Renderer)
         index_K = jnp.arange(k)
         shown_BK = (start_B[:, None] <= index_K) & (index_K < end_B[:, None])
         codes_BKd = jnp.where(shown_BK[..., None], codes_BKd, 0)

@@ -146,16 +146,29 @@ class Checkpoints:
         self._manager.reload()
 
 
-def saved_config(workdir) -> dict:
+def saved_config(workdir, setting: str = "workdir") -> dict:
     """The config tree that a run was started with.
+
+    Args:
+      setting: what the user calls this directory.
 
     Raises:
       UserError: if there is no run in that directory.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
-        raise UserError(f"workdir: {workdir} holds no run (no config.json); give the --workdir of `ddt-jax train`")
+        raise UserError(f"{setting}: {workdir} holds no run (no config.json); give the --workdir of `ddt-jax train`")
     return json.loads(path.read_text())
+
+
+def saved_steps(workdir) -> list[int]:
+    """Steps of the checkpoints that a run has, oldest first."""
+    if not (epath.Path(workdir) / "checkpoints").exists():
+        return []
+    points = Checkpoints(workdir, read_only=True)
+    steps = points.steps()
+    points.close()
+    return steps
 
 
 def digest(state: TrainState) -> str:

@@ -13,7 +13,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from ddt_jax import mesh as meshes
+from ddt_jax import settings
 from ddt_jax.nn import params as params_lib
+from ddt_jax.training import optimizer as optimizers
 
 
 @flax.struct.dataclass
@@ -87,6 +89,22 @@ def state_shardings(model, abstract: TrainState, mesh: Mesh) -> tuple[TrainState
     ema = None if abstract.ema is None else params
     state = TrainState(whole, params, opt_state, ema, extra, whole, whole)
     return state, fallbacks + more
+
+
+def abstract_state(s: settings.Experiment, model, mesh: Mesh):
+    """A run on a mesh before a number of it exists.
+
+    Returns:
+      (optimizer, declarations of the parameters, TrainState of ShapeDtypeStructs with shardings, dimensions that stay
+      whole).
+    """
+    boxed, _ = jax.eval_shape(model.init, jax.random.key(0))
+    _, declarations = params_lib.split(boxed)
+    optimizer = optimizers.make_optimizer(s.optimizer, s.train.steps, declarations)
+    abstract = jax.eval_shape(lambda: init_state(model, optimizer, seed=s.seed, use_ema=s.train.ema > 0))
+    shardings, fallbacks = state_shardings(model, abstract, mesh)
+    abstract = jax.tree.map(lambda a, sh: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sh), abstract, shardings)
+    return optimizer, declarations, abstract, fallbacks
 
 
 def _beside_params(opt_state, params, shardings, otherwise):

@@ -182,6 +182,14 @@ def test_truncation_keeps_the_coarsest_tokens_of_either_direction():
     np.testing.assert_array_equal([start, end], [[4, 4, 4], [8, 5, 4]])  # 5..8 of 8, where the schedule shows them
 
 
+def test_a_prefix_is_the_coarsest_tokens_whatever_the_noise():
+    count = jnp.array([1, 3, 8, 9])
+    coarse = TokenSchedule(settings.Schedule(kind="uniform"), 8)
+    np.testing.assert_array_equal(coarse.prefix(count), [[0, 0, 0, 0], [1, 3, 8, 8]])
+    fine = TokenSchedule(settings.Schedule(kind="uniform", direction="selftok"), 8)
+    np.testing.assert_array_equal(fine.prefix(count), [[7, 5, 0, 0], [8, 8, 8, 8]])
+
+
 @pytest.mark.parametrize("direction", ["coarse_first", "selftok"])
 def test_truncation_to_all_tokens_changes_nothing(direction):
     schedule = TokenSchedule(settings.Schedule(direction=direction), 8)

@@ -77,6 +77,35 @@ def test_a_missed_gate_is_recorded_and_is_a_failure(soak, tmp_path, monkeypatch)
     assert json.loads((tmp_path / "kill.json").read_text())["passed"] is False
 
 
+def test_the_renderer_begins_with_the_tokenizer_and_is_held_against_it(soak, tmp_path, monkeypatch):
+    calls = []
+    figures = {
+        "n": 1024,
+        "psnr": 33.5,
+        "psnr_by_tokens": {"8": 27.0, "16": 33.5},
+        "psnr_drop_shuffled": 15.0,
+        "scenes_all_correct": 0.97,
+        "train_seconds": 590.0,
+        "codebook_used_by_position": [40] * 16,
+        "codebook_perplexity_by_position": [31.5] * 16,
+    }
+    rendered = figures.copy()
+
+    def train_and_evaluate(config, workdir, seed, options, also=()):
+        calls.append((config, workdir.name, also))
+        return (rendered if also else figures), []
+
+    monkeypatch.setattr(soak, "train_and_evaluate", train_and_evaluate)
+    assert soak.main(["scenes", "--out", str(tmp_path)]) == 0
+    assert [call[1] for call in calls] == ["tokenizer", "renderer"]
+    assert calls[0][2] == () and calls[1][2][0].startswith("--config.init_from=") and "/tokenizer" in calls[1][2][0]
+    for wrong in ({"psnr": 32.4}, {"codebook_perplexity_by_position": [31.5] * 15 + [31.6]}, {"train_seconds": 601}):
+        rendered = figures | wrong
+        assert soak.main(["scenes", "--out", str(tmp_path)]) == 1
+        gates = json.loads((tmp_path / "scenes.json").read_text())["gates"]
+        assert [check["passed"] for check in gates].count(False) == 1
+
+
 def test_a_missing_figure_misses_its_gate(soak):
     assert not soak.at_least("psnr", None, 28)["passed"]
     assert not soak.at_most("seconds", None, 300)["passed"]

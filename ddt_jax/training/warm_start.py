@@ -1,0 +1,150 @@
+"""A fresh run that begins with what another one has learned: parameters and `extra`, where name and shape agree.
+
+What is copied, what stays fresh and what is left behind is decided from shapes alone, before an array is read. Step,
+optimizer and counters are the new run's own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddt_jax import config, settings
+from ddt_jax.errors import UserError
+from ddt_jax.tokenizers.base import make_tokenizer
+from ddt_jax.training import checkpoint
+from ddt_jax.training.state import TrainState, abstract_state
+
+_LISTED = 6  # names in one line
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Names of arrays ("params/encoder/embed/kernel"), each in one of three lists."""
+
+    copied: tuple[str, ...]
+    fresh: tuple[str, ...]  # this run's alone
+    left: tuple[str, ...]  # the other run's alone
+
+    def __str__(self):
+        parts = {}
+        for name in self.copied:
+            part = "/".join(name.split("/")[:2])
+            parts[part] = parts.get(part, 0) + 1
+        copied = ", ".join(f"{part} ({n})" for part, n in parts.items())
+        return f"  copied: {copied}\n  fresh: {_list(self.fresh)}\n  left behind: {_list(self.left)}"
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """A run that another one begins with.
+
+    Attributes:
+      workdir: its own.
+      settings: its own.
+      abstract: its state, laid out on the mesh of the run that begins.
+      plan: what goes over.
+    """
+
+    workdir: str
+    settings: settings.Experiment
+    abstract: TrainState
+    plan: Plan
+
+    def give(self, state: TrainState, note: Callable[[str], None]) -> TrainState:
+        """A fresh state with what is copied, from the newest checkpoint that verifies. To be called under the mesh.
+
+        The weight average, where the new run has one, starts at the parameters.
+
+        Raises:
+          UserError: if no checkpoint verifies.
+        """
+        points = checkpoint.Checkpoints(self.workdir, self.settings.train, note, read_only=True)
+        source = points.restore(self.abstract)
+        points.close()
+        which = "parameters" if source.ema is None else "average"
+        note(f"init_from: {self.workdir} at step {int(source.step):,}, its {which}\n{self.plan}")
+        theirs, copied = _named(source), set(self.plan.copied)
+
+        def take(path, value):
+            name = _name(path)
+            return jax.device_put(theirs[name], value.sharding) if name in copied else value
+
+        new = jax.tree_util.tree_map_with_path(take, {"params": state.params, "extra": state.extra})
+        ema = None if state.ema is None else jax.tree.map(jnp.copy, new["params"])
+        return state.replace(**new, ema=ema)
+
+
+def find(s: settings.Experiment, model, mesh, abstract: TrainState) -> FirstStage | None:
+    """The run in `init_from`; None where none is named and none is needed.
+
+    Args:
+      s, model, mesh, abstract: of the run that begins.
+
+    Raises:
+      UserError: if there is no such run, or it does not fit; or if this one can't do without.
+    """
+    if not s.init_from:
+        if model.inherited:
+            raise UserError(
+                f"config: model.stage={s.model.stage!r} trains a decoder for codes that stand; "
+                "set init_from to the workdir of the run that made them"
+            )
+        return None
+    theirs = config.from_dict(checkpoint.saved_config(s.init_from, "init_from"))
+    if not checkpoint.saved_steps(s.init_from):
+        raise UserError(f"init_from: {s.init_from} has no checkpoint yet; train that run first")
+    differing = config.difference(config.dump(theirs), config.dump(s))
+    if model.inherited and (differing := [name for name in differing if name.startswith(config.CODES)]):
+        raise UserError(
+            f"init_from: {s.init_from} makes other codes than this run would; set as there: {', '.join(differing)}"
+        )
+    source_model = make_tokenizer(theirs.model, theirs.data.image_size, theirs.train.batch_size)
+    source = abstract_state(theirs, source_model, mesh)[2]
+    return FirstStage(s.init_from, theirs, source, plan(source, abstract, model.inherited))
+
+
+def plan(source: TrainState, state: TrainState, inherited: tuple[str, ...] = ()) -> Plan:
+    """What of a run goes over into another.
+
+    Args:
+      source, state: of the two runs, abstract.
+      inherited: names of parts of `state` that have to be found, see `tokenizers.base.ImageTokenizer`.
+
+    Raises:
+      UserError: if an array has another shape there, a part that has to be found is not, or there is nothing to copy.
+    """
+    theirs, ours = _named(source), _named(state)
+    shared = [name for name in ours if name in theirs]
+    other = [n for n in shared if (theirs[n].shape, theirs[n].dtype) != (ours[n].shape, ours[n].dtype)]
+    if other:
+        shapes = [f"{n} {_shape(theirs[n])} there, {_shape(ours[n])} here" for n in other[:3]]
+        raise UserError(f"init_from: {len(other)} arrays have other shapes ({'; '.join(shapes)}); use the same sizes")
+    fresh = [name for name in ours if name not in theirs]
+    missing = [name for name in fresh if f"{name}/".startswith(tuple(f"{part}/" for part in inherited))]
+    if missing:
+        raise UserError(f"init_from: lacks {_list(missing)}, not trained here either; use the same kind of model")
+    if not any(name.startswith("params/") for name in shared):
+        raise UserError("init_from: no parameter there has a name that this run knows; use the same kind of model")
+    return Plan(tuple(shared), tuple(fresh), tuple(name for name in theirs if name not in ours))
+
+
+def _named(state: TrainState) -> dict[str, Any]:
+    """Weights (the average where there is one) and extra state by name."""
+    tree = {"params": state.params if state.ema is None else state.ema, "extra": state.extra}
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _shape(x):
+    return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
+
+
+def _list(names):
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "") if names else "nothing"

@@ -1,0 +1,139 @@
+"""A run that begins with another one's weights: what it takes, what it refuses, and that it does so once."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from ddt_jax import config, experiment, settings
+from ddt_jax.errors import UserError
+from ddt_jax.training import checkpoint, warm_start
+from ddt_jax.training.state import TrainState
+
+FIRST = settings.Experiment(
+    name="first",
+    model=settings.LinearTokenizer(quantizer=settings.Quantizer(normalize_input="none", codebook_size=32)),
+    train=settings.Train(batch_size=8, steps=6, checkpoint_every=3, log_every=3, tensorboard=False, ema=0.9),
+    optimizer=settings.Optimizer(warmup=1),
+)
+DDT = settings.DDTTokenizer(
+    width=16, heads=2, num_tokens=4, encoder_depth=1, decoder_depth=1, quantizer=settings.Quantizer(codebook_size=32)
+)
+PIXELS = settings.ImageLoss(lpips_weight=0, lpips_weight_late=0, adversarial_weight_late=0)
+RENDERER = replace(DDT, decoder=settings.Renderer(), stage="decoder", image_loss=PIXELS)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    path = tmp_path_factory.mktemp("first")
+    experiment.train(FIRST, str(path))
+    return str(path)
+
+
+def second(first, **changes):
+    return replace(FIRST, name="second", init_from=first, **changes)
+
+
+def begun(s):
+    """The state with which training begins, what the user is told, and the state without `init_from`."""
+    built, said = experiment.build(s), []
+    with jax.set_mesh(built.mesh):
+        fresh, found = built.init(), warm_start.find(s, built.model, built.mesh, built.abstract)
+        return found.give(fresh, said.append), "\n".join(said), fresh
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_it_begins_with_the_average_and_the_codebook_and_nothing_else(first):
+    theirs = experiment.restore(first)[1]
+    assert not equal(theirs.params, theirs.ema)
+    state, said, fresh = begun(second(first))
+    assert equal(state.params, theirs.ema) and equal(state.ema, theirs.ema) and equal(state.extra, theirs.extra)
+    assert not equal(fresh.params, theirs.ema) and int(state.step) == 0 and equal(state.opt_state, fresh.opt_state)
+    assert "at step 6, its average" in said and "params/down (1)" in said and "extra/codebook (5)" in said
+
+
+def test_without_an_average_it_takes_the_parameters(first, tmp_path):
+    s = replace(FIRST, train=replace(FIRST.train, ema=0.0, steps=1))
+    experiment.train(s, str(tmp_path))
+    theirs = experiment.restore(str(tmp_path))[1]
+    state, said, _ = begun(second(str(tmp_path)))
+    assert equal(state.params, theirs.params) and equal(state.ema, theirs.params) and "its parameters" in said
+
+
+def test_it_happens_at_the_start_and_never_again(first, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(first, moved)
+    s = second(str(moved), train=replace(FIRST.train, steps=4, checkpoint_every=2))
+    experiment.train(s, str(tmp_path / "run"))
+    whole = experiment.digest(str(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    shutil.rmtree(moved)  # who goes on needs it no more
+    experiment.train(s, str(tmp_path / "run"))
+    assert experiment.digest(str(tmp_path / "run")) == whole
+
+
+def test_where_there_is_no_run_or_one_of_other_sizes_nothing_is_written(first, tmp_path):
+    wider, run = replace(FIRST.model, width=48), str(tmp_path / "run")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text(json.dumps(config.dump(FIRST)))
+    for s, message in (
+        (second(str(tmp_path / "none")), "init_from: .*none holds no run"),
+        (second(str(empty)), "init_from: .*empty has no checkpoint yet"),
+        (
+            second(first, model=wider),
+            r"4 arrays .* other shapes \(params/down float32\[3072, 32\] there, float32\[3072",
+        ),
+        (second(first, model=DDT), "init_from: no parameter there has a name that this run knows"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            experiment.train(s, run)
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_decoder_alone_needs_a_run_with_its_codes(tmp_path):
+    """Each found from settings and shapes alone: the first stage has a config and a checkpoint that nobody reads."""
+    theirs = replace(FIRST, model=DDT)
+    (tmp_path / "config.json").write_text(json.dumps(config.dump(theirs)))
+    built = experiment.build(theirs)
+    points = checkpoint.Checkpoints(tmp_path)
+    with jax.set_mesh(built.mesh):
+        points.save(built.init(), config.dump(theirs))
+    points.close()
+
+    def find(model, first=str(tmp_path)):
+        s = replace(theirs, model=model, init_from=first)
+        built = experiment.build(s)
+        return warm_start.find(s, built.model, built.mesh, built.abstract)
+
+    with pytest.raises(UserError, match="model.stage='decoder' trains a decoder .*set init_from"):
+        find(RENDERER, first="")
+    assert find(DDT, first="") is None
+    with pytest.raises(UserError, match="makes other codes .*: model.mix, model.quantizer.normalize_input$"):
+        find(replace(RENDERER, mix=False, quantizer=replace(DDT.quantizer, normalize_input="none")))
+    plan = find(RENDERER).plan
+    assert plan.fresh == ("params/decoder/canvas",)
+    assert plan.left == ("params/decoder/embed/bias", "params/decoder/embed/kernel")
+    assert "left behind: params/decoder/embed/bias, params/decoder/embed/kernel" in str(plan)
+    state, _, _ = begun(replace(theirs, model=RENDERER, init_from=str(tmp_path)))
+    assert equal(state.params["encoder"], experiment.restore(str(tmp_path))[1].ema["encoder"])
+
+
+def test_a_part_that_is_not_trained_has_to_be_there():
+    def state(*names):
+        return TrainState(0, {n: jax.ShapeDtypeStruct((2,), np.float32) for n in names}, None, None, {}, 0, 0)
+
+    with pytest.raises(UserError, match="init_from: lacks params/encoder, not trained here"):
+        warm_start.plan(state("decoder"), state("decoder", "encoder"), ("params/encoder",))
+    with pytest.raises(UserError, match="no parameter there has a name that this run knows"):
+        warm_start.plan(state("a"), state("b"))
+    plan = warm_start.plan(state("a", "b"), state("b", *(f"c{i}" for i in range(8))))
+    assert (plan.copied, plan.left) == (("params/b",), ("params/a",))
+    assert str(plan).endswith("params/c5 and 2 more\n  left behind: params/a")
