@@ -3,6 +3,7 @@
     python tools/soak.py quickstart               configs/quickstart.py for seeds 0, 1, 2, against its gates
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
+    python tools/soak.py schedules --seeds 0,1    token schedules and time samplers against each other
 
 A record holds the commit (and whether the checkout differed from it), the resolved config, seeds, machine, date,
 command line, wall seconds, every figure and every gate. What a document states must be in such a record, or in a test.
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -285,6 +287,61 @@ def kill(options, folder: Path) -> dict:
     }
 
 
+# Variants of configs/schedule_ablation.py and what the published ablation gives for them, dB at 512 tokens on ImageNet
+# (Selftok, table of time samplers and token schedules); the weighted ones are in no paper.
+ARMS = {
+    "uniform_custom": 21.86,
+    "uniform_uniform": 21.10,
+    "uniform_logit_normal": 20.78,
+    "logit_normal_custom": 20.98,
+    "logit_normal_uniform": 19.89,
+    "logit_normal_logit_normal": 20.08,
+    "uniform_custom_weighted": None,
+    "uniform_uniform_weighted": None,
+}
+
+
+def schedules(options, folder: Path) -> dict:
+    """All arms, seed by seed. What comes out is reported, not judged: the gates ask whether the runs are sound."""
+    runs, gates, began = {arm: {} for arm in ARMS}, [], time.monotonic()
+    todo = [(arm, seed) for seed in options.seeds for arm in ARMS]
+    for done, (arm, seed) in enumerate(todo):
+        left = (time.monotonic() - began) / done * (len(todo) - done) / 60 if done else None
+        note(f"{arm}, seed {seed}, {done + 1} of {len(todo)}" + (f", about {left:.0f} min left" if left else ""))
+        config = f"configs/schedule_ablation.py:{arm}"
+        results, outcomes = train_and_evaluate(config, folder / f"{arm}_{seed}", seed, options)
+        runs[arm][str(seed)] = results
+        checks = [
+            at_least("images evaluated", results["n"], 1000),
+            at_least("PSNR lost by shuffling codes", results["psnr_drop_shuffled"], 3.0),
+            *quiet(outcomes),
+        ]
+        gates += [{"arm": arm, "seed": seed, **check} for check in checks]
+    return {
+        "config": f"configs/schedule_ablation.py:{next(iter(ARMS))}",
+        "seeds": options.seeds,
+        "results": {"arms": runs, **ordering({arm: [r["psnr"] for r in runs[arm].values()] for arm in ARMS})},
+        "gates": gates,
+    }
+
+
+def ordering(psnr: dict[str, list[float]]) -> dict:
+    """Arms from best to worst by mean PSNR, each with its spread over seeds, beside the published ones."""
+    mean = {arm: sum(values) / len(values) for arm, values in psnr.items()}
+    best = sorted(mean, key=mean.get, reverse=True)
+    published = [arm for arm in ARMS if ARMS[arm] is not None]
+    pairs = list(itertools.combinations(published, 2))
+    agree = sum((mean[a] > mean[b]) == (ARMS[a] > ARMS[b]) for a, b in pairs)
+    rows = [
+        {"arm": arm, "psnr": round(mean[arm], 3), "from": min(psnr[arm]), "to": max(psnr[arm]), "published": ARMS[arm]}
+        for arm in best
+    ]
+    for row in rows:
+        note(f"{row['psnr']:7.3f} dB  {row['arm']}" + (f" (published: {row['published']})" if row["published"] else ""))
+    note(f"{agree} of {len(pairs)} pairs of published arms are in the published order")
+    return {"ordering": rows, "pairs_in_published_order": agree, "pairs": len(pairs)}
+
+
 def train_and_evaluate(config: str, workdir: Path, seed: int, options, minutes: float | None = None):
     """The figures of `evaluate`, and the outcomes of both commands; after `minutes` training is asked to stop."""
     args = command("train", "--config", config, "--workdir", str(workdir), f"--config.seed={seed}", *options.overrides)
@@ -348,7 +405,12 @@ def pca_psnr(config: str, options, *, components: int, images: int) -> dict:
     }
 
 
-MEASUREMENTS: dict[str, Callable] = {"quickstart": quickstart, "cifar10": cifar10, "kill": kill}
+MEASUREMENTS: dict[str, Callable] = {
+    "quickstart": quickstart,
+    "cifar10": cifar10,
+    "kill": kill,
+    "schedules": schedules,
+}
 
 
 def parse(argv=None):

@@ -164,10 +164,12 @@ class DDTTokenizer(base.ImageTokenizer):
             self._network = Network(config)
         self.loss_weights = {"flow": 1.0, "commitment": config.quantizer.commitment}
         self.quantizer = VectorQuantizer(config.quantizer, config.num_tokens, batch_size)
-        self.schedule = TokenSchedule(config.schedule, config.num_tokens)
+        self._one_step = selftok_networks.is_one_step(config)
+        # One step looks at t = 1 alone, where every schedule in its direction shows all tokens, a known one or not.
+        schedule = settings.Schedule(kind="uniform", direction="selftok") if self._one_step else config.schedule
+        self.schedule = TokenSchedule(schedule, config.num_tokens)
         self.loss_weights |= self.quantizer.loss_weights
         self.cross_example_terms = self.quantizer.cross_example_terms
-        self._one_step = selftok_networks.is_one_step(config)
 
     @property
     def _latent_shape(self):
@@ -181,10 +183,17 @@ class DDTTokenizer(base.ImageTokenizer):
             extra["released"] = selftok_networks.init_released(self.config)
         return self._network.init(params_key, example)["params"], extra
 
+    def check_trainable(self):
+        self.schedule.check_known()
+
     def loss_fn(self, params, extra, batch, rng):
         flow, slot_B = self.config.flow, batch["slot"]
         codec_keys_B = base.example_keys(jax.random.fold_in(rng, _CODEC), slot_B)
-        x0_BNP = self._patches(extra, base.to_float(batch["image"]), codec_keys_B)
+        if "latent_mean" in batch:  # of the codec, kept from before
+            kept = (batch[name].astype(jnp.float32) for name in ("latent_mean", "latent_logvar"))
+            x0_BNP = patchify(self.codec.draw(*kept, codec_keys_B), self.config.patch_size)
+        else:
+            x0_BNP = self._patches(extra, base.to_float(batch["image"]), codec_keys_B)
         codes_key, examples_key = jax.random.split(rng)
         z_BKd = self._apply(params, "encode", x0_BNP)
         codes_BKd, _, commitment_BK, stats = self.quantizer.quantize(extra["codebook"], z_BKd, slot_B, codes_key)
