@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -287,22 +286,10 @@ def kill(options, folder: Path) -> dict:
     }
 
 
-# Variants of configs/schedule_ablation.py and what the published ablation gives for them, dB at 512 tokens on ImageNet
-# (Selftok, table of time samplers and token schedules); the weighted ones are in no paper.
-ARMS = {
-    "uniform_custom": 21.86,
-    "uniform_uniform": 21.10,
-    "uniform_logit_normal": 20.78,
-    "logit_normal_custom": 20.98,
-    "logit_normal_uniform": 19.89,
-    "logit_normal_logit_normal": 20.08,
-    "uniform_custom_weighted": None,
-    "uniform_uniform_weighted": None,
-}
-
-
 def schedules(options, folder: Path) -> dict:
     """All arms, seed by seed. What comes out is reported, not judged: the gates ask whether the runs are sound."""
+    from schedule_arms import ARMS, ordering
+
     runs, gates, began = {arm: {} for arm in ARMS}, [], time.monotonic()
     todo = [(arm, seed) for seed in options.seeds for arm in ARMS]
     for done, (arm, seed) in enumerate(todo):
@@ -317,29 +304,16 @@ def schedules(options, folder: Path) -> dict:
             *quiet(outcomes),
         ]
         gates += [{"arm": arm, "seed": seed, **check} for check in checks]
+    found = ordering({arm: [r["psnr"] for r in runs[arm].values()] for arm in ARMS})
+    for row in found["ordering"]:
+        note(f"{row['psnr']:7.3f} dB  {row['arm']}" + (f" (published: {row['published']})" if row["published"] else ""))
+    note(f"{found['pairs_in_published_order']} of {found['pairs']} pairs of arms are in the published order")
     return {
         "config": f"configs/schedule_ablation.py:{next(iter(ARMS))}",
         "seeds": options.seeds,
-        "results": {"arms": runs, **ordering({arm: [r["psnr"] for r in runs[arm].values()] for arm in ARMS})},
+        "results": {"arms": runs, **found},
         "gates": gates,
     }
-
-
-def ordering(psnr: dict[str, list[float]]) -> dict:
-    """Arms from best to worst by mean PSNR, each with its spread over seeds, beside the published ones."""
-    mean = {arm: sum(values) / len(values) for arm, values in psnr.items()}
-    best = sorted(mean, key=mean.get, reverse=True)
-    published = [arm for arm in ARMS if ARMS[arm] is not None]
-    pairs = list(itertools.combinations(published, 2))
-    agree = sum((mean[a] > mean[b]) == (ARMS[a] > ARMS[b]) for a, b in pairs)
-    rows = [
-        {"arm": arm, "psnr": round(mean[arm], 3), "from": min(psnr[arm]), "to": max(psnr[arm]), "published": ARMS[arm]}
-        for arm in best
-    ]
-    for row in rows:
-        note(f"{row['psnr']:7.3f} dB  {row['arm']}" + (f" (published: {row['published']})" if row["published"] else ""))
-    note(f"{agree} of {len(pairs)} pairs of published arms are in the published order")
-    return {"ordering": rows, "pairs_in_published_order": agree, "pairs": len(pairs)}
 
 
 def train_and_evaluate(config: str, workdir: Path, seed: int, options, minutes: float | None = None):

@@ -77,7 +77,7 @@ def test_arms_are_the_variants_of_their_config(soak):
     from ddt_jax import config
 
     trees = {}
-    for arm in soak.ARMS:
+    for arm in importlib.import_module("schedule_arms").ARMS:
         model = config.dump(config.load(str(ROOT / "configs" / f"schedule_ablation.py:{arm}")))["model"]
         trees[arm] = (model["flow"]["time"], model["schedule"]["kind"], model["token_gradient_weights"])
     assert trees["logit_normal_custom"] == ("logit_normal", "piecewise", False)

@@ -74,7 +74,7 @@ def on_latents(s, folder):
 def test_every_image_has_its_latent_with_what_is_known_of_it(kept):
     s, folder, said = kept
     assert said == {"images": N, "records": N, "unreadable": 0, "shards": 3, "written": 3}
-    assert sorted(p.name for p in folder.iterdir()) == ["latents.json", *(store.shard_name(i, 3) for i in range(3))]
+    assert sorted(p.name for p in folder.iterdir()) == [*(store.shard_name(i, 3) for i in range(3)), "latents.json"]
     source, images = open_source(f"latents:{folder}"), open_source(s.data.source)
     assert len(source) == N
     assert [source[i]["label"] for i in range(N)] == [i % 3 for i in range(N)]
