@@ -6,6 +6,8 @@ posterior as raw bytes, the record's `index` in the source, and its `caption` an
 """
 
 import json
+import os
+import tempfile
 
 import ml_dtypes
 import numpy as np
@@ -37,31 +39,27 @@ def pack(mean, logvar, *, index: int, label: int = -1, caption: str = "") -> byt
 
 def write_shard(path, records) -> int:
     """Writes packed records to a file that is whole or absent, and returns how many; path: epath, local or not."""
-    import os
-    import tempfile
-
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    local = files.is_local(str(path))
-    folder = str(path.parent) if local else None  # the library writes local files only
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
-    os.close(handle)
-    try:
-        writer = ArrayRecordWriter(scratch, "group_size:1")
-        count = 0
+    count = 0
+    with tempfile.TemporaryDirectory() as elsewhere:  # the library writes local files only
+        local = files.is_local(str(path))
+        scratch = (path.parent if local else files.path_of(elsewhere)) / f".{path.name}.{os.getpid()}.tmp"
         try:
-            for record in records:
-                writer.write(record)
-                count += 1
+            writer = ArrayRecordWriter(str(scratch), "group_size:1")
+            try:
+                for record in records:
+                    writer.write(record)
+                    count += 1
+            finally:
+                writer.close()
+            if local:
+                scratch.replace(path)
+            else:
+                scratch.copy(path, overwrite=True)
         finally:
-            writer.close()
-        if local:
-            os.replace(scratch, path)
-        else:
-            files.path_of(scratch).copy(path, overwrite=True)
-        return count
-    finally:
-        files.path_of(scratch).unlink(missing_ok=True)
+            scratch.unlink(missing_ok=True)
+    return count
 
 
 def read_index(folder: str) -> dict | None:

@@ -12,8 +12,8 @@ import pytest
 pytestmark = pytest.mark.tpu_compile
 
 ROOT = Path(__file__).resolve().parents[2]
-# The published tokenizers need a pod, and the compilation of the released one for 64 chips had not ended after 8 minutes
-# on two cores; tests/tokenizers/test_selftok_networks.py traces its step instead.
+# The published tokenizers need a pod. The compilation of the released one for 64 chips had not ended after 8 minutes on
+# two cores; tests/tokenizers/test_selftok_networks.py traces its step instead.
 PUBLISHED = {"ddt_selftok_256.py", "ddt_selftok_1024.py", "ddt_llama_256.py"}
 CONFIGS = sorted({path.name for path in (ROOT / "configs").glob("*.py")} - PUBLISHED)
 TOPOLOGY = "v5e:2x2"
