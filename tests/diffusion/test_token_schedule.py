@@ -79,8 +79,9 @@ def test_uniform_and_logit_normal_are_exact_at_every_thousandth(num_tokens):
     np.testing.assert_array_equal(counts(uniform, u) - 1, tau * num_tokens // 1000)
     normal = TokenSchedule(settings.Schedule(kind="logit_normal", direction="selftok"), num_tokens)
     phi = [math.erfc(-math.log(x / (1000 - x)) / math.sqrt(2)) / 2 * num_tokens for x in tau]
-    off = [abs(x - round(x)) > 1e-4 for x in phi]  # all but where Phi K is a whole number, as in the middle
-    assert np.sum(off) >= 997
+    # All but the middle, where Phi K is a whole number; what lies next to 0 or K is not near any other count.
+    off = [abs(x - round(x)) > 1e-4 or not 0 < round(x) < num_tokens for x in phi]
+    assert np.sum(off) == 998
     np.testing.assert_array_equal((counts(normal, u) - 1)[off], np.minimum(np.ceil(phi), num_tokens - 1)[off])
 
 
