@@ -1,26 +1,30 @@
 """The released Selftok tokenizer at 256 px: 512 tokens of 32,768 codes, 2.2 B parameters. Hardware: a pod.
 
+Variants are the members of the family, of which only "xl" is published: small (0.05 B parameters), base (0.30 B),
+large (0.96 B), xl. The sizes of the others follow from the number of blocks (`settings.selftok_size`).
+
 Needs the autoencoder of SD3 as `--config.model.codec.weights=FILE.safetensors` (diffusers' layout), and ImageNet as
 Parquet files, here in the data folder; elsewhere with `--config.data.source=parquet:...` and `data.eval_source`.
 
 Networks, quantizer, schedule, batch and betas are the released ones (arXiv 2505.07538 and its inference code). Where
-the letter can't train or is not known: codes are taken from the data once the features of different images differ
-(`model.quantizer.init="first_batch"` is the letter), one rate serves all parameters (published: 1e-5 for the image
-stream of the decoder, 5e-5 for the rest), and the decoder starts from scratch, not from SD3. It has never been trained
-to its end here, so no figure is given. The published headline figures are those of the one-step renderer.
+the letter can't train or is not known: codes are taken from the data once the features of different images differ (the
+letter is `model.quantizer.init="first_batch"`: as many distinct codes as tokens, for all images begin with the same
+features), one rate serves all parameters (published: 1e-5 for the image stream of the decoder, 5e-5 for the rest), and
+the decoder starts from scratch, not from SD3. It has never been trained to its end here, so no figure is given. The
+published headline figures are those of the one-step renderer.
 """
 
 from ddt_jax import config, settings
 
 
-def get_config():
+def get_config(variant="xl"):
     c = config.defaults()
-    c.name = "ddt_selftok_256"
+    c.name = "ddt_selftok_256" if variant == "xl" else f"ddt_selftok_256_{variant}"
     c.data.source = "parquet:${DDT_JAX_DATA}/imagenet/train-*.parquet"
     c.data.eval_source = "parquet:${DDT_JAX_DATA}/imagenet/val-*.parquet"
     c.data.image_size = 256
     c.data.threads = 16
-    c.model = config.defaults(settings.SelftokTokenizer)
+    c.model = config.defaults(settings.SelftokTokenizer, **settings.selftok_size(variant))
     c.model.dtype = "bfloat16"
     c.model.codec.dtype = "bfloat16"
     c.optimizer.name = "adamw"

@@ -78,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--split", choices=("train", "eval"), default="train", help="data.source or data.eval_source")
     p.add_argument("--count", type=int, default=32, metavar="N", help="examples in the grid (default: 32)")
     p.add_argument("--out", metavar="PNG", default="data.png", help="where the grid goes (default: data.png)")
+    p = verb(
+        "latents",
+        "keep what the codec makes of every image in data.source, to train on that instead of the images",
+        config=True,
+        report=True,
+        more="Then train with --config.data.source=latents:DIR. Ctrl-C exits with code 75; the same command goes on.",
+    )
+    p.add_argument("--to", required=True, dest="folder", metavar="DIR", help="folder for the shards")
+    p.add_argument("--per-shard", type=int, default=4096, metavar="N", help="images in a shard (default: 4096)")
     verb("config", "print the resolved settings of a config", config=True, report=True)
     p = verb("checkpoint", "look at the checkpoints of a run", workdir=True, report=True)
     p.add_argument(
@@ -185,6 +194,23 @@ def _data(args, overrides) -> int:
     return 0
 
 
+def _latents(args, overrides) -> int:
+    from ddt_jax import config, experiment
+    from ddt_jax.training.loop import EXIT_STOPPED
+
+    if args.per_shard < 1:
+        raise UserError(f"--per-shard must be at least 1, got {args.per_shard}")
+    s = config.load(args.config, overrides)
+    try:
+        result = experiment.write_latents(s, args.folder, per_shard=args.per_shard)
+    except KeyboardInterrupt:
+        print("ddt-jax: stopped; shards that are whole stay, and the same command goes on", file=sys.stderr)
+        return EXIT_STOPPED
+    text = f"{result['records']:,} latents of {result['images']:,} images in {result['shards']} shards: {args.folder}"
+    _report(args, result, text)
+    return 0
+
+
 def _config(args, overrides) -> int:
     from ddt_jax import config
 
@@ -238,6 +264,7 @@ _VERBS = {
     "evaluate": _evaluate,
     "reconstruct": _reconstruct,
     "data": _data,
+    "latents": _latents,
     "config": _config,
     "checkpoint": _checkpoint,
     "import": _import,

@@ -257,6 +257,10 @@ def _check(e: settings.Experiment):
     need(0 <= t.ema < 1, f"train.ema must lie in [0, 1), got {t.ema}")
     need(0 <= d.max_bad_fraction <= 1, f"data.max_bad_fraction must lie in [0, 1], got {d.max_bad_fraction}")
     need(
+        not d.eval_source.startswith("latents:"),
+        f"data.eval_source={d.eval_source} holds no images to compare with; name the images it was made of",
+    )
+    need(
         all(0 < v <= 1 for v in e.evaluate.visible),
         f"evaluate.visible holds shares in (0, 1], got {e.evaluate.visible}",
     )

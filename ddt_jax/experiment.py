@@ -26,7 +26,7 @@ from ddt_jax.interop import diffusers_vae, selftok
 from ddt_jax.io import atomic, torch_file
 from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
-from ddt_jax.training import checkpoint, loop, warm_start, writers
+from ddt_jax.training import checkpoint, latents, loop, warm_start, writers
 from ddt_jax.training import optimizer as optimizers
 from ddt_jax.training.progress import Progress
 from ddt_jax.training.state import TrainState, abstract_state, init_state
@@ -63,12 +63,25 @@ class Built:
     def init(self) -> TrainState:
         """A fresh state, made on the devices where it belongs. Raises UserError as `frozen_weights`."""
         weights = self.frozen_weights()
+        with jax.set_mesh(self.mesh):
+            state = self._run(self._init, self.shardings)
+            return state.replace(extra=state.extra | {name: self._placed(name, v) for name, v in weights.items()})
+
+    def init_codec(self):
+        """What `init` puts into `extra["codec"]`, without the rest; None for a codec without arrays."""
+        weights = self.frozen_weights().get("codec")
+        with jax.set_mesh(self.mesh):
+            if weights is not None:
+                return self._placed("codec", weights)
+            return self._run(lambda: self._init().extra.get("codec"), self.shardings.extra.get("codec"))
+
+    def _run(self, function, shardings):
         # Runs once: on CPU, optimizing its code takes longer than the code itself.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        with jax.set_mesh(self.mesh):
-            state = jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)()
-            frozen = {k: jax.tree.map(meshes.put_whole, v, self.abstract.extra[k]) for k, v in weights.items()}
-            return state.replace(extra=state.extra | frozen)
+        return jax.jit(function, out_shardings=shardings, compiler_options=options)()
+
+    def _placed(self, name, weights):
+        return jax.tree.map(meshes.put_whole, weights, self.abstract.extra[name])
 
     def _init(self):
         s = self.settings
@@ -112,14 +125,18 @@ def train(s: settings.Experiment, workdir: str) -> dict:
       "finished" (else it was asked to stop, and has saved), "step", "train_seconds".
 
     Raises:
-      UserError: if the workdir holds another run, or whatever data, mesh and checkpoints raise.
+      UserError: if the workdir holds another run, the settings do not tell how to train the model, or whatever data,
+        mesh and checkpoints raise.
     """
     begun = time.perf_counter()
     built, tree = build(s), config.dump(s)
+    built.model.check_trainable()
     first = jax.process_index() == 0
     root = epath.Path(workdir)
     source = _open(s, s.data.source)
     loader = _loader(source, s)
+    if not (root / "config.json").exists():
+        latents.check(source, built.model, s.data, built.init_codec)
     first_stage = functools.partial(warm_start.find, s, built.model, built.mesh, built.abstract)
     _claim(root, tree, lambda: (built.frozen_weights(), first_stage()))
     note = _to_stderr if first else lambda line: None
@@ -135,6 +152,7 @@ def train(s: settings.Experiment, workdir: str) -> dict:
             points.close()
             return {"finished": True, "step": start, **_timing(root)}
         else:
+            latents.check(source, built.model, s.data, lambda: state.extra["codec"])
             note(f"goes on from step {start:,} of {s.train.steps:,} in {workdir}")
         progress = Progress(s.train.steps, start, s.train.batch_size, stream=sys.stderr if first else None)
         writer = writers.for_run(root, s.train, tree) if first else writers.MultiWriter([])
@@ -362,11 +380,27 @@ def _model_state(state: TrainState, params) -> dict:
     return {"params": params, "extra": state.extra}
 
 
+def write_latents(s: settings.Experiment, folder: str, *, per_shard: int = 4096) -> dict:
+    """Writes what the codec makes of the images in data.source, to train with data.source=latents:FOLDER.
+
+    What is there already of an earlier call stays. Returns and raises as `training.latents.write`.
+    """
+    built, size = build(s), s.evaluate.batch_size
+    meshes.check_batch(size, built.mesh, "evaluate.batch_size")
+    latents.identity(built.model, s.data)  # refuses before weights are read
+    source, params = _open(s, s.data.source), built.init_codec()
+    options = {"mesh": built.mesh, "batch_size": size, "per_shard": per_shard}
+    with jax.set_mesh(built.mesh):
+        return latents.write(epath.Path(folder), source, s.data, built.model, params, **options)
+
+
 def look_at_data(s: settings.Experiment, split: str, count: int, out: str) -> dict:
     """Counts of a source, a grid of its first examples in training order, and how fast they load."""
     from ddt_jax.evaluation import pictures
 
     source = _open(s, s.data.source if split == "train" else s.data.eval_source)
+    if getattr(source, "arrays", None):
+        raise UserError(f"data: {source.name} holds no pictures; look at the images that it was made of")
     loader = _loader(source, s, count)
     start = time.perf_counter()
     batch = loader.batch_at(0)
@@ -446,8 +480,9 @@ def _loader(source, s: settings.Experiment, batch_size: int = 0) -> Loader:
 
 
 def _step_inputs(batches: Iterator[dict]) -> Iterator[dict]:
+    names = ("image", "latent_mean", "latent_logvar", "slot")
     for batch in batches:
-        yield {"image": batch["image"], "slot": batch["slot"]}
+        yield {name: batch[name] for name in names if name in batch}
 
 
 def _claim(root, tree: dict, check) -> None:

@@ -8,6 +8,8 @@ several that may stand in the same place; the value of `kind` chooses.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ddt_jax.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
@@ -104,7 +106,7 @@ class ImageLoss:
 class Schedule:
     """Token schedule k(t): which tokens the decoder may see at noise level t."""
 
-    kind: Literal["uniform", "piecewise", "late", "logit_normal"] = "late"
+    kind: Literal["uniform", "timesteps", "piecewise", "late", "logit_normal", "unpublished"] = "late"
     direction: Literal["coarse_first", "selftok"] = (
         "coarse_first"  # tokens 0..k(t): k grows as noise falls | with noise
     )
@@ -233,6 +235,28 @@ class SelftokRenderer(Renderer):
     context_see_xt: bool = False
     repeat: bool = True
     canvas_keeps_table: bool = True  # add the fixed table of positions to the canvas, as to noised patches
+
+
+# The family's one dial: blocks of the decoder. All other sizes follow from it by the proportions of the released XL.
+SELFTOK_SIZES = {"small": 6, "base": 12, "large": 18, "xl": 24}
+
+
+def selftok_size(size: str) -> dict:
+    """`encoder` and `decoder` of a member of the family; only "xl" has been published.
+
+    The decoder's width is 64 per block and its heads are as many as its blocks, as in SD3. The encoder has 2/3 as many
+    blocks, and queries of 1/3 of the decoder's width.
+
+    Raises:
+      UserError: for a size that is not in SELFTOK_SIZES.
+    """
+    if size not in SELFTOK_SIZES:
+        raise UserError(f"config: {size!r} is no size of the Selftok family; choose from {', '.join(SELFTOK_SIZES)}")
+    blocks = SELFTOK_SIZES[size]
+    return {
+        "encoder": SelftokEncoder(depth=2 * blocks // 3, width=64 * blocks // 3, heads=blocks // 3),
+        "decoder": SelftokDecoder(depth=blocks, width=64 * blocks, heads=blocks),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

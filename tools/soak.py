@@ -4,6 +4,7 @@
     python tools/soak.py scenes                   configs/ddt_scenes.py, then its renderer, against the gates
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
+    python tools/soak.py schedules --seeds 0,1    token schedules and time samplers against each other
 
 A record holds the commit (and whether the checkout differed from it), the resolved config, seeds, machine, date,
 command line, wall seconds, every figure and every gate. What a document states must be in such a record, or in a test.
@@ -341,6 +342,36 @@ def kill(options, folder: Path) -> dict:
     }
 
 
+def schedules(options, folder: Path) -> dict:
+    """All arms, seed by seed. What comes out is reported, not judged: the gates ask whether the runs are sound."""
+    from schedule_arms import ARMS, ordering
+
+    runs, gates, began = {arm: {} for arm in ARMS}, [], time.monotonic()
+    todo = [(arm, seed) for seed in options.seeds for arm in ARMS]
+    for done, (arm, seed) in enumerate(todo):
+        left = (time.monotonic() - began) / done * (len(todo) - done) / 60 if done else None
+        note(f"{arm}, seed {seed}, {done + 1} of {len(todo)}" + (f", about {left:.0f} min left" if left else ""))
+        config = f"configs/schedule_ablation.py:{arm}"
+        results, outcomes = train_and_evaluate(config, folder / f"{arm}_{seed}", seed, options)
+        runs[arm][str(seed)] = results
+        checks = [
+            at_least("images evaluated", results["n"], 1000),
+            at_least("PSNR lost by shuffling codes", results["psnr_drop_shuffled"], 3.0),
+            *quiet(outcomes),
+        ]
+        gates += [{"arm": arm, "seed": seed, **check} for check in checks]
+    found = ordering({arm: [r["psnr"] for r in runs[arm].values()] for arm in ARMS})
+    for row in found["ordering"]:
+        note(f"{row['psnr']:7.3f} dB  {row['arm']}" + (f" (published: {row['published']})" if row["published"] else ""))
+    note(f"{found['pairs_in_published_order']} of {found['pairs']} pairs of arms are in the published order")
+    return {
+        "config": f"configs/schedule_ablation.py:{next(iter(ARMS))}",
+        "seeds": options.seeds,
+        "results": {"arms": runs, **found},
+        "gates": gates,
+    }
+
+
 def next_kill(rng: random.Random, workdir: Path, saved: int, reach: int, seconds: float) -> float | Callable[[], bool]:
     """When the next kill is due: see `run`."""
     if rng.random() < 0.2:
@@ -436,7 +467,13 @@ def pca_psnr(config: str, options, *, components: int, images: int) -> dict:
     }
 
 
-MEASUREMENTS: dict[str, Callable] = {"quickstart": quickstart, "scenes": scenes, "cifar10": cifar10, "kill": kill}
+MEASUREMENTS: dict[str, Callable] = {
+    "quickstart": quickstart,
+    "scenes": scenes,
+    "cifar10": cifar10,
+    "kill": kill,
+    "schedules": schedules,
+}
 
 
 def parse(argv=None):

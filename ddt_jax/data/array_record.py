@@ -103,13 +103,16 @@ class ArrayRecordSource:
         return f"{self._names[file].rsplit('/', 1)[-1]} record {row}"
 
     def __getitem__(self, index) -> Record:
+        return unpack(self.read(index))
+
+    def read(self, index) -> bytes:
+        """A record as it was written. Raises BadRecord."""
         file, row = self._by_file.locate(index)
         try:
             with self._lock:
-                data = self._reader(file).read([row])[0]
+                return self._reader(file).read([row])[0]
         except (RuntimeError, ValueError, IndexError) as error:
             raise BadRecord(f"corrupt record ({str(error).splitlines()[0]})") from None
-        return unpack(data)
 
     def _reader(self, file):
         reader = self._readers.get(file)

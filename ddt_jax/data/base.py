@@ -16,15 +16,18 @@ class BadRecord(Exception):  # noqa: N818  not an error of the program: the reco
 
 
 class Record(TypedDict, total=False):
-    """One example. Only `image` is always there; what a source does not know is absent, never empty.
+    """One example. Only `image`, or its latent, is always there; what a source does not know is absent, never empty.
 
     image: encoded bytes, or uint8 [H, W, 3].
+    latent_mean, latent_logvar: in place of an image, float [h, w, c].
     caption: non-empty text.
     label: class number.
     meta: whatever else the source knows.
     """
 
     image: Any
+    latent_mean: Any
+    latent_logvar: Any
     caption: str
     label: int
     meta: dict
@@ -36,6 +39,8 @@ class Source(Protocol):
     Attributes:
       name: the spec's short form, for messages.
       label_names: class names by number, or None.
+
+    One whose records hold arrays in place of an image says so in `arrays`: name → (shape, type).
     """
 
     name: str
@@ -85,6 +90,7 @@ OPTIONS = {
     "folder": ("caption",),
     "tfds": ("data_dir", "image", "caption", "label"),
     "arrayrecord": ("caption",),
+    "latents": (),
     "scenes": (),
     "digits": ("caption",),
 }
@@ -173,6 +179,10 @@ def open_source(spec: str, *, image_size: int = 32, cache_dir: str = "") -> Sour
             from ddt_jax.data.array_record import ArrayRecordSource
 
             source = ArrayRecordSource(rest, cache_dir=cache_dir)
+        case "latents":
+            from ddt_jax.data.latents import LatentsSource
+
+            source = LatentsSource(rest, cache_dir=cache_dir)
         case "digits":
             from ddt_jax.data.digits import DigitsSource
 

@@ -42,6 +42,7 @@ class Batcher:
     shard_count: int
     shuffle: bool
     with_captions: bool
+    keep_captions: bool = False  # those that there are, in batches for evaluation
 
     def slots(self, batch_size):
         """The rows of a global batch that this host makes."""
@@ -61,7 +62,7 @@ class Batcher:
     def make(self, step: int):
         """One training batch and what was wrong on the way: (batch, [(where, why), ...])."""
         slots = self.slots(self.batch_size)
-        batch, errors = _empty(slots, self.data.image_size), []
+        batch, errors = self._empty(slots), []
         captions = []
         for row, index in enumerate(self.order(step * self.batch_size + slots)):
             slot = int(slots[row])
@@ -89,7 +90,7 @@ class Batcher:
     def make_eval(self, start: int, stop: int, batch_size: int):
         """Records [start, stop) of the first epoch without augmentation, padded to the batch size: see `make`."""
         slots = self.slots(batch_size)
-        batch, errors = _empty(slots, self.data.image_size), []
+        batch, errors = self._empty(slots), []
         batch["valid"] = np.zeros(len(slots), bool)
         batch["index"][:] = -1
         captions = [""] * len(slots)
@@ -101,7 +102,7 @@ class Batcher:
                 batch["valid"][row] = True
             except BadRecord as error:
                 errors.append((self.source.describe(int(index)), str(error)))
-        if self.with_captions:
+        if self.with_captions or self.keep_captions:
             batch["caption"] = captions
         return batch, errors
 
@@ -111,19 +112,40 @@ class Batcher:
         caption = record.get("caption", "")
         if self.with_captions and not caption:
             raise BadRecord("no caption")
-        batch["image"][row] = images.prepare(record["image"], self.data, rng)
+        if arrays := self._arrays:
+            for name in arrays:
+                batch[name][row] = record[name]
+        else:
+            batch["image"][row] = images.prepare(record["image"], self.data, rng)
         batch["label"][row] = record.get("label", -1)
         batch["index"][row] = index
         return caption
 
+    @property
+    def _arrays(self) -> dict:
+        return getattr(self.source, "arrays", {})
 
-def _empty(slots, size) -> dict[str, Any]:
-    return {
-        "image": np.zeros((len(slots), size, size, 3), np.uint8),
-        "slot": slots.astype(np.int32),
-        "index": np.zeros(len(slots), np.int32),
-        "label": np.full(len(slots), -1, np.int32),
-    }
+    def _empty(self, slots) -> dict[str, Any]:
+        size = self.data.image_size
+        arrays = self._arrays or {"image": ((size, size, 3), np.uint8)}
+        return {name: np.zeros((len(slots), *shape), dtype) for name, (shape, dtype) in arrays.items()} | {
+            "slot": slots.astype(np.int32),
+            "index": np.zeros(len(slots), np.int32),
+            "label": np.full(len(slots), -1, np.int32),
+        }
+
+
+class _EvalBatches:
+    """What `make_eval` makes of records [start, stop), batch after batch, for Grain."""
+
+    def __init__(self, batcher, start, stop, batch_size):
+        self._batcher, self._start, self._stop, self._size = batcher, start, stop, batch_size
+
+    def __len__(self):
+        return -(-(self._stop - self._start) // self._size)
+
+    def __getitem__(self, index):
+        return self._batcher.make_eval(self._start + index * self._size, self._stop, self._size)
 
 
 class _Steps:
@@ -152,7 +174,7 @@ class Loader:
     """Batches of a source for one host.
 
     A batch is a dict of NumPy arrays, rows of this host only (b = batch_size / shard_count):
-      image: uint8 [b, S, S, 3].
+      image: uint8 [b, S, S, 3]; or the arrays that the source has in the place of images.
       slot: int32 [b], the row inside the global batch.
       index: int32 [b], the record in the source.
       label: int32 [b], -1 where there is none.
@@ -166,6 +188,7 @@ class Loader:
       shard_index, shard_count: this host among all.
       shuffle: False = the source's own order in every epoch.
       with_captions: a record without a caption is then a bad one.
+      keep_captions: batches for evaluation have captions, "" where there is none.
 
     Raises:
       UserError: sizes that do not fit; later, when too many records are bad.
@@ -182,6 +205,7 @@ class Loader:
         shard_count: int = 1,
         shuffle: bool = True,
         with_captions: bool = False,
+        keep_captions: bool = False,
     ):
         if not 0 <= shard_index < shard_count:
             raise ValueError(f"shard {shard_index} of {shard_count}")
@@ -192,7 +216,9 @@ class Loader:
         self.data = data
         self.batch_size = batch_size
         self.stats = Stats()
-        self._batcher = Batcher(source, data, batch_size, seed, shard_index, shard_count, shuffle, with_captions)
+        self._batcher = Batcher(
+            source, data, batch_size, seed, shard_index, shard_count, shuffle, with_captions, keep_captions
+        )
 
     def batch_at(self, step: int):
         """The batch of a step, made here and now."""
@@ -212,8 +238,12 @@ class Loader:
         _check_divides(batch_size, self._batcher.shard_count, "evaluate.batch_size")
         n = min(n, len(self.source))
         for start in range(0, n, batch_size):
-            batch, errors = self._batcher.make_eval(start, n, batch_size)
-            yield self._account(batch, errors, seen=int(batch["valid"].sum()) + len(errors))
+            yield self._account(*self._batcher.make_eval(start, n, batch_size))
+
+    def iterate_eval(self, start: int, stop: int, batch_size: int) -> "BatchIterator":
+        """Records [start, stop) of the fixed order as in `eval_batches`, made ahead as in `iterate`."""
+        _check_divides(batch_size, self._batcher.shard_count, "evaluate.batch_size")
+        return BatchIterator(self, _EvalBatches(self._batcher, start, stop, batch_size))
 
     def report(self) -> str | None:
         """One line about the bad records so far, None if there were none."""
@@ -227,9 +257,10 @@ class Loader:
         stats = self.stats
         return f"data: {stats.bad:,} of {stats.seen:,} images could not be {verb} (first: {where}: {why})"
 
-    def _account(self, batch, errors, seen=None):
+    def _account(self, batch, errors):
         stats, limit = self.stats, self.data.max_bad_fraction
-        stats.seen += len(batch["slot"]) + len(errors) if seen is None else seen
+        used = int(batch["valid"].sum()) if "valid" in batch else len(batch["slot"])
+        stats.seen += used + len(errors)
         for where, why in errors:
             stats.bad += 1
             if len(stats.examples) < EXAMPLES_KEPT:
@@ -251,7 +282,7 @@ def _check_divides(batch_size, shard_count, name):
 class BatchIterator:
     """Iterator over batches with background threads or processes; `close` ends them."""
 
-    def __init__(self, loader: Loader, steps: _Steps):
+    def __init__(self, loader: Loader, steps: _Steps | _EvalBatches):
         import grain
 
         _settle_flags()

@@ -25,9 +25,9 @@ import numpy as np
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 
-# Added to the progress before groups are counted. The sampler's times are rounded to fp32; a step that is due to start
-# a group must not fall to the group before it.
-_GROUP_SLACK = 2.0**-21
+# Added to the progress before groups are counted, taken from it before timesteps are. The sampler's times are rounded
+# to fp32; a step that is due to start a group must not fall to the group before it, a timestep not to the one after.
+_SLACK = 2.0**-21
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class TokenSchedule:
     Attributes:
       config: kind is one of
         "uniform": f(s) = floor(s K) + 1;
+        "timesteps": f(s) = ceil(s K): at timestep t of K tokens 0..t-1, and so the first t of them (DDT-LLaMA). It
+          differs from "uniform" at the K timesteps alone, which is where a sampler with K steps looks;
         "late": f(s) = floor(s K / (1 - full_below)) + 1: for "coarse_first", all tokens are visible where
           u < full_below, and the ladder of counts is spent on the highest noise alone;
         "piecewise": floor of a function that is linear between breakpoints, in thousandths of s (the custom schedule of
@@ -44,6 +46,7 @@ class TokenSchedule:
         "logit_normal": f(s) = ceil(Phi((logit s - logit_mean) / logit_std) K) + 1. Selftok's k(t) is the index of the
           last visible token, and so one less than the count here. It is clamped to K - 1, hence tokens 0 and 1 appear
           together (for s > 0), as the last one does with 1 / K of the mass to spare.
+        "unpublished": not known. There is a codebook and an encoder, but whatever needs f raises UserError.
         With groups = G, tokens appear K / G at a time: the count is rounded up to a multiple of K / G. "uniform"
         then gives each prefix of groups the same share of the denoising steps (D-AR: 8 groups, 8 steps).
       num_tokens: K.
@@ -79,6 +82,14 @@ class TokenSchedule:
                     f"sum to model.num_tokens = {self.num_tokens} (got {sum(c.tokens)})"
                 )
 
+    def check_known(self) -> None:
+        """Raises UserError for the kind "unpublished"."""
+        if self.config.kind == "unpublished":
+            raise UserError(
+                "model.schedule.kind: 'unpublished' does not say which tokens a flow decoder sees; to train or decode "
+                "with one, set it to 'uniform', 'timesteps', 'logit_normal' or 'piecewise'"
+            )
+
     def count(self, u_B, sampling: bool = False):
         """How many tokens are visible, int32 like u_B, in 1..K.
 
@@ -87,10 +98,13 @@ class TokenSchedule:
             it; the training does not (mean count of the custom schedule over uniform u: 354.1 of 512, against 353.9).
         """
         c, k = self.config, self.num_tokens
+        self.check_known()
         progress = u_B if c.direction == "selftok" else 1 - u_B
         if c.groups:
-            progress = progress + _GROUP_SLACK
-        if c.kind in ("uniform", "late"):
+            progress = progress + _SLACK
+        if c.kind == "timesteps":
+            last = jnp.ceil((progress - _SLACK) * k).astype(jnp.int32) - 1
+        elif c.kind in ("uniform", "late"):
             share = 1.0 if c.kind == "uniform" else 1 - c.full_below
             last = jnp.floor(jnp.minimum(1.0, progress / share) * k).astype(jnp.int32)
         elif c.kind == "piecewise":
@@ -110,8 +124,9 @@ class TokenSchedule:
     def _appears(self) -> np.ndarray:
         """Progress at which each token appears, without groups. f64 [K], rising from 0; "logit_normal": just above."""
         c, k = self.config, self.num_tokens
+        self.check_known()
         index_K = np.arange(k, dtype=np.float64)
-        if c.kind == "uniform":
+        if c.kind in ("uniform", "timesteps"):
             return index_K / k
         if c.kind == "late":
             return index_K / k * (1 - c.full_below)

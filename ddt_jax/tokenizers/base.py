@@ -51,6 +51,10 @@ class ImageModel(abc.ABC):
     def init(self, rng) -> tuple[Any, Any]:
         """Fresh (params, extra): a tree of `params.Box` and a nested dict of plain arrays."""
 
+    def check_trainable(self) -> None:
+        """Raises UserError where the settings are enough to load a model and encode with it, not to train it."""
+        return
+
     @abc.abstractmethod
     def loss_fn(self, params, extra, batch, rng) -> tuple[dict, dict, Any]:
         """One micro-batch's additive contributions.
@@ -58,7 +62,8 @@ class ImageModel(abc.ABC):
         Args:
           params: plain arrays.
           extra: state as it was before the step.
-          batch: `image` uint8 [b, H, W, 3] and `slot` int32 [b], the rows of the global batch these images are.
+          batch: `image` uint8 [b, H, W, 3] and `slot` int32 [b], the rows of the global batch these images are. In the
+            place of images a tokenizer on latents takes `latent_mean` and `latent_logvar` [b, h, w, c].
           rng: the step's key, the same in all micro-batches.
 
         Returns:

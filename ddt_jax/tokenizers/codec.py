@@ -47,6 +47,20 @@ class LatentCodec(abc.ABC):
     def decode(self, params, latents_Bhwc):
         """Latents → images, not clipped."""
 
+    def posterior(self, params, images_BHWC):
+        """What `draw` makes latents of, so that it can be kept: (mean, logvar), float [B, h, w, c].
+
+        Raises:
+          UserError: for a codec without one.
+        """
+        del params, images_BHWC
+        raise UserError("model.codec: pixels are their own latents; there is nothing to keep of them")
+
+    def draw(self, mean_Bhwc, logvar_Bhwc, keys_B=None):
+        """A posterior → what `encode` gives for its images and the same keys. Raises UserError as `posterior`."""
+        del logvar_Bhwc, keys_B
+        return self.posterior(None, mean_Bhwc)
+
 
 class IdentityCodec(LatentCodec):
     """Pixels are the latents. For images up to about 64 px."""
@@ -67,6 +81,7 @@ class VAECodec(LatentCodec):
     Attributes:
       sizes: of the autoencoder.
       weights: the file its parameters come from; "" if they are random.
+      dtype: name of the activations' type.
 
     Raises:
       UserError: if the settings name neither weights nor random ones, or both, or sizes beside a preset.
@@ -93,6 +108,7 @@ class VAECodec(LatentCodec):
         self.weights = config.weights
         self.channels = self.sizes.latent_channels
         self.downsampling = autoencoder.downsampling(self.sizes)
+        self.dtype = config.dtype
         self._sample = config.sample
         self._network = autoencoder.Autoencoder(self.sizes, layers.compute_dtype(config.dtype))
 
@@ -105,10 +121,15 @@ class VAECodec(LatentCodec):
         return {"codec": jax.tree.map(missing, abstract, is_leaf=is_box)}
 
     def encode(self, params, images_BHWC, keys_B=None):
-        posterior = self._network.apply({"params": params}, images_BHWC, method="encode")
-        draw = self._sample and keys_B is not None
-        latents_Bhwc = posterior.sample(keys_B) if draw else posterior.mode()
-        return autoencoder.normalize(self.sizes, latents_Bhwc)
+        return self.draw(*self.posterior(params, images_BHWC), keys_B)
+
+    def posterior(self, params, images_BHWC):
+        return tuple(self._network.apply({"params": params}, images_BHWC, method="encode"))
+
+    def draw(self, mean_Bhwc, logvar_Bhwc, keys_B=None):
+        posterior = autoencoder.Posterior(mean_Bhwc, logvar_Bhwc)
+        drawn = self._sample and keys_B is not None
+        return autoencoder.normalize(self.sizes, posterior.sample(keys_B) if drawn else posterior.mode())
 
     def decode(self, params, latents_Bhwc):
         raw_Bhwc = autoencoder.denormalize(self.sizes, latents_Bhwc)

@@ -12,6 +12,7 @@ of the latent.
 """
 
 import functools
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -176,8 +177,10 @@ class DDTTokenizer(base.ImageTokenizer):
                 raise UserError(f"model.heads: {config.heads} does not divide model.width {config.width}")
             self._network = Network(config)
         self.quantizer = VectorQuantizer(config.quantizer, config.num_tokens, batch_size)
-        self.schedule = TokenSchedule(config.schedule, config.num_tokens)
         self._renders = isinstance(config.decoder, settings.Renderer)
+        # One step looks at t = 1 alone, where every schedule in its direction shows all tokens, a known one or not.
+        schedule = replace(config.schedule, kind="uniform", groups=0) if self._renders else config.schedule
+        self.schedule = TokenSchedule(schedule, config.num_tokens)
         if self._renders:
             self.image_loss = ImageLoss(config.image_loss, image_size, config.dtype)
         self.loss_weights = dict(self.image_loss.loss_weights) if self._renders else {"flow": 1.0}
@@ -204,12 +207,19 @@ class DDTTokenizer(base.ImageTokenizer):
         stands = [name for name in params if f"params/{name}" in self.inherited]
         return params | {name: in_group(params[name], "frozen") for name in stands}, extra
 
+    def check_trainable(self):
+        self.schedule.check_known()
+
     def loss_fn(self, params, extra, batch, rng):
-        slot_B, images_BHWC = batch["slot"], base.to_float(batch["image"])
+        slot_B = batch["slot"]
+        images_BHWC = base.to_float(batch["image"]) if "image" in batch else None  # or latents, kept from before
         codes_key, examples_key = jax.random.split(rng)
         if self.config.stage == "joint":
             codec_keys_B = base.example_keys(jax.random.fold_in(rng, _CODEC), slot_B)
-            x0_BNP = self._patches(extra, images_BHWC, codec_keys_B)
+            if images_BHWC is None:
+                x0_BNP = self._kept_patches(batch, codec_keys_B)
+            else:
+                x0_BNP = self._patches(extra, images_BHWC, codec_keys_B)
             z_BKd = self._apply(params, "encode", x0_BNP)
             codes_BKd, _, commitment_BK, stats = self.quantizer.quantize(extra["codebook"], z_BKd, slot_B, codes_key)
             sums = {"commitment": jnp.sum(commitment_BK)}
@@ -218,7 +228,7 @@ class DDTTokenizer(base.ImageTokenizer):
             sums, counts = sums | diversity, counts | dict.fromkeys(diversity, jnp.float32(1))
             stats = {"codebook": stats}
         else:
-            x0_BNP = self._patches(extra, images_BHWC)
+            x0_BNP = self._kept_patches(batch) if images_BHWC is None else self._patches(extra, images_BHWC)
             codes_BK = self._codes(jax.lax.stop_gradient(params), extra, x0_BNP)  # those of `encode`, bit for bit
             codes_BKd = self.quantizer.lookup(extra["codebook"], codes_BK)
             sums, counts, stats = {}, {}, {}
@@ -330,6 +340,11 @@ class DDTTokenizer(base.ImageTokenizer):
 
     def _codes(self, params, extra, patches_BNP):
         return self.quantizer.encode(extra["codebook"], self._apply(params, "encode", patches_BNP))
+
+    def _kept_patches(self, batch, keys_B=None):
+        """As `_patches`, from a cache of the codec's posterior."""
+        mean, logvar = (batch[name].astype(jnp.float32) for name in ("latent_mean", "latent_logvar"))
+        return patchify(self.codec.draw(mean, logvar, keys_B), self.config.patch_size)
 
     def _patches(self, extra, images_BHWC, keys_B=None):
         return patchify(self.codec.encode(extra.get("codec"), images_BHWC, keys_B), self.config.patch_size)

@@ -1,7 +1,9 @@
 """k(t) against the published counts and against the formulas by hand."""
 
+import bisect
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,56 @@ def test_one_segment_is_the_uniform_schedule():
     np.testing.assert_array_equal(one.probability_visible(), uniform.probability_visible())
 
 
+def test_piecewise_is_exact_between_thousandths():
+    tau = np.float32(1000) * np.random.default_rng(0).uniform(size=3000).astype(np.float32)
+    ends, granted = SELFTOK.breakpoints, SELFTOK.tokens
+    expected, near = [], []
+    for x in map(Fraction, tau.astype(np.float64)):
+        i = bisect.bisect_left(ends, x)
+        low = ends[i - 1] if i else 0
+        k = sum(granted[:i]) + granted[i] * (x - low) / (ends[i] - low)
+        expected.append(min(math.floor(k), 511))
+        near.append(abs(k - round(k)) < 1e-4)  # one unit in the last place of 1000 u
+    assert 0 < np.sum(near) < 20
+    found = counts(TokenSchedule(SELFTOK, 512), tau / np.float32(1000)) - 1
+    np.testing.assert_array_equal(np.where(near, expected, found), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [64, 480, 512])
+def test_uniform_and_logit_normal_are_exact_at_every_thousandth(num_tokens):
+    tau = np.arange(1, 1000)
+    u = np.nextafter(np.float32(tau / 1000), np.float32(2))
+    uniform = TokenSchedule(settings.Schedule(kind="uniform", direction="selftok"), num_tokens)
+    np.testing.assert_array_equal(counts(uniform, u) - 1, tau * num_tokens // 1000)
+    normal = TokenSchedule(settings.Schedule(kind="logit_normal", direction="selftok"), num_tokens)
+    phi = [math.erfc(-math.log(x / (1000 - x)) / math.sqrt(2)) / 2 * num_tokens for x in tau]
+    # All but the middle, where Phi K is a whole number; what lies next to 0 or K is not near any other count.
+    off = [abs(x - round(x)) > 1e-4 or not 0 < round(x) < num_tokens for x in phi]
+    assert np.sum(off) == 998
+    np.testing.assert_array_equal((counts(normal, u) - 1)[off], np.minimum(np.ceil(phi), num_tokens - 1)[off])
+
+
+@pytest.mark.parametrize("num_tokens", [5, 16, 480, 1024])
+def test_one_token_per_timestep_shows_as_many_tokens_as_the_timesteps_number(num_tokens):
+    schedule = TokenSchedule(settings.Schedule(kind="timesteps", direction="selftok"), num_tokens)
+    timestep = np.arange(num_tokens, 0, -1)
+    np.testing.assert_array_equal(counts(schedule, grid(num_tokens)[:-1], sampling=True), timestep)
+    # A time between two timesteps counts as the noisier one; "uniform" is the same there.
+    between = (timestep - 0.5) / num_tokens
+    np.testing.assert_array_equal(counts(schedule, between), timestep)
+    uniform = TokenSchedule(settings.Schedule(kind="uniform", direction="selftok"), num_tokens)
+    np.testing.assert_array_equal(counts(uniform, between), timestep)
+    mirrored = TokenSchedule(settings.Schedule(kind="timesteps"), num_tokens)
+    np.testing.assert_array_equal(counts(mirrored, 1 - grid(num_tokens)[:-1]), timestep)
+
+
+def test_an_unpublished_schedule_answers_nothing():
+    schedule = TokenSchedule(settings.Schedule(kind="unpublished"), 8)
+    for ask in (schedule.check_known, lambda: counts(schedule, [0.5]), schedule.gradient_weights):
+        with pytest.raises(UserError, match="'unpublished' does not say"):
+            ask()
+
+
 def test_piecewise_gives_the_published_integers_with_their_fp32_truncation():
     published = np.array(PUBLISHED.split(), int)
     schedule, u = TokenSchedule(SELFTOK, 512), grid(50)[:-1]
@@ -88,6 +140,7 @@ def test_logit_normal_is_its_formula_with_any_mean_and_width():
 
 EVERY_KIND = {
     "uniform": settings.Schedule(kind="uniform"),
+    "timesteps": settings.Schedule(kind="timesteps"),
     "late": settings.Schedule(full_below=0.75),
     "piecewise": settings.Schedule(kind="piecewise", breakpoints=(200, 700, 1000), tokens=(9, 2, 5)),
     "crowded": settings.Schedule(kind="piecewise", breakpoints=(998, 1000), tokens=(2, 14)),

@@ -109,6 +109,48 @@ def test_decoding_costs_the_decoder_once_per_step_and_never_the_encoder(extras, 
     assert multiplications(encoder.jaxpr) > 0.02 * forwards * multiplications(one.jaxpr) / 25  # would be seen
 
 
+@pytest.mark.parametrize(("extras", "passes"), [({}, 25), ({"stop_after": 5}, 5), ({"guidance": 2.0}, 50)])
+def test_network_is_evaluated_once_per_step_and_the_encoder_never(extras, passes):
+    calls = []
+
+    class Counted(Stub):
+        def apply(self, variables, *args, method):
+            jax.debug.callback(lambda: calls.append(method), ordered=True)
+            return super().apply(variables, *args, method=method)
+
+    tokenizer = base.make_tokenizer(QUICK, SIZE, B)
+    tokenizer._network = Counted(tokenizer, lambda x, t: x)
+    extra = build(QUICK)[2]
+    run = jax.jit(lambda codes: tokenizer.decode({}, extra, codes, jax.random.key(0), steps=25, **extras))
+    jax.block_until_ready(run(CODES))
+    jax.effects_barrier()
+    assert calls == ["predict"] * passes
+
+
+def test_compiled_step_costs_what_one_pass_costs():
+    """In FLOPs of the programs that run, everything included. A decoding of one step has no loop, whose body would be
+    counted once; 25 steps cost at most 25 times as much, as noise and codec are there once.
+    """
+    config = replace(QUICK, width=32)
+    tokenizer, params, extra = build(config)
+    rows = 64
+    codes = jnp.asarray(np.random.default_rng(0).integers(0, 16, (rows, K)), jnp.int32)
+    none, every = jnp.zeros((rows,), jnp.int32), jnp.full((rows,), K, jnp.int32)
+
+    def flops(function, *args):
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+    patches = jnp.zeros((rows, 4, 48))
+    forward = flops(
+        lambda x, c: tokenizer._apply(params, "predict", x, jnp.ones((rows,)), c, none, every),
+        patches,
+        tokenizer.quantizer.lookup(extra["codebook"], codes),
+    )
+    step = flops(lambda codes: tokenizer.decode(params, extra, codes, jax.random.key(0), steps=1), codes)
+    encoder = flops(lambda x: tokenizer._apply(params, "encode", x), patches)
+    assert forward <= step <= 25.5 / 25 * forward < forward + encoder
+
+
 def test_the_schedule_looks_at_time_before_it_is_shifted():
     seen = {}
 

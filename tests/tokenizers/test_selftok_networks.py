@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from ddt_jax import config, experiment, mesh, settings
+from ddt_jax.diffusion import time
 from ddt_jax.errors import UserError
 from ddt_jax.nn import blocks, embeddings
 from ddt_jax.nn import params as declared
 from ddt_jax.tokenizers import base, ddt, selftok_networks
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 B, K, GRID, PATCH = 2, 6, (2, 3), 8
 TINY = settings.SelftokTokenizer(
     num_tokens=K,
@@ -170,8 +172,98 @@ def test_released_size_is_the_published_one():
             joint[name.startswith("token")] += size(part)
     assert round(joint[False] / 1e9, 3) == 1.020
     assert round((joint[True] + token) / 1e9, 3) == 1.055
-    assert round((size(decoder) - size(decoder["positions"])) / 1e9, 2) == 2.09  # the table is no parameter there
+    tables = size([decoder["positions"], decoder["token_positions"]])  # no parameters there
+    assert round((size(decoder) - tables) / 1e9, 3) == 2.085
     assert decoder["positions"].size == 36864 * 1536
+
+
+def load(name, *overrides):
+    return config.load(str(CONFIGS / name), (("model.codec.weights", "none.safetensors"), *overrides))
+
+
+def test_one_dial_gives_the_family_with_the_released_model_at_its_end():
+    released = settings.SelftokTokenizer()
+    assert settings.selftok_size("xl") == {"encoder": released.encoder, "decoder": released.decoder}
+    billions = {}
+    for name in settings.SELFTOK_SIZES:
+        member = load(f"ddt_selftok_256.py:{name}")
+        assert member.name.endswith("256" if name == "xl" else name)
+        _, (shapes, _) = shapes_of(member.model, (16, 16), 64)
+        billions[name] = round(sum(x.size for x in jax.tree.leaves(shapes)) / 1e9, 2)
+    assert billions == {"small": 0.05, "base": 0.30, "large": 0.96, "xl": 2.23}
+    with pytest.raises(UserError, match="'xxl' is no size .* small, base, large, xl"):
+        load("ddt_selftok_256.py:xxl")
+
+
+def test_the_first_generation_has_its_published_sizes():
+    model = load("ddt_llama_256.py").model
+    _, (shapes, _) = shapes_of(model, (16, 16), 64)
+    assert shapes["encoder"]["queries"].shape == (480, 256) and shapes["encoder"]["to_code"]["kernel"].shape == (
+        256,
+        16,
+    )
+    tokenizer = base.make_tokenizer(model, 256, 384)
+    assert (tokenizer.num_tokens, tokenizer.codebook_size) == (480, 65536)
+    assert "usage" not in jax.eval_shape(tokenizer.quantizer.init, jax.random.key(0))  # 126 MB of no use
+    # Tokens 1..t at timestep t, of which decoding takes every tenth.
+    seen = tokenizer.schedule.count(time.grid(48)[:-1], sampling=True)
+    np.testing.assert_array_equal(seen, np.arange(480, 0, -10))
+
+
+def test_without_a_published_schedule_a_model_loads_and_encodes_and_only_a_renderer_decodes():
+    assert load("ddt_selftok_1024.py").model.schedule.kind == "unpublished"
+    unknown = replace(TINY, schedule=replace(TINY.schedule, kind="unpublished"))
+    tokenizer, params, extra = tokenizer_of(unknown)
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (B, 8, 8, 3)), jnp.float32)
+    codes = jax.jit(tokenizer.encode)(params, extra, images)
+    np.testing.assert_array_equal(codes, jax.jit(tokenizer_of(TINY)[0].encode)(params, extra, images))
+    batch = {"image": images, "slot": jnp.arange(B)}
+    for use in (
+        tokenizer.check_trainable,
+        lambda: tokenizer.loss_fn(params, extra, batch, jax.random.key(0)),
+        lambda: tokenizer.decode(params, extra, codes, jax.random.key(0)),
+        tokenizer.schedule.gradient_weights,
+    ):
+        with pytest.raises(UserError, match="model.schedule.kind: 'unpublished' .* set it to 'uniform'"):
+            use()
+    assert load("ddt_selftok_1024.py:renderer").model.schedule.kind == "unpublished"
+    renderer = replace(RENDERER, schedule=unknown.schedule)
+    tokenizer_of(renderer)[0].check_trainable()
+    decode = [
+        jax.jit(lambda params, extra, t=t: t.decode(params, extra, codes, jax.random.key(0)))
+        for t in (tokenizer_of(renderer)[0], tokenizer_of(RENDERER)[0])
+    ]
+    _, params, extra = tokenizer_of(RENDERER)
+    np.testing.assert_array_equal(decode[0](params, extra), decode[1](params, extra))
+
+
+def test_training_without_a_schedule_is_refused_before_anything_is_written(tmp_path):
+    s = replace(settings.Experiment(), model=replace(TINY, schedule=settings.Schedule(kind="unpublished")))
+    s = replace(s, data=replace(s.data, image_size=8))
+    with pytest.raises(UserError, match="model.schedule.kind"):
+        experiment.train(s, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("init", ["first_batch", "when_varied"])
+def test_codes_of_the_first_batch_are_as_few_as_tokens_as_released_or_are_waited_for(init):
+    form = replace(TINY, quantizer=replace(TINY.quantizer, init=init))
+    tokenizer = base.make_tokenizer(form, 8, B)
+
+    @jax.jit
+    def first_step():
+        params, extra = tokenizer.init(jax.random.key(0))
+        params = declared.split(params)[0]
+        image = jax.random.uniform(jax.random.key(1), (B, 8, 8, 3), minval=-1)
+        stats = tokenizer.loss_fn(params, extra, {"image": image, "slot": jnp.arange(B)}, jax.random.key(2))[2]
+        return extra, tokenizer.update_extra(extra, stats, jax.random.key(2))
+
+    before, after = (jax.tree.map(np.asarray, extra["codebook"]) for extra in first_step())
+    if init == "when_varied":
+        np.testing.assert_array_equal(before["codes"], after["codes"])
+        assert not after["initialized"]
+    else:
+        assert len(np.unique(after["codes"].round(5), axis=0)) == K and after["initialized"]
 
 
 def test_tables_are_the_formulas():
@@ -255,8 +347,7 @@ def test_settings_come_from_a_config_and_wrong_ones_are_named():
 
 @pytest.mark.slow
 def test_the_step_of_the_released_config_is_traced_whole_over_a_mesh():
-    file = Path(__file__).parents[2] / "configs" / "ddt_selftok_256.py"
-    built = experiment.build(config.load(str(file), (("model.codec.weights", "none.safetensors"),)))
+    built = experiment.build(load("ddt_selftok_256.py"))
     assert not built.fallbacks
     with jax.set_mesh(built.mesh):
         built.step.lower(built.abstract, experiment.abstract_batch(built))

@@ -67,6 +67,40 @@ def test_kills_of_which_none_met_a_checkpoint_prove_nothing(soak, tmp_path, monk
     assert missed == ["of these, of a run that had gone on from a checkpoint"]
 
 
+def test_schedules_reports_any_ordering_and_judges_the_runs_alone(soak, tmp_path, capsys, monkeypatch):
+    def stand_in(config, workdir, seed, options):
+        arm = config.partition(":")[2]
+        psnr = {"uniform_custom_weighted": 40, "uniform_logit_normal": 30}.get(arm, 20 + len(arm) / 10) + seed
+        report = {"psnr": psnr, "n": 1024, "psnr_drop_shuffled": 0.5 if arm == "uniform_uniform" else 5.0}
+        return report, [soak.Outcome(0, "", 1.0, [], 0, 0)]
+
+    monkeypatch.setattr(soak, "train_and_evaluate", stand_in)
+    assert soak.main(["schedules", "--seeds", "0,1", "--out", str(tmp_path)]) == 1
+    record = json.loads((tmp_path / "schedules.json").read_text())
+    missed = [(g["arm"], g["gate"]) for g in record["gates"] if not g["passed"]]
+    assert set(missed) == {("uniform_uniform", "PSNR lost by shuffling codes")} and len(missed) == 2
+    found = record["results"]
+    assert [row["arm"] for row in found["ordering"]][:2] == ["uniform_custom_weighted", "uniform_logit_normal"]
+    first = {"arm": "uniform_custom_weighted", "psnr": 40.5, "from": 40, "to": 41, "published": None}
+    assert found["ordering"][0] == first
+    # By hand: uniform_logit_normal comes first here, the others by the length of their names. Only three of the arms,
+    # fourth to sixth in the published order, are in it among themselves.
+    assert (found["pairs_in_published_order"], found["pairs"]) == (3, 15)
+    assert "3 of 15 pairs" in capsys.readouterr().out
+
+
+def test_arms_are_the_variants_of_their_config(soak):
+    from ddt_jax import config
+
+    trees = {}
+    for arm in importlib.import_module("schedule_arms").ARMS:
+        model = config.dump(config.load(str(ROOT / "configs" / f"schedule_ablation.py:{arm}")))["model"]
+        trees[arm] = (model["flow"]["time"], model["schedule"]["kind"], model["token_gradient_weights"])
+    assert trees["logit_normal_custom"] == ("logit_normal", "piecewise", False)
+    assert trees["uniform_uniform_weighted"] == ("uniform", "uniform", True)
+    assert len(set(trees.values())) == len(trees) == 8
+
+
 def test_a_missed_gate_is_recorded_and_is_a_failure(soak, tmp_path, monkeypatch):
     monkeypatch.setitem(
         soak.MEASUREMENTS,

@@ -1,0 +1,169 @@
+"""Writes a cache of latents (`data/latents.py`): what a tokenizer's frozen codec makes of all images of a source.
+
+Legend: B batch, H height, W width; h, w, c height, width and channels of the latent.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from ddt_jax import config, settings
+from ddt_jax import mesh as meshes
+from ddt_jax.data import latents
+from ddt_jax.data.loader import Loader
+from ddt_jax.errors import UserError
+from ddt_jax.io import atomic
+from ddt_jax.tokenizers.base import to_float
+from ddt_jax.tokenizers.codec import VAECodec
+from ddt_jax.training.checksum import checksums
+from ddt_jax.training.progress import Progress
+
+
+def identity(model, data: settings.Data, params=None) -> dict:
+    """Everything that the latents of an image depend on, by the names of the settings.
+
+    Args:
+      model: a tokenizer.
+      params: of its codec, on the devices; without them the weights are left out.
+
+    Raises:
+      UserError: if the codec has no latents of its own, or images would be cropped or flipped at random.
+    """
+    codec = getattr(model, "codec", None)
+    if not isinstance(codec, VAECodec):
+        raise UserError("config: model.codec has no latents to keep: it must be an autoencoder (kind='vae')")
+    if data.flip or data.crop == "random":
+        raise UserError(
+            f"config: latents are kept of images as they are; data.flip={data.flip} and data.crop={data.crop!r} would "
+            "change them in every epoch; set data.flip=False and data.crop=center"
+        )
+    found = {f"model.codec.sizes.{name}": value for name, value in config.dump(codec.sizes).items()}
+    found |= {f"data.{name}": config.dump(getattr(data, name)) for name in ("image_size", "crop", "background")}
+    if params is not None:
+        weights = json.dumps(checksums(params), sort_keys=True)
+        found["model.codec.weights"] = hashlib.sha256(weights.encode()).hexdigest()
+    return found | {"model.codec.dtype": codec.dtype}
+
+
+def check(source, model, data: settings.Data, params: Callable) -> None:
+    """Raises UserError if the source holds latents that this model's codec would not make of such images.
+
+    Args:
+      source: any; one of images passes.
+      params: () → parameters of the codec.
+    """
+    if isinstance(source, latents.LatentsSource):
+        identity(model, data)  # refuses before weights are read
+        if model.image_loss:
+            raise UserError(f"config: its loss compares images, and {source.name} has none; set data.source to images")
+        folder = source.name.partition(":")[2]
+        latents.check_identity(folder, source.identity, identity(model, data, params()))
+
+
+def write(
+    folder, source, data: settings.Data, model, params, *, mesh, batch_size: int, per_shard: int, stream=sys.stderr
+) -> dict:
+    """Writes what is missing of the latents of all records, shard by shard; a shard is whole or absent.
+
+    Args:
+      folder: epath.
+      source: of images.
+      data: how they are prepared, and how many threads do that.
+      model: a tokenizer.
+      params: of its codec, on the devices.
+      per_shard: records of the source that a shard covers.
+      mesh: over whose devices the rows of a batch are spread.
+      batch_size: images at a time.
+      stream: where progress is shown.
+
+    Returns:
+      "images" of the source, "records" in the folder, "unreadable", "shards", "written" of them in this call.
+
+    Raises:
+      UserError: if the folder holds other latents or cannot be written, or as the loader.
+    """
+    loader = Loader(source, data, batch_size=1, seed=0, shuffle=False, keep_captions=True)
+    codec, count, size = model.codec, len(source), data.image_size // model.codec.downsampling
+    made = identity(model, data, params)
+    starts = range(0, count, per_shard)
+    index = {
+        "source": source.name,
+        "images": count,
+        "per_shard": per_shard,
+        "shards": len(starts),
+        "shape": [size, size, codec.channels],
+        "dtype": codec.dtype,  # the last layer's outputs are rounded to it before they are widened: nothing is lost
+        "label_names": source.label_names,
+        "identity": made,
+        "counts": _counts_before(folder, source, per_shard, made),
+    }
+    names = {start: latents.shard_name(i, len(starts)) for i, start in enumerate(starts)}
+    done = {start for start in starts if names[start] in index["counts"] and (folder / names[start]).exists()}
+    posterior = jax.jit(lambda params, image: codec.posterior(params, to_float(image)))
+
+    def records(start, tick):
+        with loader.iterate_eval(start, min(start + per_shard, count), batch_size) as batches:
+            ahead = None  # the devices work on one batch while the one before is packed
+            for batch in batches:
+                computing = batch, posterior(params, meshes.put_batch({"image": batch["image"]}, mesh)["image"])
+                if ahead is not None:
+                    yield from _packed(*ahead, index["dtype"])
+                    tick()
+                ahead = computing
+            yield from _packed(*ahead, index["dtype"])
+            tick()
+
+    batches = {start: -(-min(per_shard, count - start) // batch_size) for start in starts}
+    ticks = sum(batches[start] for start in done)
+    try:
+        _write_index(folder, index)
+        with Progress(sum(batches.values()), ticks, batch_size, stream=stream) as progress:
+
+            def tick():
+                nonlocal ticks
+                ticks += 1
+                progress.update(ticks)
+
+            for start in starts:
+                if start not in done:
+                    index["counts"][names[start]] = latents.write_shard(folder / names[start], records(start, tick))
+                    _write_index(folder, index)
+    except OSError as error:
+        raise UserError(f"latents: cannot write to {folder}: {error.strerror or error}") from error
+    total = sum(index["counts"].values())
+    return {
+        "images": count,
+        "records": total,
+        "unreadable": count - total,
+        "shards": len(starts),
+        "written": len(starts) - len(done),
+    }
+
+
+def _counts_before(folder, source, per_shard, made) -> dict:
+    """Records by shard of an earlier call. Raises UserError if that wrote something else."""
+    before = latents.read_index(str(folder))
+    if before is None:
+        return {}
+    latents.check_identity(str(folder), before["identity"], made)
+    for name, value in (("source", source.name), ("images", len(source)), ("per_shard", per_shard)):
+        if before.get(name) != value:
+            raise UserError(
+                f"latents: {folder} was begun with {name}={before.get(name)}, now it is {value}; choose another folder"
+            )
+    return before["counts"]
+
+
+def _packed(batch, posterior, dtype):
+    mean, logvar = (np.asarray(x).astype(latents.TYPES[dtype]) for x in jax.device_get(posterior))
+    for row in np.flatnonzero(batch["valid"]):
+        label, index, caption = int(batch["label"][row]), int(batch["index"][row]), batch["caption"][row]
+        yield latents.pack(mean[row], logvar[row], index=index, label=label, caption=caption)
+
+
+def _write_index(folder, index):
+    atomic.write_text(folder / latents.INDEX, json.dumps(index, indent=2) + "\n")
