@@ -83,6 +83,7 @@ BENCHMARKS = {"decode": decode}
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--config.NAME.NAME=VALUE changes a setting of the config.",
