@@ -29,7 +29,6 @@ REQUIRES = [
     "pillow>=13,<14",
     "pyarrow>=26,<27",
     "rich>=15,<16",
-    "safetensors>=0.8,<0.9",
     "scipy>=1.17,<2",
     "sentencepiece>=0.2.3,<0.3",
     "tensorboardX>=2.6.5,<3",
@@ -57,10 +56,14 @@ EXTRAS = {
         "pytest-xdist>=3.8,<4",
         "pyyaml>=6,<7",
         "ruff>=0.17.5,<0.18",
+        "safetensors>=0.8,<0.9",
         "scikit-image>=0.26,<0.27",
         "scikit-learn>=1.9,<2",
     ],
 }
+
+# Files of the package that are no modules of it.
+PACKAGE_DATA = {"ddt_jax.interop": ["templates/*.py"]}
 
 
 def version() -> str:
@@ -77,6 +80,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ddt_jax", "ddt_jax.*"]),
+    package_data=PACKAGE_DATA,
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ddt-jax = ddt_jax.cli:main"]},

@@ -16,7 +16,16 @@ EXIT_USER = 2
 
 _CONFIG_HELP = "config file, FILE.py or FILE.py:VARIANT; change single settings with --config.NAME.NAME=VALUE"
 _WORKDIR_HELP = "directory of the run: its config, log, checkpoints and results"
-_PUBLISHED = ("selftok",)
+# What `import` and `export` can do; exchange.IMPORTS and EXPORTS do it.
+_IMPORTS = {
+    "selftok": "a published Selftok tokenizer, .pth",
+    "sd3": "SD3-medium, .safetensors or diffusers' folder, for the image stream of a new run with model.kind='selftok'",
+}
+_EXPORTS = {
+    "selftok": "the layout of the published Selftok tokenizers, one .pth; the codec is not part of it",
+    "vae": "of a run that trains an autoencoder: diffusers' folder, its latents' scale measured",
+    "torch": "a folder for PyTorch users: weights with the codec, config, and one Python file that needs PyTorch only",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,26 +112,27 @@ def _parser() -> argparse.ArgumentParser:
         "The published Selftok tokenizers work on latents of SD3's autoencoder, which is not in their files: "
         "--config.model.codec.weights=FILE.safetensors.",
     )
-    p.add_argument("kind", choices=_PUBLISHED, help="whose checkpoint it is")
-    p.add_argument("--from", required=True, dest="file", metavar="FILE", help="the .pth file")
+    p.add_argument("kind", choices=_IMPORTS, help=_choices(_IMPORTS))
+    p.add_argument("--from", required=True, dest="file", metavar="PATH", help="what to read")
     p.add_argument(
         "--config",
         metavar="FILE",
-        help=f"{_CONFIG_HELP} (default: the released model with 512 tokens at 256 px, without a weight average)",
+        help=f"{_CONFIG_HELP} (default for selftok: the released model with 512 tokens at 256 px, without an average)",
     )
     p = verb(
         "export",
-        "write the newest checkpoint in a published layout",
+        "write the newest checkpoint for other programs",
         workdir=True,
         report=True,
-        more="Of a run that keeps a weight average it is the average that is written, as it is what evaluate measures. "
-        "The codec is not part of the file.",
+        more="Of a run that keeps a weight average it is the average that is written, as it is what evaluate measures.",
     )
-    p.add_argument(
-        "kind", choices=(*_PUBLISHED, "vae"), help="whose layout; vae: diffusers', of a run that trains an autoencoder"
-    )
-    p.add_argument("--to", required=True, dest="file", metavar="PATH", help="the .pth file, or vae's folder, to write")
+    p.add_argument("kind", choices=_EXPORTS, help=_choices(_EXPORTS))
+    p.add_argument("--to", required=True, dest="file", metavar="PATH", help="what to write")
     return parser
+
+
+def _choices(texts: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in texts.items())
 
 
 def _arguments(argv):
@@ -232,30 +242,24 @@ def _checkpoint(args, overrides) -> int:
 
 
 def _import(args, overrides) -> int:
-    from ddt_jax import config, experiment
+    from ddt_jax import config, exchange
 
-    s = config.load(args.config, overrides) if args.config else experiment.released_settings(overrides)
-    result = experiment.import_selftok(s, args.file, args.workdir)
-    text = f"{result['tensors']:,} tensors, {result['parameters']:,} parameters: {args.workdir} at step 0"
-    _report(args, result, text)
+    kind = exchange.IMPORTS[args.kind]
+    if not args.config and not kind.default:
+        raise UserError(f"import {args.kind}: needs --config FILE, the config of the run to make")
+    s = config.load(args.config, overrides) if args.config else kind.default(overrides)
+    result = kind.run(s, args.file, args.workdir)
+    _report(args, result, result.pop("summary"))
     return 0
 
 
 def _export(args, overrides) -> int:
-    from ddt_jax import experiment
+    from ddt_jax import exchange
 
     if overrides:
         raise UserError(f"--config.{overrides[0][0]}: export writes what the run has and takes no settings")
-    write = {"selftok": experiment.export_selftok, "vae": experiment.export_vae}[args.kind]
-    result = write(args.workdir, args.file)
-    lines = [f"step {result['step']:,}, {result['weights']}, {result['tensors']:,} tensors: {result['written']}"]
-    if "codec" in result:
-        lines += [
-            f"latents measured on {result['images']:,} images; in the config of a tokenizer on them:",
-            f"    c.model.codec = config.defaults(settings.VAECodec, preset='custom', weights={args.file!r})",
-            f"    c.model.codec.sizes = {result['codec']['sizes']}",
-        ]
-    _report(args, result, "\n".join(lines))
+    result = exchange.EXPORTS[args.kind](args.workdir, args.file)
+    _report(args, result, result.pop("summary"))
     return 0
 
 

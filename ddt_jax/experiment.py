@@ -22,8 +22,8 @@ from ddt_jax import mesh as meshes
 from ddt_jax.data.base import open_source
 from ddt_jax.data.loader import Loader
 from ddt_jax.errors import UserError
-from ddt_jax.interop import diffusers_vae, selftok
-from ddt_jax.io import atomic, torch_file
+from ddt_jax.interop import diffusers_vae
+from ddt_jax.io import atomic
 from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
 from ddt_jax.training import checkpoint, latents, loop, warm_start, writers
@@ -138,8 +138,8 @@ def train(s: settings.Experiment, workdir: str) -> dict:
     if not (root / "config.json").exists():
         latents.check(source, built.model, s.data, built.init_codec)
     first_stage = functools.partial(warm_start.find, s, built.model, built.mesh, built.abstract)
-    _claim(root, tree, lambda: (built.frozen_weights(), first_stage()))
-    note = _to_stderr if first else lambda line: None
+    claim(root, tree, lambda: (built.frozen_weights(), first_stage()))
+    note = to_stderr if first else lambda line: None
     points = checkpoint.Checkpoints(workdir, s.train, note)
     with jax.set_mesh(built.mesh):
         state = points.restore(built.abstract)
@@ -192,7 +192,7 @@ def restore(workdir: str, overrides: tuple[tuple[str, str], ...] = (), note=None
     """
     s = config.from_dict(config.override(checkpoint.saved_config(workdir), overrides))
     built = build(replace(s, mesh=settings.Mesh()), jax.devices()[:1])
-    points = checkpoint.Checkpoints(workdir, s.train, note or _to_stderr, read_only=True)
+    points = checkpoint.Checkpoints(workdir, s.train, note or to_stderr, read_only=True)
     with jax.set_mesh(built.mesh):
         state = points.restore(built.abstract)
     points.close()
@@ -221,7 +221,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
 
     built, state = restore(workdir, overrides)
     root = epath.Path(workdir)
-    report = _reconstruct(built, state)
+    report = measure(built, state)
     results = {"step": int(state.step), **report.results, **_timing(root)}
     atomic.write_text(root / "results.json", json.dumps(results, indent=2) + "\n")
     atomic.write_text(root / "results.md", report.markdown())
@@ -280,106 +280,6 @@ def reconstruct(
     return {"codes": {f: c.tolist() for f, c in zip(files, codes, strict=False)}, "written": out}
 
 
-def released_settings(overrides: tuple[tuple[str, str], ...] = ()) -> settings.Experiment:
-    """Settings of a run with the released Selftok tokenizer, for who has no config of their own.
-
-    There is no weight average: nothing has been trained here. Evaluation is set to ImageNet in the data folder.
-    """
-    images = "parquet:${DDT_JAX_DATA}/imagenet"
-    s = settings.Experiment(
-        name="selftok",
-        model=settings.SelftokTokenizer(),
-        data=settings.Data(source=f"{images}/train-*.parquet", eval_source=f"{images}/val-*.parquet", image_size=256),
-        optimizer=settings.Optimizer(name="adamw", lr=5e-5, weight_decay=0.0, clip_norm=0.0),
-        train=settings.Train(ema=0.0),
-    )
-    return config.from_dict(config.override(config.dump(s), overrides))
-
-
-def import_selftok(s: settings.Experiment, file: str, workdir: str) -> dict:
-    """Writes a published Selftok checkpoint as a run that has taken no step: its config and a checkpoint at step 0.
-
-    The optimizer is fresh, and the weight average, where the settings have one, starts at the weights.
-
-    Returns:
-      "step", "tensors" in the file, "parameters", "workdir".
-
-    Raises:
-      UserError: if the file does not hold what the settings need, or the workdir holds a run already.
-    """
-    built = build(replace(s, mesh=settings.Mesh()), jax.devices()[:1])
-    arrays = selftok.read(file)
-    tensors = selftok.layout(s.model, _model_state(built.abstract, built.abstract.params))
-    selftok.check(arrays, tensors, file)
-    tree = config.dump(s)
-    _claim(epath.Path(workdir), tree, built.frozen_weights)
-    points = checkpoint.Checkpoints(workdir, s.train, _to_stderr)
-    try:
-        if steps := points.steps():
-            raise UserError(f"workdir: {workdir} holds a run at step {steps[-1]:,} already; use another --workdir")
-        with jax.set_mesh(built.mesh):
-            state = built.init()
-            filled = selftok.fill(arrays, tensors, _model_state(state, state.params), meshes.put_whole)
-            state = state.replace(**filled, ema=None if state.ema is None else filled["params"])
-            points.save(state, tree)
-    finally:
-        points.close()
-    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(built.abstract.params))
-    return {"step": 0, "tensors": len(arrays), "parameters": count, "workdir": str(workdir)}
-
-
-def export_selftok(workdir: str, file: str) -> dict:
-    """Writes the newest checkpoint as a file in the layout of published Selftok checkpoints.
-
-    Returns:
-      "step", "tensors", "weights" ("average" where the run has one, else "parameters"), "written".
-
-    Raises:
-      UserError: if the run has no published counterpart, or the file cannot be written.
-    """
-    built, state = restore(workdir)
-    with jax.set_mesh(built.mesh):
-        arrays = selftok.to_arrays(_model_state(state, weights(state)), built.settings.model)
-    try:
-        torch_file.save(file, arrays)
-    except OSError as error:
-        raise UserError(f"export: cannot write {file}: {error.strerror or error}") from error
-    which = "parameters" if state.ema is None else "average"
-    return {"step": int(state.step), "tensors": len(arrays), "weights": which, "written": str(file)}
-
-
-def export_vae(workdir: str, folder: str) -> dict:
-    """Writes the newest checkpoint of an autoencoder as a folder in diffusers' layout, its latents' scale measured.
-
-    Returns:
-      "step", "tensors", "images" that were measured, "weights" as `export_selftok`, "codec": the settings with which
-      a tokenizer works on these latents, "written".
-
-    Raises:
-      UserError: if the run holds no autoencoder, or the folder cannot be written.
-    """
-    built, state = restore(workdir)
-    if not isinstance(built.settings.model, settings.VAE):
-        raise UserError(f"export: {workdir} holds a model of kind {built.settings.model.kind!r}, not 'vae'")
-    found = _reconstruct(built, state).results
-    scaled = {"scaling_factor": 1 / found["latent_std"], "shift_factor": found["latent_mean"]}
-    sizes = replace(built.settings.model.sizes, **scaled)
-    params = jax.device_get(built.model.autoencoder_params(weights(state)))
-    try:
-        written = diffusers_vae.write(folder, params, sizes)
-    except OSError as error:
-        raise UserError(f"export: cannot write {folder}: {error.strerror or error}") from error
-    codec = config.dump(settings.VAECodec(preset="custom", sizes=sizes, weights=str(folder)))
-    which = "parameters" if state.ema is None else "average"
-    tensors = len(jax.tree.leaves(params))
-    result = {"step": int(state.step), "tensors": tensors, "images": found["n"], "weights": which}
-    return result | {"codec": codec, "written": str(written)}
-
-
-def _model_state(state: TrainState, params) -> dict:
-    return {"params": params, "extra": state.extra}
-
-
 def write_latents(s: settings.Experiment, folder: str, *, per_shard: int = 4096) -> dict:
     """Writes what the codec makes of the images in data.source, to train with data.source=latents:FOLDER.
 
@@ -420,7 +320,8 @@ def look_at_data(s: settings.Experiment, split: str, count: int, out: str) -> di
     }
 
 
-def _reconstruct(built: Built, state: TrainState, progress=None):
+def measure(built: Built, state: TrainState, progress=None):
+    """The report of a state's weights on the held-out source."""
     from ddt_jax.evaluation.autoencoding import evaluate_autoencoder
     from ddt_jax.evaluation.reconstruction import evaluate_reconstruction
 
@@ -453,7 +354,7 @@ def _hooks(built: Built, writer, progress) -> tuple[loop.Hook, ...]:
     s = built.settings.train
 
     def evaluate_now(step, state):
-        report = _reconstruct(built, state, progress.note)
+        report = measure(built, state, progress.note)
         writer.image(step, "reconstructions", report.picture())
         return {f"eval/{k}": v for k, v in report.results.items() if isinstance(v, int | float)}
 
@@ -464,7 +365,7 @@ def _open(s: settings.Experiment, spec: str):
     return open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir)
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -485,7 +386,7 @@ def _step_inputs(batches: Iterator[dict]) -> Iterator[dict]:
         yield {name: batch[name] for name in names if name in batch}
 
 
-def _claim(root, tree: dict, check) -> None:
+def claim(root, tree: dict, check) -> None:
     """Writes the config of a new run; refuses to go on with another one's.
 
     Args:

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "ddt_jax"
 # Top to bottom. Units on one line stand side by side: they may not import each other, except on the last line.
 LAYERS = [
     {"cli"},
+    {"exchange"},
     {"experiment"},
     {"scaling", "evaluation", "interop"},
     {"training"},
@@ -35,7 +36,8 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+# Templates are files that an export copies, for programs without us: no modules of the package.
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "templates"}
 
 
 def imports_of(tree: ast.AST, module: str, is_package: bool, *, at_import: bool = False) -> set[str]:

@@ -46,6 +46,15 @@ def test_every_third_party_import_is_declared(module):
     assert not undeclared(anywhere, REQUIRES | OPTIONAL), "add it to REQUIRES or an extra in setup.py"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "ddt_jax").rglob("templates/*.py")), ids=lambda p: p.name)
+def test_templates_are_installed_and_need_pytorch_only(path):
+    package = ".".join(path.parent.parent.relative_to(ROOT).parts)
+    patterns = literal("PACKAGE_DATA")[package]
+    assert any(path in (ROOT / path.parent.parent).glob(pattern) for pattern in patterns), "add it to PACKAGE_DATA"
+    imported = imports_of(ast.parse(path.read_text(encoding="utf-8")), path.stem, False)
+    assert {name.split(".")[0] for name in imported} <= {*sys.stdlib_module_names, "torch"}
+
+
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("tools/*.py")]), ids=lambda p: p.name)
 def test_tests_and_tools_import_what_the_test_extra_brings(path):
     imported = imports_of(ast.parse(path.read_text(encoding="utf-8")), path.stem, False)

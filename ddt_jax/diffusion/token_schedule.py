@@ -111,15 +111,21 @@ class TokenSchedule:
             # The product is fp32, as in the published models: 1000 u of 0.46 lies just below 460 there.
             tau = jnp.float32(1000) * progress
             tau = jnp.floor(tau) if sampling else tau
-            last = jnp.sum(tau[..., None] >= np.float32(1000 * self._appears()[1:]), -1, dtype=jnp.int32)
+            last = jnp.sum(tau[..., None] >= self.thresholds()[1:], -1, dtype=jnp.int32)
         else:
-            last = jnp.sum(progress[..., None] > np.float32(self._appears()[1:]), -1, dtype=jnp.int32)
+            last = jnp.sum(progress[..., None] > self.thresholds()[1:], -1, dtype=jnp.int32)
         last = jnp.clip(last, 0, k - 1)
         return (last // self._group + 1) * self._group
 
     @property
     def _group(self) -> int:
         return self.num_tokens // self.config.groups if self.config.groups else 1
+
+    def thresholds(self) -> np.ndarray | None:
+        """What `count` holds the progress against, f32 [K], for "piecewise" in thousandths; None where it has none."""
+        if self.config.kind in ("uniform", "timesteps", "late"):
+            return None
+        return np.float32((1000 if self.config.kind == "piecewise" else 1) * self._appears())
 
     def _appears(self) -> np.ndarray:
         """Progress at which each token appears, without groups. f64 [K], rising from 0; "logit_normal": just above."""

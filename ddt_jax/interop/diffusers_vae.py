@@ -10,21 +10,19 @@ import re
 from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 
 from ddt_jax import settings
 from ddt_jax.errors import UserError
-from ddt_jax.io import atomic
+from ddt_jax.io import atomic, safetensors_file
 from ddt_jax.nn import autoencoder
 from ddt_jax.nn.params import is_box
 
 FILE = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
-_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
 
 # Ours → theirs, one step of a path each; applied in this order.
 _RULES = (
@@ -93,17 +91,10 @@ def read(path, sizes: settings.Autoencoder) -> dict:
     beside = file.parent / CONFIG
     if beside.exists():
         _compare(sizes, read_sizes(file), beside)
-    try:
-        # Not safetensors.numpy.load, which knows no bfloat16.
-        found = dict(safetensors.deserialize(file.read_bytes()))
-    except FileNotFoundError as error:
-        raise UserError(f"autoencoder: {file} does not exist") from error
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"autoencoder: {file} is not a readable safetensors file: {error}") from error
-    strange = [f"{name} of type {x['dtype']}" for name, x in found.items() if x["dtype"] not in _TYPES]
+    arrays = safetensors_file.load(file)
+    strange = [f"{name} of type {x.dtype}" for name, x in arrays.items() if x.dtype not in _FLOATS]
     if strange:
         raise UserError(f"autoencoder: {file} holds arrays that are no floats: {', '.join(strange)}")
-    arrays = {k: np.frombuffer(x["data"], _TYPES[x["dtype"]]).reshape(x["shape"]) for k, x in found.items()}
     return from_arrays(arrays, sizes, str(file))
 
 
@@ -156,7 +147,7 @@ def write(folder, params, sizes: settings.Autoencoder, *, old_attention_names: b
         "up_block_types": ["UpDecoderBlock2D"] * len(sizes.block_out_channels),
     }
     arrays = to_arrays(params, old_attention_names=old_attention_names)
-    path = atomic.write_bytes(folder / FILE, safetensors.numpy.save(arrays, {"format": "pt"}))
+    path = safetensors_file.save(folder / FILE, arrays, {"format": "pt"})
     atomic.write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path
 
@@ -248,9 +239,8 @@ def _to_ours(array: np.ndarray) -> np.ndarray:
 
 
 def _to_theirs(array: np.ndarray) -> np.ndarray:
-    """The inverse, contiguous: safetensors would save the memory as it lies, not as it is indexed."""
-    order = (array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))
-    return np.ascontiguousarray(array.transpose(order) if array.ndim > 1 else array)
+    """The inverse."""
+    return array.transpose(array.ndim - 1, array.ndim - 2, *range(array.ndim - 2)) if array.ndim > 1 else array
 
 
 def _transposed_shape(shape) -> tuple[int, ...]:

@@ -22,10 +22,10 @@ import numpy as np
 
 from ddt_jax import settings
 from ddt_jax.errors import UserError
+from ddt_jax.interop import names
 from ddt_jax.io import torch_file
 from ddt_jax.tokenizers import selftok_networks
 
-_SHOWN = 4  # problems that an error spells out
 _FLOATS = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
 # A buffer's type is kept as its place in this list, counted from 1; 0 is for none. New ones go to the end.
 _TYPES = (*_FLOATS, *map(np.dtype, (np.float64, np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_)))
@@ -80,8 +80,7 @@ def layout(model: settings.SelftokTokenizer, tree) -> list[Tensor]:
     Raises:
       UserError: if the settings have state that published files have not, or the other way round.
     """
-    if not isinstance(model, settings.SelftokTokenizer):
-        raise UserError(f"selftok: the config has model.kind={model.kind!r}; its files need model.kind='selftok'")
+    table = _table(model, tree)
     if model.quantizer.normalize_input != "none":
         raise UserError(
             f"selftok: model.quantizer.normalize_input={model.quantizer.normalize_input!r} has statistics that its "
@@ -92,7 +91,6 @@ def layout(model: settings.SelftokTokenizer, tree) -> list[Tensor]:
             "selftok: its files hold the usage of codes by position, which the quantizer keeps only with "
             "model.quantizer.diversity above 0 or revive_from='perplexity'; set one of them"
         )
-    table = _Table(model, {name: tuple(leaf.shape) for name, leaf in _leaves(tree)})
     table.sampler()
     table.encoder()
     table.quantizer()
@@ -100,15 +98,28 @@ def layout(model: settings.SelftokTokenizer, tree) -> list[Tensor]:
     return table.tensors
 
 
+def decoder_layout(model: settings.SelftokTokenizer, tree) -> list[Tensor]:
+    """As `layout`, of the decoder alone, whatever the quantizer is."""
+    table = _table(model, tree)
+    table.decoder()
+    return table.tensors
+
+
+def _table(model, tree) -> "_Table":
+    if not isinstance(model, settings.SelftokTokenizer):
+        raise UserError(f"selftok: the config has model.kind={model.kind!r}; its files need model.kind='selftok'")
+    return _Table(model, {name: tuple(leaf.shape) for name, leaf in _leaves(tree)})
+
+
 def read(path) -> dict[str, np.ndarray]:
-    """The tensors in a file: a plain state dict, or a trainer's file that has one under "state_dict".
+    """The tensors in a file: a plain state dict, or a trainer's {"iter", "state_dict", "cfg"}.
+
+    What a trainer's settings are made of (an EasyDict, a Namespace) is not looked at.
 
     Raises:
       UserError: if the file cannot be read or has neither.
     """
-    found = torch_file.load(path)
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
+    found = torch_file.load(path, within="state_dict")
     if not isinstance(found, dict) or not any(isinstance(value, np.ndarray) for value in found.values()):
         raise UserError(f"selftok: {path} holds no tensors by name, nor a dict of them under 'state_dict'")
     return found
@@ -124,21 +135,24 @@ def check(arrays: dict, tensors: list[Tensor], source: str = "the arrays") -> No
     problems = [f"{key} is missing" for key in sorted(missing)]
     problems += [f"{key} has no place" for key in sorted(arrays.keys() - wanted.keys(), key=str)]
     for key, tensor in wanted.items():
-        if key not in arrays:
-            continue
-        array = arrays[key]
-        if not isinstance(array, np.ndarray):
-            problems.append(f"{key} is no tensor")
-        elif array.shape != tensor.shape:
-            problems.append(f"{key} is {_by(array.shape)}, not {_by(tensor.shape)}")
-        elif array.dtype not in (_TYPES if tensor.held else _FLOATS):
-            problems.append(f"{key} is of type {array.dtype}{'' if tensor.held else ', not float32'}")
+        if key in arrays and (wrong := misfit(arrays[key], tensor)):
+            problems.append(f"{key} {wrong}")
     if problems:
-        more = "; ..." if len(problems) > _SHOWN else ""
         raise UserError(
             f"selftok: {source} does not fit the sizes that are set, {len(problems)} of {len(wanted)} tensors: "
-            f"{'; '.join(problems[:_SHOWN])}{more}; a config with its sizes goes in --config"
+            f"{'; '.join(names.folded(problems))}; a config with its sizes goes in --config"
         )
+
+
+def misfit(array, tensor: Tensor) -> str:
+    """What is wrong with a value of a file in the place of a tensor; "" if nothing is."""
+    if not isinstance(array, np.ndarray):
+        return "is no tensor"
+    if array.shape != tensor.shape:
+        return f"is {names.by(array.shape)}, not {names.by(tensor.shape)}"
+    if array.dtype not in (_TYPES if tensor.held else _FLOATS):
+        return f"is of type {array.dtype}{'' if tensor.held else ', not float32'}"
+    return ""
 
 
 def fill(arrays: dict, tensors: list[Tensor], tree, put: Callable[[np.ndarray, Any], Any] | None = None):
@@ -394,7 +408,3 @@ def _leaves(tree):
 
 def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _by(shape) -> str:
-    return " x ".join(map(str, shape)) or "a single number"

@@ -54,7 +54,7 @@ _NEW_DTYPES = {
 }
 
 
-def load(path) -> Any:
+def load(path, within: str = "") -> Any:
     """What a file of `torch.save` holds, tensors as NumPy arrays.
 
     The arrays are read-only views of the mapped file: nothing is read before it is used, and a file is never held
@@ -63,6 +63,8 @@ def load(path) -> Any:
 
     Args:
       path: local or remote.
+      within: an entry, such as "state_dict" of a trainer's file: if the file holds a dict with a dict there, that one
+        is all that is read, and beside it may be objects of any class. They are never made: empty ones stand for them.
     Returns:
       the saved dict, list, tensor, ...; an OrderedDict comes as a dict, a parameter as its tensor. bfloat16 and the
       8-bit floats are types of ml_dtypes.
@@ -73,14 +75,11 @@ def load(path) -> Any:
     """
     raw = _bytes_of(path)
     try:
-        return (_load_zip if raw[:2].tobytes() == b"PK" else _load_legacy)(raw)
+        return (_load_zip if raw[:2].tobytes() == b"PK" else _load_legacy)(raw, within)
     except _Refused as error:
-        way_out = (
-            "save the weights alone, torch.save(model.state_dict(), path), or of a trainer's file what it has under "
-            "'state_dict'"
-        )
         raise UserError(
-            f"{path}: holds {error}, which was refused: only tensors and plain data are read; {way_out}"
+            f"{path}: holds {error}, which was refused: only tensors and plain data are read; save the weights alone, "
+            "torch.save(model.state_dict(), path)"
         ) from None
     except Exception as error:
         # A broken pickle can fail in any way, but only inside the unpickler: it calls nothing that is not here.
@@ -152,6 +151,20 @@ class _Named:
         raise _Refused(f"a changed {self.name}")
 
 
+class _Opaque:
+    """An object of a class that is not read: whatever a pickle does to it leaves no trace."""
+
+    name = ""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def _ignore(self, *args, **kwargs):
+        pass
+
+    __init__ = __setstate__ = __setitem__ = append = extend = add = _ignore
+
+
 class _OrderedDict(dict):
     """Takes the attributes that modules hang on their state dict (`_metadata`), and forgets them."""
 
@@ -197,7 +210,8 @@ class _Unpickler(pickle.Unpickler):
             return _Named(full, dtype=np.dtype(_STORAGES[name]), storage=True)
         if module == "torch" and name in _NEW_DTYPES:
             return _Named(full, dtype=np.dtype(_NEW_DTYPES[name]))
-        raise _Refused(full)
+        # A type, for pickles ask for one. It is refused where it is met in what is read.
+        return type("_Opaque", (_Opaque,), {"name": full})
 
     def persistent_load(self, pid):
         kind, storage_type, key, _, count, *view = pid
@@ -221,7 +235,7 @@ def _bytes_of(path) -> np.ndarray:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _load_zip(raw):
+def _load_zip(raw, within):
     with zipfile.ZipFile(_Reader(raw)) as archive:
         entries = {info.filename: info for info in archive.infolist()}
     prefix = min((name for name in entries if name.endswith("data.pkl")), key=len)[: -len("data.pkl")]
@@ -241,10 +255,10 @@ def _load_zip(raw):
     if prefix + "byteorder" in entries and content("byteorder").tobytes() != b"little":
         raise _Refused("numbers in big-endian order")
     found = _Unpickler(io.BytesIO(content("data.pkl").tobytes())).load()
-    return _plain(found, lambda storage: content(f"data/{storage.key}"))
+    return _plain(_part(found, within), lambda storage: content(f"data/{storage.key}"))
 
 
-def _load_legacy(raw):
+def _load_legacy(raw, within):
     file = _Reader(raw)
 
     if _Unpickler(file).load() != _LEGACY_MAGIC:
@@ -264,7 +278,12 @@ def _load_legacy(raw):
             raise ValueError(f"storage {key} ends outside of the file")
         contents[key] = raw[start + 8 : end]
         start = end
-    return _plain(found, lambda storage: contents[storage.key])
+    return _plain(_part(found, within), lambda storage: contents[storage.key])
+
+
+def _part(found, within):
+    inner = found.get(within) if within and isinstance(found, dict) else None
+    return inner if isinstance(inner, dict) else found
 
 
 class _Reader(io.RawIOBase):
@@ -319,7 +338,8 @@ def _plain(found, content: Callable[[_Storage], np.ndarray]):
         elif isinstance(x, _Storage):
             raise _Refused("a bare storage")
         else:
-            raise _Refused(x.name if isinstance(x, _Named) else f"a {type(x).__name__}")
+            named = isinstance(x, _Named | _Opaque) or (isinstance(x, type) and issubclass(x, _Opaque))
+            raise _Refused(x.name if named else f"a {type(x).__name__}")
         return result
 
     return convert(found)

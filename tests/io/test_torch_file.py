@@ -1,11 +1,13 @@
 """Files of torch.save: read without running them, written so that PyTorch reads them. Oracle: PyTorch itself."""
 
+import argparse
 import collections
 import io
 import os
 import pickle
 import struct
 import zipfile
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -130,6 +132,34 @@ def test_anything_but_plain_data_is_refused_by_name_and_not_run(tmp_path, value,
         assert named in line and "refused" in line
         refusal(tmp_path / "old.pt", pickle.dumps({"weight": value}, protocol))
     assert not (tmp_path / "was_run").exists()
+
+
+class Settings(dict):
+    """As trainers have them: entries that are attributes too, of a class that is not there when the file is read."""
+
+    def __init__(self, **entries):
+        super().__init__(entries)
+        self.__dict__ = self
+
+
+class Numbers(list):
+    pass
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_beside_the_entry_that_is_wanted_anything_may_lie_and_nothing_of_it_is_run(tmp_path, protocol):
+    beside = [Settings(a=1, b=Settings(c=[2])), Numbers([1, 2]), {1, 2}, collections.Counter("ab"), np.zeros(2)]
+    beside += [argparse.Namespace(a=1), Path("/x"), Call(os.system, f"echo run > {tmp_path / 'was_run'}"), Settings]
+    path = tmp_path / "x.pt"
+    path.write_bytes(archive(pickle.dumps({"iter": 3, "state_dict": {"a": [1.5]}, "cfg": beside}, protocol)))
+    assert torch_file.load(path, within="state_dict") == {"a": [1.5]}
+    assert not (tmp_path / "was_run").exists()
+    assert "Settings, which was refused" in refusal(path)
+    path.write_bytes(archive(pickle.dumps({"state_dict": {"a": beside[:1]}}, protocol)))
+    with pytest.raises(UserError, match="Settings, which was refused"):
+        torch_file.load(path, within="state_dict")
+    path.write_bytes(archive(pickle.dumps({"a": [1.5]}, protocol)))
+    assert torch_file.load(path, within="state_dict") == {"a": [1.5]}
 
 
 def test_a_file_cannot_alter_what_names_mean():

@@ -1,0 +1,197 @@
+"""Checkpoints of other projects: what `ddt-jax import` and `ddt-jax export` do, one function and one row per kind.
+
+It lies above `experiment`, whose runs it makes and reads: nothing there needs it. Every import writes an ordinary run
+that has taken no step, with a config and a checkpoint at step 0, so that all other verbs work on it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ddt_jax import config, experiment, settings
+from ddt_jax import mesh as meshes
+from ddt_jax.errors import UserError
+from ddt_jax.interop import diffusers_vae, sd3, selftok, torch_export
+from ddt_jax.io import torch_file
+from ddt_jax.training import checkpoint
+from ddt_jax.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Importer:
+    """A row of `IMPORTS`.
+
+    Attributes:
+      run: (settings, file, workdir) → result; "summary" in it is what a user is told.
+      default: (overrides) → settings for who names no config; None if there are none.
+    """
+
+    run: Callable[[settings.Experiment, str, str], dict[str, Any]]
+    default: Callable[[tuple[tuple[str, str], ...]], settings.Experiment] | None = None
+
+
+def released_settings(overrides: tuple[tuple[str, str], ...] = ()) -> settings.Experiment:
+    """Settings of a run with the released Selftok tokenizer, for who has no config of their own.
+
+    There is no weight average: nothing has been trained here. Evaluation is set to ImageNet in the data folder.
+    """
+    images = "parquet:${DDT_JAX_DATA}/imagenet"
+    s = settings.Experiment(
+        name="selftok",
+        model=settings.SelftokTokenizer(),
+        data=settings.Data(source=f"{images}/train-*.parquet", eval_source=f"{images}/val-*.parquet", image_size=256),
+        optimizer=settings.Optimizer(name="adamw", lr=5e-5, weight_decay=0.0, clip_norm=0.0),
+        train=settings.Train(ema=0.0),
+    )
+    return config.from_dict(config.override(config.dump(s), overrides))
+
+
+def import_selftok(s: settings.Experiment, file: str, workdir: str) -> dict[str, Any]:
+    """Makes a run out of a published Selftok checkpoint.
+
+    Returns:
+      "step", "tensors" in the file, "parameters", "workdir", "summary".
+
+    Raises:
+      UserError: if the file does not hold what the settings need, or the workdir holds a run already.
+    """
+    built = _on_one_device(s)
+    arrays = selftok.read(file)
+    tensors = selftok.layout(s.model, _model_state(built.abstract, built.abstract.params))
+    selftok.check(arrays, tensors, file)
+    _start(built, s, workdir, lambda tree: selftok.fill(arrays, tensors, tree, meshes.put_whole))
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(built.abstract.params))
+    summary = f"{len(arrays):,} tensors, {count:,} parameters: {workdir} at step 0"
+    return {"step": 0, "tensors": len(arrays), "parameters": count, "workdir": str(workdir), "summary": summary}
+
+
+def import_sd3(s: settings.Experiment, file: str, workdir: str) -> dict[str, Any]:
+    """Makes a run that starts from SD3-medium: the image stream of its decoder; the rest is as `train` would draw it.
+
+    Returns:
+      "step", "copied" (names), "not_copied" (name → why), "not_transformer" (names), "workdir", "summary".
+
+    Raises:
+      UserError: if the file does not hold the image stream that the settings have, or the workdir holds a run already.
+    """
+    built = _on_one_device(s)
+    tensors = selftok.decoder_layout(s.model, _model_state(built.abstract, built.abstract.params))
+    arrays, others = sd3.read(file)
+    chosen, left = sd3.select(arrays, s.model, tensors, file)
+    _start(built, s, workdir, lambda tree: selftok.fill(chosen, tensors, tree, meshes.put_whole))
+    summary = f"{sd3.report(chosen, left, others, tensors)}\n{workdir} at step 0"
+    copied = {"copied": sorted(chosen), "not_copied": left, "not_transformer": others}
+    return {"step": 0, **copied, "workdir": str(workdir), "summary": summary}
+
+
+def export_selftok(workdir: str, file: str) -> dict[str, Any]:
+    """Writes the newest checkpoint as a file in the layout of published Selftok checkpoints.
+
+    Returns:
+      "step", "tensors", "weights" ("average" where the run has one, else "parameters"), "written", "summary".
+
+    Raises:
+      UserError: if the run has no published counterpart, or the file cannot be written.
+    """
+
+    def write(built, state, params, about):
+        with jax.set_mesh(built.mesh):
+            arrays = selftok.to_arrays(_model_state(state, params), built.settings.model)
+        torch_file.save(file, arrays)
+        return {"tensors": len(arrays)}
+
+    return _export(workdir, file, write)
+
+
+def export_torch(workdir: str, folder: str) -> dict[str, Any]:
+    """Writes the newest checkpoint for PyTorch users, see `interop.torch_export`. Returns and raises as the others."""
+
+    def write(built, state, params, about):
+        return {"tensors": len(torch_export.write(folder, built.model, params, state.extra, about))}
+
+    return _export(workdir, folder, write)
+
+
+def export_vae(workdir: str, folder: str) -> dict[str, Any]:
+    """Writes the newest checkpoint of an autoencoder as a folder in diffusers' layout, its latents' scale measured.
+
+    Returns:
+      as `export_selftok`, and "images" that were measured, "codec": the settings with which a tokenizer works on these
+      latents.
+
+    Raises:
+      UserError: if the run holds no autoencoder, or the folder cannot be written.
+    """
+
+    def write(built, state, params, about):
+        if not isinstance(built.settings.model, settings.VAE):
+            raise UserError(f"export: {workdir} holds a model of kind {built.settings.model.kind!r}, not 'vae'")
+        found = experiment.measure(built, state).results
+        scaled = {"scaling_factor": 1 / found["latent_std"], "shift_factor": found["latent_mean"]}
+        sizes = replace(built.settings.model.sizes, **scaled)
+        params = jax.device_get(built.model.autoencoder_params(params))
+        written = str(diffusers_vae.write(folder, params, sizes))
+        codec = config.dump(settings.VAECodec(preset="custom", sizes=sizes, weights=str(folder)))
+        lines = [
+            f"latents measured on {found['n']:,} images; in the config of a tokenizer on them:",
+            f"    c.model.codec = config.defaults(settings.VAECodec, preset='custom', weights={str(folder)!r})",
+            f"    c.model.codec.sizes = {codec['sizes']}",
+        ]
+        count = len(jax.tree.leaves(params))
+        return {"tensors": count, "images": found["n"], "codec": codec, "written": written, "lines": lines}
+
+    return _export(workdir, folder, write)
+
+
+# What the command line offers; its texts are in cli.py, which imports nothing heavy.
+IMPORTS = {"selftok": Importer(import_selftok, released_settings), "sd3": Importer(import_sd3)}
+EXPORTS = {"selftok": export_selftok, "vae": export_vae, "torch": export_torch}
+
+
+def _on_one_device(s: settings.Experiment) -> experiment.Built:
+    return experiment.build(replace(s, mesh=settings.Mesh()), jax.devices()[:1])
+
+
+def _model_state(state: TrainState, params) -> dict:
+    return {"params": params, "extra": state.extra}
+
+
+def _start(built: experiment.Built, s: settings.Experiment, workdir: str, fill: Callable) -> None:
+    """Writes a run's config and its checkpoint at step 0.
+
+    The optimizer is fresh, and the weight average, where the settings have one, starts at the weights.
+
+    Args:
+      fill: {"params", "extra"} of a fresh state → the same with what is imported.
+    """
+    tree = config.dump(s)
+    experiment.claim(epath.Path(workdir), tree, built.frozen_weights)
+    points = checkpoint.Checkpoints(workdir, s.train, experiment.to_stderr)
+    try:
+        if steps := points.steps():
+            raise UserError(f"workdir: {workdir} holds a run at step {steps[-1]:,} already; use another --workdir")
+        with jax.set_mesh(built.mesh):
+            state = built.init()
+            filled = fill(_model_state(state, state.params))
+            state = state.replace(**filled, ema=None if state.ema is None else filled["params"])
+            points.save(state, tree)
+    finally:
+        points.close()
+
+
+def _export(workdir: str, path: str, write: Callable) -> dict[str, Any]:
+    """write: (built, state, weights, what is known of them) → "tensors", "lines" of a summary, other results."""
+    built, state = experiment.restore(workdir)
+    which = "parameters" if state.ema is None else "average"
+    about = {"name": built.settings.name, "step": int(state.step), "weights": which}
+    try:
+        result = write(built, state, experiment.weights(state), about)
+    except OSError as error:
+        raise UserError(f"export: cannot write {path}: {error.strerror or error}") from error
+    first = f"step {about['step']:,}, {which}, {result['tensors']:,} tensors: {path}"
+    summary = "\n".join([first, *result.pop("lines", [])])
+    return {"step": about["step"], "weights": which, "written": str(path), "summary": summary} | result
