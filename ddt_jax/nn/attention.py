@@ -8,8 +8,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from ddt_jax.nn.attention_chunked import attend_chunked
+from ddt_jax.nn.attention_chunked import SAVED, attend_chunked
 from ddt_jax.nn.spans import Spans
 
 Method = Literal["auto", "dense", "chunked"]
@@ -41,7 +42,8 @@ def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, metho
     q_BGRSE = (q_BHSE * e**-0.5).reshape(b, g, h // g, s, e)
     if method == "chunked" or (method == "auto" and s > 1 and s * t >= CHUNKED_FROM):
         return attend_chunked(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
-    return _attend_dense(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
+    out = _attend_dense(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
+    return checkpoint_name(out, SAVED)
 
 
 def _attend_dense(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap):
