@@ -286,6 +286,18 @@ class Transformer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. The filters apply in this order, each to what the one before has left."""
+
+    tokens: int = 256  # new ones, at most
+    guidance: float = 1.0  # g: logits u + g (c - u) of an unconditional and a conditional prompt; 1 = none
+    temperature: float = 1.0  # 0 = always the likeliest
+    top_k: int = 0  # only the k likeliest; 0 = all
+    top_p: float = 1.0  # only the likeliest that together reach this probability
+    min_p: float = 0.0  # only what has this share of the likeliest one's probability
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     name: Literal["adamw", "muon"] = "muon"  # muon: on matrices that ask for it, AdamW on the rest
     lr: float = 3e-3

@@ -42,9 +42,7 @@ PRESETS = {
         tied_head=True,
         rope_scaling=replace(_LLAMA31, factor=32.0),
     ),
-    "llama3_8b": settings.Transformer(
-        vocab_size=128_256, width=4096, depth=32, heads=32, kv_heads=8, mlp_width=14_336
-    ),
+    "llama3_8b": settings.Transformer(vocab_size=128_256, width=4096, depth=32, heads=32, kv_heads=8, mlp_width=14_336),
     "llama3.1_8b": settings.Transformer(
         vocab_size=128_256, width=4096, depth=32, heads=32, kv_heads=8, mlp_width=14_336, rope_scaling=_LLAMA31
     ),
@@ -89,7 +87,8 @@ class Backbone(nn.Module):
 
     def embed(self, ids_BS):
         """Rows of the table, [B, S, D] in the type of activations. ids_BS: int32 in [0, V)."""
-        return constrain_batch(self.table[ids_BS].astype(compute_dtype(self.config.dtype) or self.table.dtype))
+        table = jnp.asarray(self.table)  # NumPy cannot be indexed by what is traced
+        return constrain_batch(table[ids_BS].astype(compute_dtype(self.config.dtype) or table.dtype))
 
     def __call__(self, x_BSD, positions_BS, visible, cache=None, dropout_keys_B=None):
         """Hidden states behind the last norm.

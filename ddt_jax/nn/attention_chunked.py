@@ -100,9 +100,7 @@ def _forward(q_BGRSE, k_BGTE, v_BGTE, bounds_4BS, schedule, soft_cap, sizes):
             weights = jnp.exp(jnp.where(seen, logits - higher[..., None], -jnp.inf))
             shrink = jnp.exp(peak - higher)
             v_BGDE = _rows(v_BGTE, j, d, 2)
-            more = jnp.matmul(
-                weights.reshape(b, g, r * c, d).astype(v_BGDE.dtype), v_BGDE, preferred_element_type=wide
-            )
+            more = jnp.matmul(weights.reshape(b, g, r * c, d).astype(v_BGDE.dtype), v_BGDE, preferred_element_type=wide)
             out = out * shrink[..., None] + more.reshape(b, g, r, c, e)
             return higher, total * shrink + weights.sum(-1), out
 

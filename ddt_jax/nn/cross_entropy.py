@@ -133,9 +133,7 @@ def _local(h_BRD, head_VD, targets_BR, weights_BR, options, gradient, vocabulary
             logits_CV = options.soft_cap * jnp.tanh(logits_CV / options.soft_cap)
         peak_C = over_vocabulary["max"](logits_CV.max(-1))
         is_target_CV = jnp.arange(v, dtype=jnp.int32) == (targets_C - first)[:, None]
-        parts = jnp.stack(
-            [jnp.exp(logits_CV - peak_C[:, None]).sum(-1), jnp.where(is_target_CV, logits_CV, 0).sum(-1)]
-        )
+        parts = jnp.stack([jnp.exp(logits_CV - peak_C[:, None]).sum(-1), jnp.where(is_target_CV, logits_CV, 0).sum(-1)])
         sum_C, target_C = over_vocabulary["sum"](parts)
         log_total_C = peak_C + jnp.log(sum_C)
         nll_C = log_total_C - target_C

@@ -41,7 +41,9 @@ class DecoderBlock(nn.Module):
         q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             cache, k, v = cache.write(layer, k, v)
-        y_BHSE = attend(q, k.astype(q.dtype), v.astype(q.dtype), spans, soft_cap=c.attention_soft_cap, method=c.attention)
+        y_BHSE = attend(
+            q, k.astype(q.dtype), v.astype(q.dtype), spans, soft_cap=c.attention_soft_cap, method=c.attention
+        )
         out = {"inputs": 2, "matrix": ((-3, -2), (-1,)), "kernel_init": self._small(2)}
         y_BSD = self._dense("output", (c.width,), ("heads", "head_dim", "embed"), **out)(y_BHSE.swapaxes(1, 2))
         x_BSD = x_BSD + self._dropped(y_BSD, keys_B, 2 * layer)
@@ -75,5 +77,3 @@ class DecoderBlock(nn.Module):
             return jax.random.bernoulli(jax.random.fold_in(key, part), 1 - rate, y_BSD.shape[1:])
 
         return jnp.where(jax.vmap(keep)(keys_B), y_BSD / (1 - rate), 0)
-
-

@@ -58,7 +58,9 @@ def test_equals_naive_in_value_and_gradient(options):
 def test_rows_of_no_weight_count_for_nothing():
     h, head, targets, weights = inputs()
     changed = np.where(weights[..., None] == 0, 50 * h, h)
-    for args in zip(*(jax.grad(lambda h, w: chunked(h, w, targets, weights)[0], (0, 1))(x, head) for x in (h, changed))):
+    for args in zip(
+        *(jax.grad(lambda h, w: chunked(h, w, targets, weights)[0], (0, 1))(x, head) for x in (h, changed))
+    ):
         np.testing.assert_array_equal(*args)
 
 
@@ -133,7 +135,9 @@ def collectives(program):
             name, bodies[header.group(1)] = header.group(1), []
         elif name:
             bodies[name].append(line)
-    inside = {n for lines in bodies.values() for line in lines for n in re.findall(r"(?:body|condition)=%?([\w.-]+)", line)}
+    inside = {
+        n for lines in bodies.values() for line in lines for n in re.findall(r"(?:body|condition)=%?([\w.-]+)", line)
+    }
     pending = list(inside)
     while pending:  # what a loop's body calls is inside it too
         for line in bodies[pending.pop()]:
