@@ -251,8 +251,9 @@ def _config(c, dtype, before) -> dict:
     kind = {"none": "default"}.get(c.rope_scaling.kind, c.rope_scaling.kind)
     used = {"default": (), "linear": ("factor",), "llama3": tuple(_SCALING)}[kind]
     rope = {theirs: getattr(c.rope_scaling, _SCALING[theirs]) for theirs in used}
-    rope |= {"rope_type": kind, "rope_theta": c.rope_theta}
-    both = {"rope_parameters": rope, "rope_theta": c.rope_theta, "rope_scaling": None if kind == "default" else rope}
+    rope |= {"rope_type": kind}
+    both = {"rope_parameters": rope | {"rope_theta": c.rope_theta}}
+    both |= {"rope_theta": c.rope_theta, "rope_scaling": None if kind == "default" else rope}
     # New releases read the first, old ones the other two; what was imported keeps its own form.
     form = {k: v for k, v in both.items() if not before or k in before} or both
     names = {"dtype": dtype, "torch_dtype": dtype}

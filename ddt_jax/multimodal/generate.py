@@ -1,4 +1,4 @@
-"""Generation of tokens: prompts of different lengths through the model at once, then one compiled loop over new tokens.
+"""Generation of tokens: prompts of different lengths go through the model at once, then a loop runs on the device.
 
 Prompts are moved to the right, so that the rows of a batch write the same slot of the cache in each step; what lies in
 front of a prompt is seen by no row. A row's randomness is its seed's and the number of the token's alone, so a text does

@@ -1,7 +1,7 @@
 """Attention over spans. The only place that turns spans into a kernel call.
 
-Legend: B batch, H heads, G heads of keys and values, R = H / G queries' heads that share one of them, S queries, T keys,
-E head dimension.
+Legend: B batch, H heads, G heads of keys and values, R = H / G heads of queries that share one of them, S queries,
+T keys, E head dimension.
 """
 
 from typing import Literal

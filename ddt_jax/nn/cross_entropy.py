@@ -5,8 +5,8 @@ chunk instead of four, and the head travels once. Under a mesh every device take
 fsdp before its loop over chunks, adds up a gradient of the head of its own, and that is reduced and scattered after the
 loop. Left to the compiler, both would happen in every chunk.
 
-Legend: B examples, R rows, N = B R rows of a device, C rows of a chunk, D width, V vocabulary (of a device, where tensor
-splits it).
+Legend: B examples, R rows, N = B R rows of a device, C rows of a chunk, D width, V vocabulary (a device's part of it,
+where tensor splits it).
 """
 
 import functools

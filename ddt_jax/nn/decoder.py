@@ -27,7 +27,7 @@ class DecoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, carry, rotation, spans, keys_B):
-        """rotation: of `rope.rotation`. spans: over the cache's slots where there is one. keys_B: for dropout, or None."""
+        """rotation: of `rope.rotation`. spans: over the cache's slots if there is one. keys_B: for dropout, or None."""
         c = self.config
         x_BSD, layer, cache = carry
         e = head_dim(c)

@@ -66,7 +66,9 @@ def test_scanned_and_unrolled_are_equal():
     np.testing.assert_allclose(logits_of(TINY, values, ids_of()), loose, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "attention", "dots_attention"])
+@pytest.mark.parametrize(
+    "remat", ["full", "dots_attention", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dots", "attention"))]
+)
 def test_what_is_computed_again_changes_no_gradient(remat):
     values, ids = random_params(TINY), ids_of()
 
@@ -222,6 +224,7 @@ def test_linear_scaling_divides_and_llama3_keeps_fast_pairs():
     np.testing.assert_allclose(ours[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [settings.Mesh(fsdp=8), settings.Mesh(data=2, fsdp=2, tensor=2)], ids=str)
 def test_loss_and_gradients_are_the_same_on_every_mesh(sizes):
     c = replace(TINY, remat="dots", loss_chunk=3)
