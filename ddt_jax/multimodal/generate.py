@@ -1,8 +1,8 @@
 """Generation of tokens: prompts of different lengths go through the model at once, then a loop runs on the device.
 
-Prompts are moved to the right, so that the rows of a batch write the same slot of the cache in each step; what lies in
-front of a prompt is seen by no row. A row's randomness is its seed's and the number of the token's alone, so a text does
-not depend on the batch that it was made in.
+Prompts are moved to the right, so that the rows of a batch write the same slot of the cache in each step; what lies
+in front of a prompt is seen by no row. A row's randomness is its seed's and the number of the token's alone, so a text
+does not depend on the batch that it was made in.
 
 Legend: B prompts, P longest prompt, N new tokens, V vocabulary, T slots of the cache.
 """
