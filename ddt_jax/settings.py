@@ -279,7 +279,7 @@ class Transformer:
     dropout: float = 0.0  # of what attention and MLP add to the residual stream
     scan_layers: bool = True
     remat: Literal["none", "full", "dots", "attention", "dots_attention"] = "none"  # what backwards computes again
-    attention: Literal["auto", "dense", "chunked"] = "auto"
+    attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
     loss_chunk: int = 256  # rows whose logits exist at once, on each device
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoRA = field(default_factory=LoRA)

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ddt_jax.nn.attention_chunked import SAVED, attend_chunked
 from ddt_jax.nn.spans import Spans
 
-Method = Literal["auto", "dense", "chunked"]
+Method = Literal["auto", "dense", "chunked", "splash"]
 
 # From so many pairs of a query and a key on, "auto" is chunked: below, one product of matrices is faster.
 CHUNKED_FROM = 1024 * 1024
@@ -29,7 +29,8 @@ def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, metho
       q_BHSE, k_BGTE, v_BGTE: float. Where G < H, consecutive heads of queries share a head of keys and values.
       spans: which keys each query sees.
       soft_cap: c > 0 bends logits x to c tanh(x / c).
-      method: "dense" holds S x T logits, "chunked" a tile of them, "auto" decides by S and T.
+      method: "dense" holds S x T logits, "chunked" a tile of them, "splash" is a TPU's kernel. "auto" decides by S, T
+        and whether this program runs on a TPU, which it cannot know when it is compiled elsewhere.
 
     Returns:
       [B, H, S, E] in the type of v. Logits and softmax are at least fp32. The content of a key that a row does not see
@@ -39,8 +40,16 @@ def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, metho
     g, t = k_BGTE.shape[1:3]
     if h % g:
         raise ValueError(f"{h} heads of queries cannot share {g} heads of keys and values evenly")
-    q_BGRSE = (q_BHSE * e**-0.5).reshape(b, g, h // g, s, e)
-    if method == "chunked" or (method == "auto" and s > 1 and s * t >= CHUNKED_FROM):
+    q_BHSE = q_BHSE * e**-0.5
+    long = s > 1 and s * t >= CHUNKED_FROM
+    on_tpu = method == "auto" and long and jax.default_backend() == "tpu"
+    if method == "splash" or on_tpu:
+        from ddt_jax.nn import attention_tpu  # Pallas takes a second to import
+
+        if method == "splash" or attention_tpu.fits(s, t, spans):
+            return attention_tpu.attend_splash(q_BHSE, k_BGTE, v_BGTE, spans, soft_cap)
+    q_BGRSE = q_BHSE.reshape(b, g, h // g, s, e)
+    if method == "chunked" or (method == "auto" and long):
         return attend_chunked(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
     out = _attend_dense(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
     return checkpoint_name(out, SAVED)

@@ -29,12 +29,16 @@ class Spans:
     Attributes:
       start, end: int32 [B or 1, S or 1], broadcast over examples and rows. An interval with end <= start is empty.
       start2, end2: a second interval, disjoint from the first, or None.
+      reach: row q sees no key behind q + reach; None if that is not known. For kernels that plan ahead.
+      second: how long every second interval that is not empty is; None if that is not known.
     """
 
     start: Any
     end: Any
     start2: Any = None
     end2: Any = None
+    reach: int | None = flax.struct.field(pytree_node=False, default=None)
+    second: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def covers(self, num_keys: int) -> bool:
         """Whether every row is known, at trace time, to see all keys through its first interval."""
@@ -66,20 +70,23 @@ def causal(num_queries: int, offset=0, start=0) -> Spans:
       offset: keys before the first query (a cache), int32 scalar or [B].
       start: first key of the row's document, int32 scalar, [B], or [B, S] where documents are packed.
     """
-    return Spans(_rows(start), np.arange(num_queries, dtype=np.int32)[None] + (_rows(offset) + np.int32(1)))
+    end = np.arange(num_queries, dtype=np.int32)[None] + (_rows(offset) + np.int32(1))
+    return Spans(_rows(start), end, reach=offset if isinstance(offset, int) else None)
 
 
-def bidirectional(end_BS, offset=0, start=0) -> Spans:
+def bidirectional(end_BS, offset=0, start=0, longest: int | None = None) -> Spans:
     """Causal rows, of which some see to the end of the prefix or image that they are in.
 
     Args:
       end_BS: int32, one behind the last key of the row's prefix or image; 0 (or anything up to the row itself) in rows
         that are in none.
       offset, start: as in `causal`.
+      longest: rows of the longest prefix or image, if that is known.
     """
     plain = causal(end_BS.shape[1], offset, start)
     lib = np if isinstance(end_BS, np.ndarray) and isinstance(plain.end, np.ndarray) else jnp
-    return Spans(plain.start, lib.maximum(plain.end, end_BS.astype(np.int32)))
+    reach = None if longest is None or plain.reach is None else plain.reach + longest - 1
+    return Spans(plain.start, lib.maximum(plain.end, end_BS.astype(np.int32)), reach=reach)
 
 
 def skip_causal(num_blocks: int, block_size: int) -> Spans:
@@ -92,7 +99,9 @@ def skip_causal(num_blocks: int, block_size: int) -> Spans:
     noised = block >= num_blocks
     clean_end = np.where(noised, block - num_blocks, block + 1) * block_size
     own = np.where(noised, block, 0) * block_size
-    return Spans(_rows(0), _rows(clean_end[None]), _rows(own[None]), _rows((own + noised * block_size)[None]))
+    own_end = own + noised * block_size
+    seen = (_rows(0), *(_rows(x[None]) for x in (clean_end, own, own_end)))
+    return Spans(*seen, reach=block_size - 1, second=block_size)
 
 
 def tokens_and_patches(start, end, num_tokens: int, num_patches: int, *, tokens_see_patches: bool = True) -> Spans:
