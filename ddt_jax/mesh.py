@@ -22,6 +22,9 @@ RULES: dict[str, str | None] = {
     "embed": "fsdp",  # the residual width
     "mlp": "tensor",
     "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",  # rows of embeddings and head
+    "rank": None,  # of a low-rank update
     "head_dim": None,
     "codes": "tensor",  # rows of a codebook
     "code": None,  # features of one code
@@ -95,6 +98,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over every batch axis, other dimensions whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def batch_axes(rows: int, mesh) -> tuple[str, ...]:
+    """The axes over which so many rows are split: all batch axes, or none where they do not divide them."""
+    return BATCH if rows % int(np.prod([mesh.shape[a] for a in BATCH])) == 0 else ()
+
+
+def constrain_batch(x):
+    """x inside a traced function, with its rows over the batch axes of the mesh that is set; without one, x itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(x.shape[0], mesh)))
 
 
 def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:

@@ -367,6 +367,66 @@ class DiscriminatorOptimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than those trained on."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_context: int = 8192  # llama3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank updates of linear maps (arXiv 2106.09685)."""
+
+    rank: int = 0  # 0 = none
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    targets: tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...] = ("query", "value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """The decoder-only backbone of LLaMA-3 (arXiv 2407.21783) and what other recipes add to it."""
+
+    vocab_size: int = 1024  # text, special tokens and image codes together
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 0  # 0 = width / heads
+    mlp_width: int = 384
+    norm_epsilon: float = 1e-5
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    tied_head: bool = False  # the head is the table of embeddings
+    qk_norm: bool = False  # RMS norm of each head's queries and keys (Chameleon)
+    attention_soft_cap: float = 0.0  # 0 = none
+    logit_soft_cap: float = 0.0
+    z_loss: float = 0.0  # weight of the squared log-sum of the logits (Chameleon: 1e-5)
+    dropout: float = 0.0  # of what attention and MLP add to the residual stream
+    scan_layers: bool = True
+    remat: Literal["none", "full", "dots", "attention", "dots_attention"] = "none"  # what backwards computes again
+    attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
+    loss_chunk: int = 256  # rows whose logits exist at once, on each device
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoRA = field(default_factory=LoRA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. The filters apply in this order, each to what the one before has left."""
+
+    tokens: int = 256  # new ones, at most
+    guidance: float = 1.0  # g: logits u + g (c - u) of an unconditional and a conditional prompt; 1 = none
+    temperature: float = 1.0  # 0 = always the likeliest
+    top_k: int = 0  # only the k likeliest; 0 = all
+    top_p: float = 1.0  # only the likeliest that together reach this probability
+    min_p: float = 0.0  # only what has this share of the likeliest one's probability
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     name: Literal["adamw", "muon"] = "muon"  # muon: on matrices that ask for it, AdamW on the rest
     lr: float = 3e-3

@@ -1,39 +1,80 @@
 """Attention over spans. The only place that turns spans into a kernel call.
 
-Legend: B batch, H heads, S queries, T keys, E head dimension.
+Legend: B batch, H heads, G heads of keys and values, R = H / G heads of queries that share one of them, S queries,
+T keys, E head dimension.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from ddt_jax.nn.attention_chunked import SAVED, attend_chunked
 from ddt_jax.nn.spans import Spans
 
+Method = Literal["auto", "dense", "chunked", "splash"]
 
-def attend(q_BHSE, k_BHTE, v_BHTE, spans: Spans):
+# From so many pairs of a query and a key on, "auto" is chunked: below, one product of matrices is faster.
+CHUNKED_FROM = 1024 * 1024
+
+
+def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, method: Method = "auto"):
     """Softmax attention; a row that sees no key gives zeros.
 
     Heads come before rows because batched matrix products in this layout are about twice as fast on CPU, forwards and
     backwards, as with heads behind rows.
 
     Args:
-      q_BHSE, k_BHTE, v_BHTE: float.
+      q_BHSE, k_BGTE, v_BGTE: float. Where G < H, consecutive heads of queries share a head of keys and values.
       spans: which keys each query sees.
+      soft_cap: c > 0 bends logits x to c tanh(x / c).
+      method: "dense" holds S x T logits, "chunked" a tile of them, "splash" is a TPU's kernel. "auto" decides by S, T
+        and whether this program runs on a TPU, which it cannot know when it is compiled elsewhere.
 
     Returns:
       [B, H, S, E] in the type of v. Logits and softmax are at least fp32. The content of a key that a row does not see
       has exactly no effect on it, as long as it is finite.
     """
-    wide = jnp.promote_types(q_BHSE.dtype, jnp.float32)
-    q_BHSE = q_BHSE * q_BHSE.shape[-1] ** -0.5
-    logits_BHST = jnp.matmul(q_BHSE, k_BHTE.swapaxes(-1, -2), preferred_element_type=wide)
-    if spans.covers(k_BHTE.shape[2]):
-        return jnp.matmul(jax.nn.softmax(logits_BHST).astype(v_BHTE.dtype), v_BHTE)
-    visible_BHST = visible(spans, k_BHTE.shape[2])[:, None]
-    peak_BHS1 = jnp.max(logits_BHST, axis=-1, keepdims=True, where=visible_BHST, initial=-1e30)
-    weights_BHST = jnp.exp(jnp.where(visible_BHST, logits_BHST - jax.lax.stop_gradient(peak_BHS1), -jnp.inf))
-    total_BHS1 = jnp.sum(weights_BHST, axis=-1, keepdims=True)
-    weights_BHST = weights_BHST / jnp.where(total_BHS1 > 0, total_BHS1, 1)
-    return jnp.matmul(weights_BHST.astype(v_BHTE.dtype), v_BHTE)
+    b, h, s, e = q_BHSE.shape
+    g, t = k_BGTE.shape[1:3]
+    if h % g:
+        raise ValueError(f"{h} heads of queries cannot share {g} heads of keys and values evenly")
+    q_BHSE = q_BHSE * e**-0.5
+    long = s > 1 and s * t >= CHUNKED_FROM
+    on_tpu = method == "auto" and long and jax.default_backend() == "tpu"
+    if method == "splash" or on_tpu:
+        from ddt_jax.nn import attention_tpu  # Pallas takes a second to import
+
+        if method == "splash" or attention_tpu.fits(s, t, spans):
+            return attention_tpu.attend_splash(q_BHSE, k_BGTE, v_BGTE, spans, soft_cap)
+    q_BGRSE = q_BHSE.reshape(b, g, h // g, s, e)
+    if method == "chunked" or (method == "auto" and long):
+        return attend_chunked(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
+    out = _attend_dense(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
+    return checkpoint_name(out, SAVED)
+
+
+def _attend_dense(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap):
+    b, g, r, s, e = q_BGRSE.shape
+    t = k_BGTE.shape[2]
+    wide = jnp.promote_types(q_BGRSE.dtype, jnp.float32)
+    # The heads that share keys are rows of one product, so that nothing is repeated.
+    logits = jnp.matmul(q_BGRSE.reshape(b, g, r * s, e), k_BGTE.swapaxes(-1, -2), preferred_element_type=wide)
+    logits_BGRST = _capped(logits.reshape(b, g, r, s, t), soft_cap)
+    if spans.covers(t):
+        weights_BGRST = jax.nn.softmax(logits_BGRST)
+    else:
+        seen = visible(spans, t)[:, None, None]
+        peak = jnp.max(logits_BGRST, axis=-1, keepdims=True, where=seen, initial=-1e30)
+        weights_BGRST = jnp.exp(jnp.where(seen, logits_BGRST - jax.lax.stop_gradient(peak), -jnp.inf))
+        total = jnp.sum(weights_BGRST, axis=-1, keepdims=True)
+        weights_BGRST = weights_BGRST / jnp.where(total > 0, total, 1)
+    return jnp.matmul(weights_BGRST.reshape(b, g, r * s, t).astype(v_BGTE.dtype), v_BGTE)
+
+
+def _capped(logits, soft_cap):
+    return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
 
 
 def visible(spans: Spans, num_keys: int):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ddt_jax.nn.attention import attend
+from ddt_jax.nn.attention_chunked import SAVED
 from ddt_jax.nn.layers import MLP, Dense, LayerNorm, RMSNorm, zeros_dense
 
 
@@ -170,6 +171,15 @@ class JointBlock(nn.Module):
         return x + mod[5] * MLP(self.mlp_ratio * d, self.dtype, name=f"{prefix}mlp")(h)
 
 
+# What a block keeps for its gradient, by name; all else is computed again.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of linear maps
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+}
+REMAT["dots_attention"] = jax.checkpoint_policies.save_from_both_policies(REMAT["dots"], REMAT["attention"])
+
+
 class _Scanned(nn.Module):
     make: Callable
 
@@ -185,19 +195,22 @@ class Stack(nn.Module):
       make: (name=…) → block.
       scan: one compiled body for all blocks, with parameters stacked along a first axis; `scanned` and `unrolled`
         convert between the two layouts.
-      remat: blocks are computed again for the gradient. make must be a functools.partial of the block's class.
+      remat: blocks are computed again for the gradient: True or "full" all of them, or but for what one of `REMAT`
+        keeps; False or "none" not at all. make must be a functools.partial of the block's class.
     """
 
     make: Callable
     depth: int
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, carry, *rest):
         make = self.make
-        if self.remat:  # under a scan nothing could merge the two computations anyway
-            block = nn.remat(make.func, prevent_cse=not self.scan)
+        if self.remat not in (False, "none"):
+            policy = REMAT["full" if self.remat is True else self.remat]
+            # Under a scan nothing could merge the two computations anyway.
+            block = nn.remat(make.func, prevent_cse=not self.scan, policy=policy)
             make = functools.partial(block, *make.args, **make.keywords)
         if not self.scan or self.depth == 0:
             for i in range(self.depth):

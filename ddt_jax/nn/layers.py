@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddt_jax import settings
+from ddt_jax.nn import lora
 from ddt_jax.nn.params import declare
 
 
@@ -30,6 +32,7 @@ class Dense(nn.Module):
       inputs: how many trailing dimensions are read.
       matrix: what one matrix of the kernel is, see `params.Declaration`; None leaves it to AdamW.
       kernel_init: None for a truncated normal with variance 1 / fan-in.
+      lora: a low-rank update beside the kernel; None or rank 0 for none.
     """
 
     features: tuple[int, ...]
@@ -39,6 +42,7 @@ class Dense(nn.Module):
     use_bias: bool = True
     kernel_init: Any = None
     dtype: Any = None
+    lora: settings.LoRA | None = None
 
     @nn.compact
     def __call__(self, x):
@@ -58,6 +62,8 @@ class Dense(nn.Module):
         y = x.reshape(math.prod(lead), math.prod(read)) @ kernel.reshape(math.prod(read), -1)
         if bias:
             y = y + bias[0].reshape(-1)
+        if self.lora and self.lora.rank:
+            y = y + lora.update(self, x.reshape(math.prod(lead), -1), read)
         return y.reshape(*lead, *self.features)
 
 

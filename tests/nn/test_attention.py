@@ -12,8 +12,8 @@ B, H, S, T, E = 2, 2, 5, 7, 4
 
 
 def brute_force(q, k, v, mask_BST):
-    out = np.zeros((B, H, q.shape[2], E))
-    for b, h, s in np.ndindex(B, H, q.shape[2]):
+    out = np.zeros(q.shape)
+    for b, h, s in np.ndindex(q.shape[:3]):
         keys = [t for t in range(k.shape[2]) if mask_BST[b, s, t]]
         if keys:
             logits = np.array([q[b, h, s] @ k[b, h, t] for t in keys]) / np.sqrt(E)
@@ -32,6 +32,8 @@ def mask_of(rule, queries=S):
 
 
 VISIBLE_START, VISIBLE_END = np.array([0, 1], np.int32), np.array([2, 1], np.int32)
+DOCUMENT = np.array([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]], np.int32)
+IMAGE_END = np.array([[0, 0, 0, 5, 5], [0, 4, 4, 4, 0]], np.int32)
 CASES = {
     "full": (lambda: spans.full(T), lambda b, s, t: True),
     "causal": (lambda: spans.causal(S), lambda b, s, t: t <= s),
@@ -40,6 +42,18 @@ CASES = {
     "tokens and patches": (
         lambda: spans.tokens_and_patches(jnp.asarray(VISIBLE_START), jnp.asarray(VISIBLE_END), 3, 4),
         lambda b, s, t: VISIBLE_START[b] <= t < VISIBLE_END[b] or t >= 3,
+    ),
+    "packed": (
+        lambda: spans.causal(S, offset=2, start=jnp.asarray(DOCUMENT)),
+        lambda b, s, t: DOCUMENT[b, s] <= t <= s + 2,
+    ),
+    "causal with a cache by example": (
+        lambda: spans.causal(S, offset=jnp.array([0, 2])),
+        lambda b, s, t: t <= s + (0, 2)[b],
+    ),
+    "images": (
+        lambda: spans.bidirectional(IMAGE_END, start=DOCUMENT),
+        lambda b, s, t: DOCUMENT[b, s] <= t and (t <= s or t < IMAGE_END[b, s]),
     ),
 }
 
@@ -51,6 +65,48 @@ def test_attention_equals_a_loop_over_rows(name):
     mask = mask_of(rule)
     np.testing.assert_array_equal(np.broadcast_to(visible(build(), T), (B, S, T)), mask)
     np.testing.assert_allclose(attend(q, k, v, build()), brute_force(q, k, v, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize(("blocks", "size"), [(1, 6), (3, 2), (6, 1)])
+def test_skip_causal_rows_see_what_the_paper_says(blocks, size):
+    n = blocks * size
+    seen = np.asarray(visible(spans.skip_causal(blocks, size), 2 * n)[0])
+    for q, k in np.ndindex(2 * n, 2 * n):
+        clean, block, other = k < n, q % n // size, k % n // size
+        expected = (clean and other < block) or (other == block and (q < n) == clean)
+        assert seen[q, k] == expected, (q, k)
+
+
+def test_one_block_is_full_attention_within_the_image_and_blocks_of_one_token_are_strictly_causal():
+    whole = np.asarray(visible(spans.skip_causal(1, 4), 8)[0])
+    np.testing.assert_array_equal(whole, np.kron(np.eye(2), np.ones((4, 4))))
+    single = np.asarray(visible(spans.skip_causal(4, 1), 8)[0])[4:]
+    np.testing.assert_array_equal(single, np.concatenate([np.tri(4, k=-1), np.eye(4)], axis=1))
+
+
+@pytest.mark.parametrize("method", ["dense", "chunked"])
+def test_shared_keys_equal_repeated_ones_without_being_repeated(method):
+    rng = np.random.default_rng(1)
+    q = rng.normal(size=(B, 6, S, E)).astype(np.float32)
+    k, v = (rng.normal(size=(B, 2, T, E)).astype(np.float32) for _ in range(2))
+    expected = brute_force(q, k.repeat(3, 1), v.repeat(3, 1), mask_of(lambda b, s, t: t <= s))
+    np.testing.assert_allclose(attend(q, k, v, spans.causal(S), method=method), expected, atol=1e-5)
+    text = str(jax.make_jaxpr(lambda k: attend(q, k, v, spans.causal(S), method=method))(k))
+    assert f"f32[{B},6,{T},{E}]" not in text
+
+
+def test_heads_that_do_not_share_evenly_are_an_error():
+    q, k, v = arrays()
+    with pytest.raises(ValueError, match="2 heads of queries cannot share 3"):
+        attend(q, np.repeat(k[:, :1], 3, 1), np.repeat(v[:, :1], 3, 1), spans.causal(S))
+
+
+def test_soft_cap_bends_logits():
+    q, k, v = (10 * x for x in arrays())
+    logits = 3 * np.tanh(np.einsum("bhse,bhte->bhst", q, k) / np.sqrt(E) / 3)
+    expected = np.asarray(jax.nn.softmax(logits)) @ v
+    for method in ("dense", "chunked"):
+        np.testing.assert_allclose(attend(q, k, v, spans.full(T), soft_cap=3.0, method=method), expected, atol=1e-4)
 
 
 def test_hidden_keys_have_no_effect_at_all():

@@ -1,0 +1,210 @@
+"""Generation of tokens: prompts of different lengths go through the model at once, then a loop runs on the device.
+
+Prompts are moved to the right, so that the rows of a batch write the same slot of the cache in each step; what lies
+in front of a prompt is seen by no row. A row's randomness is its seed's and the number of the token's alone, so a text
+does not depend on the batch that it was made in.
+
+Legend: B prompts, P longest prompt, N new tokens, V vocabulary, T slots of the cache.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from ddt_jax import settings
+from ddt_jax.multimodal import backbone
+from ddt_jax.nn import spans
+
+
+class Generated(NamedTuple):
+    """Attributes:
+    tokens_BN: int32; `pad` behind the end of a row.
+    lengths_B: int32, how many tokens of each row count, a stop token included.
+    """
+
+    tokens_BN: Any
+    lengths_B: Any
+
+
+class Constraint(Protocol):
+    """Which tokens may come next, by a state of each row that its tokens move. It is told the prompt's tokens too."""
+
+    def start(self, batch: int) -> Any:
+        """State before the first token; arrays with the batch in front."""
+
+    def advance(self, state: Any, token_B) -> Any:
+        """State behind a token."""
+
+    def allowed(self, state: Any):
+        """bool [B, V], at least one in each row."""
+
+
+class WholeImages(NamedTuple):
+    """Behind `begin` come exactly `codes` image codes and `end`, and codes and `end` come nowhere else.
+
+    The state is how many codes the image has, -1 outside of one.
+    """
+
+    vocab_size: int
+    begin: int
+    end: int
+    first_code: int
+    num_codes: int
+    codes: int
+
+    def start(self, batch):
+        return jnp.full((batch,), -1, jnp.int32)
+
+    def advance(self, state, token_B):
+        inside = jnp.where(token_B == self.end, -1, state + 1)
+        return jnp.where(state >= 0, inside, jnp.where(token_B == self.begin, 0, -1))
+
+    def allowed(self, state):
+        ids_V = jnp.arange(self.vocab_size)
+        is_code_V = (ids_V >= self.first_code) & (ids_V < self.first_code + self.num_codes)
+        state = state[:, None]
+        full = state >= self.codes
+        return jnp.where(state < 0, ~is_code_V & (ids_V != self.end), jnp.where(full, ids_V == self.end, is_code_V))
+
+
+def generate(
+    c: settings.Transformer,
+    params,
+    prompts_BP,
+    lengths_B,
+    seeds_B,
+    s: settings.Sampling,
+    *,
+    constraint: Constraint | None = None,
+    stop: tuple[int, ...] = (),
+    pad: int = 0,
+    unconditional=None,
+) -> Generated:
+    """Tokens that follow the prompts. Pure: to be jitted with all but the arrays fixed, one compilation for a shape.
+
+    Args:
+      c, params: of `backbone.for_decoding`, so that the loop runs in place.
+      prompts_BP: int32, each row's prompt from its first column on.
+      lengths_B: int32, 1..P, of the prompts.
+      seeds_B: int32.
+      constraint: what may be drawn; everything without.
+      stop: ids behind which a row ends.
+      unconditional: (int32 [B or 1, P'], lengths) for guidance; one row is computed once and shared.
+    """
+    model = backbone.Backbone(c)
+    guided = s.guidance != 1.0
+    if guided and unconditional is None:
+        raise ValueError("guidance needs an unconditional prompt")
+    b = prompts_BP.shape[0]
+    width = max(prompts_BP.shape[1], unconditional[0].shape[1] if guided else 0)
+
+    def forward(ids_BS, positions_BS, visible, cache):
+        def run(m, ids_BS):
+            h_BSD, new = m(m.embed(ids_BS), positions_BS, visible, cache)
+            return m.logits(h_BSD[:, -1]), new
+
+        return model.apply({"params": params}, ids_BS, method=run)
+
+    def prefill(prompts, lengths):
+        ids, positions, start = _to_the_right(jnp.asarray(prompts), jnp.asarray(lengths), width)
+        cache = backbone.empty_cache(c, ids.shape[0], width + s.tokens)
+        return forward(ids, positions, spans.causal(width, start=start), cache), start
+
+    (logits_BV, cache), start_B = prefill(prompts_BP, lengths_B)
+    if guided:
+        other, other_start = prefill(*unconditional)
+        (logits_BV, cache), start_B = _beside(((logits_BV, cache), start_B), (other, other_start), b)
+
+    keys_B = jax.vmap(jax.random.key)(jnp.asarray(seeds_B))
+
+    def draw(logits_BV, n, allowed_BV):
+        if guided:
+            with_BV, without_BV = jnp.split(logits_BV, 2)
+            logits_BV = without_BV + s.guidance * (with_BV - without_BV)
+        if allowed_BV is not None:
+            logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
+        return sample(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, n), s)
+
+    def allowed(state):
+        return None if constraint is None else constraint.allowed(state)
+
+    def emit(n, token_B, state, done_B, tokens_BN):
+        """What a drawn token changes; rows that are done stay so."""
+        token_B = jnp.where(done_B, pad, token_B)
+        tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, n))
+        if constraint is not None:
+            state = constraint.advance(state, token_B)
+        stopped_B = jnp.isin(token_B, jnp.array(stop, jnp.int32)) if stop else jnp.zeros_like(done_B)
+        return token_B, state, done_B, done_B | stopped_B, tokens_BN
+
+    state = None if constraint is None else _after_prompts(constraint, prompts_BP, lengths_B)
+    token_B = draw(logits_BV, 0, allowed(state))
+    blank = jnp.full((b, s.tokens), pad, jnp.int32)
+    token_B, state, _, done_B, tokens_BN = emit(0, token_B, state, jnp.zeros((b,), bool), blank)
+
+    def unfinished(carry):
+        n, _, _, done_B, *_ = carry
+        return (n < s.tokens) & ~jnp.all(done_B)
+
+    def step(carry):
+        n, token_B, state, done_B, counts_B, tokens_BN, cache = carry
+        ids_B = jnp.concatenate([token_B, token_B]) if guided else token_B
+        slot = cache.length
+        visible = spans.causal(1, offset=slot, start=start_B)
+        logits_BV, cache = forward(ids_B[:, None], (slot - start_B)[:, None], visible, cache)
+        token_B = draw(logits_BV, n, allowed(state))
+        token_B, state, before_B, done_B, tokens_BN = emit(n, token_B, state, done_B, tokens_BN)
+        return n + 1, token_B, state, done_B, counts_B + ~before_B, tokens_BN, cache
+
+    first = (jnp.int32(1), token_B, state, done_B, jnp.ones((b,), jnp.int32), tokens_BN, cache)
+    _, _, _, _, counts_B, tokens_BN, _ = jax.lax.while_loop(unfinished, step, first)
+    return Generated(tokens_BN, counts_B)
+
+
+def _to_the_right(prompts_BP, lengths_B, width):
+    """Prompts that end in the last of `width` columns: ids, positions and where each begins."""
+    start_B = width - lengths_B
+    column_BW = jnp.arange(width, dtype=jnp.int32) - start_B[:, None]
+    ids_BW = jnp.take_along_axis(prompts_BP, jnp.clip(column_BW, 0, prompts_BP.shape[1] - 1), axis=1)
+    return ids_BW, jnp.maximum(column_BW, 0), start_B
+
+
+def _beside(conditional, unconditional, batch):
+    """Prefilled rows behind one another; one unconditional row is repeated. `length` is the same in both."""
+
+    def one(a, b):
+        return a if jnp.ndim(a) == 0 else jnp.concatenate([a, jnp.broadcast_to(b, (batch, *b.shape[1:]))])
+
+    return jax.tree.map(one, conditional, unconditional)
+
+
+def _after_prompts(constraint, prompts_BP, lengths_B):
+    def one(state, column):
+        n, token_B = column
+        moved = constraint.advance(state, token_B)
+        keep = lambda new, old: jnp.where((n < lengths_B).reshape(-1, *[1] * (new.ndim - 1)), new, old)  # noqa: E731
+        return jax.tree.map(keep, moved, state), None
+
+    columns = (jnp.arange(prompts_BP.shape[1]), jnp.asarray(prompts_BP).T)
+    return jax.lax.scan(one, constraint.start(prompts_BP.shape[0]), columns)[0]
+
+
+def sample(logits_BV, keys_B, s: settings.Sampling):
+    """One id of each row, int32 [B]. A logit of -inf is never drawn."""
+    if s.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / s.temperature
+    if s.top_k:
+        weakest_B1 = jax.lax.top_k(logits_BV, min(s.top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV >= weakest_B1, logits_BV, -jnp.inf)
+    if s.top_p < 1:
+        sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+        share_BV = jax.nn.softmax(sorted_BV)
+        needed_BV = jnp.cumsum(share_BV, axis=-1) - share_BV < s.top_p  # less than p lies in front
+        weakest_B1 = jnp.min(sorted_BV, axis=-1, keepdims=True, where=needed_BV, initial=jnp.inf)
+        logits_BV = jnp.where(logits_BV >= weakest_B1, logits_BV, -jnp.inf)
+    if s.min_p > 0:
+        weakest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(s.min_p)
+        logits_BV = jnp.where(logits_BV >= weakest_B1, logits_BV, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

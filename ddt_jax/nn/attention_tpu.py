@@ -1,0 +1,144 @@
+"""Attention over spans on a TPU, by JAX's splash kernel.
+
+The kernel computes its mask from one integer per row, `q_sequence`, which may be data. Two numbers of a row's spans go
+into it, 16 bits each:
+
+    one interval     (start, end)
+    two intervals    (end, start2), where `Spans.second` says how long the second one is; `start` becomes a segment id
+
+What the kernel plans ahead is a static superset of all masks: exact where the spans are known at trace time, else all
+keys up to `Spans.reach` behind a row's own. Inside that it looks at every tile.
+
+Legend: B batch, H heads, G heads of keys and values, S queries, T keys, E head dimension.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+
+from ddt_jax import mesh as meshes
+from ddt_jax.nn.attention_chunked import SAVED
+from ddt_jax.nn.spans import Spans
+
+_LIMIT = 2**15 - 1  # keys; a field of 16 bits in a signed number
+_LANES = 128
+
+
+def fits(num_queries: int, num_keys: int, spans: Spans) -> bool:
+    """Whether the kernel can compute this attention."""
+    whole = num_queries % _LANES == 0 and num_keys % _LANES == 0 and num_keys <= _LIMIT
+    return whole and (spans.start2 is None or (spans.second is not None and num_queries == num_keys))
+
+
+def attend_splash(q_BHSE, k_BGTE, v_BGTE, spans: Spans, soft_cap: float, *, interpret: bool = False):
+    """As `attention.attend`, with scaled queries. interpret: run without a TPU, for tests."""
+    s, t = q_BHSE.shape[2], k_BGTE.shape[2]
+    if not fits(s, t, spans):
+        raise ValueError(
+            f"splash attention needs multiples of {_LANES} rows, at most {_LIMIT} keys and second intervals of one "
+            f"known length; got {s} queries and {t} keys"
+        )
+    code_BS, segments = _encoded(spans, q_BHSE.shape[0], s, t)
+    run = functools.partial(_run, mask=_Mask(spans, s, t), soft_cap=soft_cap, interpret=interpret)
+    return _spread(run, q_BHSE, k_BGTE, v_BGTE, code_BS, segments)
+
+
+def _encoded(spans, b, s, t):
+    """int32 [B, S] for the kernel, and the segment of each row [B, S] or None."""
+    start, end = (jnp.clip(jnp.asarray(x), 0, t) for x in (spans.start, spans.end))
+    if spans.start2 is None:
+        code, segments = (start << 16) | end, None
+    else:
+        own = jnp.where(jnp.asarray(spans.end2) > spans.start2, spans.start2, _LIMIT)
+        code, segments = (own << 16) | end, jnp.broadcast_to(start, (b, s))
+    return jnp.broadcast_to(code, (b, s)).astype(jnp.int32), segments
+
+
+class _Mask(masks.Mask):
+    """A superset of the mask for planning, with the function for the kernel."""
+
+    def __init__(self, spans, s, t):
+        self._shape = (s, t)
+        self._spans = spans
+        self.q_sequence = np.arange(s, dtype=np.int32)  # in its place come the rows' codes
+        self.mask_function = functools.partial(_seen, second=spans.second)
+
+    @property
+    def shape(self):
+        return self._shape
+
+    def __getitem__(self, index):
+        rows, keys = (np.arange(n)[i] for n, i in zip(self._shape, index, strict=True))
+        bounds = [self._spans.start, self._spans.end, self._spans.start2, self._spans.end2]
+        if all(x is None or isinstance(x, np.ndarray) for x in bounds):
+            start, end, *second = (
+                np.broadcast_to(x, (x.shape[0], self._shape[0]))[:, rows, None] for x in bounds if x is not None
+            )
+            seen = (start <= keys) & (keys < end)
+            return (seen | (second[0] <= keys) & (keys < second[1]) if second else seen).any(0)
+        reach = self._shape[1] if self._spans.reach is None else self._spans.reach
+        return keys <= rows[:, None] + reach
+
+
+def _seen(code, keys, second):
+    high, low = code >> 16, code & 0xFFFF
+    if second is None:
+        return (high <= keys) & (keys < low)
+    return (keys < low) | ((high <= keys) & (keys < high + second))
+
+
+def _block(n):
+    return next(size for size in (512, 256, _LANES) if n % size == 0)
+
+
+def _run(q_BHSE, k_BGTE, v_BGTE, code_BS, segments, *, mask, soft_cap, interpret):
+    bq, bk = _block(q_BHSE.shape[2]), _block(k_BGTE.shape[2])
+    sizes = splash.BlockSizes(
+        block_q=bq,
+        block_kv=bk,
+        block_q_dkv=bq,
+        block_kv_dkv=bk,
+        block_q_dq=bq,
+        block_kv_dq=bk,
+    )
+    kernel = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * q_BHSE.shape[1]),
+        block_sizes=sizes,
+        attn_logits_soft_cap=soft_cap or None,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
+    (forward, d_q, d_kv), settings = kernel.tree_flatten()
+
+    def one(q, k, v, code, segment):
+        infos = (info._replace(q_sequence=code) for info in (forward, d_q, d_kv))
+        ids = None if segment is None else splash.SegmentIds(segment, segment)
+        return splash.SplashAttentionKernel(*infos, **settings)(q, k, v, ids)
+
+    out_BHSE = jax.vmap(one)(q_BHSE, k_BGTE, v_BGTE, code_BS, segments)
+    # Of a row that sees nothing the kernel makes an average of what it looked at.
+    high, low = code_BS >> 16, code_BS & 0xFFFF
+    some_BS = (high < low) if segments is None else (segments < low) | (high < _LIMIT)
+    return jnp.where(some_BS[:, None, :, None], out_BHSE, 0).astype(v_BGTE.dtype)
+
+
+def _spread(run, q_BHSE, k_BGTE, v_BGTE, code_BS, segments):
+    """run on every device of the mesh that is set, with its examples and heads: the compiler cannot cut a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run(q_BHSE, k_BGTE, v_BGTE, code_BS, segments)
+    rows = meshes.batch_axes(q_BHSE.shape[0], mesh)
+    heads = meshes.RULES["kv_heads"]
+    heads = heads if k_BGTE.shape[1] % mesh.shape[heads] == 0 else None
+    by_head, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
+    specs = (by_head, by_head, by_head, by_row, by_row)
+    if segments is None:
+        run, specs = (lambda *args, run=run: run(*args, None)), specs[:4]
+    return jax.shard_map(run, in_specs=specs, out_specs=by_head, check_vma=False)(
+        *(x for x in (q_BHSE, k_BGTE, v_BGTE, code_BS, segments) if x is not None)
+    )

@@ -1,0 +1,79 @@
+"""The decoder block of LLaMA-3 (arXiv 2407.21783): RMS norms, rotary grouped-query attention, SwiGLU, no biases.
+
+Legend: B batch, S sequence, D width, H heads, G heads of keys and values, E head dimension.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddt_jax import settings
+from ddt_jax.nn.attention import attend
+from ddt_jax.nn.layers import Dense, RMSNorm
+from ddt_jax.nn.rope import rotate
+
+
+def head_dim(c: settings.Transformer) -> int:
+    return c.head_dim or c.width // c.heads
+
+
+class DecoderBlock(nn.Module):
+    """The carry is (x [B, S, D], number of the layer, Cache or None)."""
+
+    config: settings.Transformer
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, carry, rotation, spans, keys_B):
+        """rotation: of `rope.rotation`. spans: over the cache's slots if there is one. keys_B: for dropout, or None."""
+        c = self.config
+        x_BSD, layer, cache = carry
+        e = head_dim(c)
+        h_BSD = self._norm("attention_norm", "embed")(x_BSD)
+        into = {"matrix": ((-3,), (-2, -1))}
+        q = self._dense("query", (c.heads, e), ("embed", "heads", "head_dim"), **into)(h_BSD).swapaxes(1, 2)
+        k = self._dense("key", (c.kv_heads, e), ("embed", "kv_heads", "head_dim"), **into)(h_BSD).swapaxes(1, 2)
+        v = self._dense("value", (c.kv_heads, e), ("embed", "kv_heads", "head_dim"), **into)(h_BSD).swapaxes(1, 2)
+        if c.qk_norm:
+            q, k = self._norm("query_norm", "head_dim")(q), self._norm("key_norm", "head_dim")(k)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            cache, k, v = cache.write(layer, k, v)
+        y_BHSE = attend(
+            q, k.astype(q.dtype), v.astype(q.dtype), spans, soft_cap=c.attention_soft_cap, method=c.attention
+        )
+        out = {"inputs": 2, "matrix": ((-3, -2), (-1,)), "kernel_init": self._small(2)}
+        y_BSD = self._dense("output", (c.width,), ("heads", "head_dim", "embed"), **out)(y_BHSE.swapaxes(1, 2))
+        x_BSD = x_BSD + self._dropped(y_BSD, keys_B, 2 * layer)
+
+        h_BSD = self._norm("mlp_norm", "embed")(x_BSD)
+        flat = {"matrix": ((-2,), (-1,))}
+        gate = self._dense("gate", (c.mlp_width,), ("embed", "mlp"), **flat)(h_BSD)
+        h = nn.silu(gate) * self._dense("up", (c.mlp_width,), ("embed", "mlp"), **flat)(h_BSD)
+        y_BSD = self._dense("down", (c.width,), ("mlp", "embed"), kernel_init=self._small(1), **flat)(h)
+        return x_BSD + self._dropped(y_BSD, keys_B, 2 * layer + 1), layer + 1, cache
+
+    def _dense(self, name, features, axes, **how):
+        lora = self.config.lora if name in self.config.lora.targets else None
+        return Dense(features, axes, use_bias=False, dtype=self.dtype, lora=lora, name=name, **how)
+
+    def _norm(self, name, axis):
+        return RMSNorm(axis=axis, epsilon=self.config.norm_epsilon, name=name)
+
+    def _small(self, inputs):
+        """What is added to the residual stream starts so small that its variance does not grow with depth (GPT-2)."""
+        return nn.initializers.variance_scaling(
+            0.5 / self.config.depth, "fan_in", "truncated_normal", in_axis=tuple(range(inputs)), out_axis=-1
+        )
+
+    def _dropped(self, y_BSD, keys_B, part):
+        rate = self.config.dropout
+        if keys_B is None or not rate:
+            return y_BSD
+
+        def keep(key):
+            return jax.random.bernoulli(jax.random.fold_in(key, part), 1 - rate, y_BSD.shape[1:])
+
+        return jnp.where(jax.vmap(keep)(keys_B), y_BSD / (1 - rate), 0)

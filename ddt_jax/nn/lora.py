@@ -1,0 +1,58 @@
+"""Low-rank updates of linear maps (LoRA, arXiv 2106.09685): y = x (kernel + alpha / rank · a b).
+
+`layers.Dense` declares `lora_a` and `lora_b` beside its kernel. To train them alone, `split` takes them out of the
+parameters; what is frozen then lies in `extra`. `merge` makes ordinary kernels of them.
+"""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ddt_jax import settings
+from ddt_jax.nn.params import declare
+
+NAMES = ("lora_a", "lora_b")
+
+
+def update(dense, x_ND, read: tuple[int, ...]):
+    """What the update adds to the output of a Dense; zero at initialisation. x_ND: its input, flat, in its type."""
+    n, rank = dense.inputs, dense.lora.rank
+    init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=tuple(range(n)), out_axis=-1)
+    a = dense.param("lora_a", declare(init, (*dense.axes[:n], "rank")), (*read, rank))
+    b = dense.param("lora_b", declare(nn.initializers.zeros, ("rank", *dense.axes[n:])), (rank, *dense.features))
+    a, b = a.reshape(-1, rank).astype(x_ND.dtype), b.reshape(rank, -1).astype(x_ND.dtype)
+    return (x_ND @ a) @ b * (dense.lora.alpha / rank)
+
+
+def split(params: dict) -> tuple[dict, dict]:
+    """Parameters as (updates, all others); `join` puts them together again. Works on boxed trees too."""
+    updates, others = {}, {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            inner = split(value)
+            updates |= {name: inner[0]} if inner[0] else {}
+            others |= {name: inner[1]} if inner[1] else {}
+        else:
+            (updates if name in NAMES else others)[name] = value
+    return updates, others
+
+
+def join(updates: dict, others: dict) -> dict:
+    """The inverse of `split`."""
+    both = {name: join(updates[name], others[name]) for name in updates.keys() & others.keys()}
+    return others | updates | both
+
+
+def merge(params: dict, s: settings.LoRA) -> dict:
+    """Parameters without updates, these added to the kernels; also of scanned stacks."""
+    rest = {name: merge(x, s) if isinstance(x, dict) else x for name, x in params.items() if name not in NAMES}
+    if "lora_a" in params:
+        a, b, kernel = params["lora_a"], params["lora_b"], params["kernel"]
+        stacked = a.ndim + b.ndim - 2 - kernel.ndim  # layer axes in front of all three
+        read, write = a.shape[stacked:-1], b.shape[stacked + 1 :]
+        flat_a = a.reshape(*a.shape[:stacked], math.prod(read), s.rank)
+        flat_b = b.reshape(*b.shape[:stacked], s.rank, math.prod(write))
+        delta = jnp.matmul(flat_a, flat_b).reshape(kernel.shape) * (s.alpha / s.rank)
+        rest["kernel"] = (kernel + delta).astype(kernel.dtype)
+    return rest

@@ -1,0 +1,111 @@
+"""Parameters alone, without a run: what an import writes and a run starts from.
+
+One array for each parameter of the unrolled model, whatever the run's own layout: layers are stacked, and everything is
+cut for its device, while it is read. Nothing is ever held twice, and on a pod no host reads more than its part.
+"""
+
+import json
+
+import jax
+import numpy as np
+from etils import epath
+
+from ddt_jax.errors import UserError
+from ddt_jax.io import atomic, weights_folder
+from ddt_jax.io.weights_folder import Lazy
+
+_STEM, _CONFIG = "weights", "weights.json"
+
+
+def save(folder, arrays: dict[str, Lazy], config: dict, file_bytes: int = weights_folder.FILE_BYTES) -> None:
+    """Writes arrays by the paths of an unrolled model ("blocks/block_0/query/kernel"). config: JSON, what they are."""
+    weights_folder.save(folder, arrays, _STEM, file_bytes)
+    atomic.write_text(epath.Path(folder) / _CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load(folder) -> tuple[dict[str, Lazy], dict]:
+    """(arrays by path, config). Raises UserError if the folder holds none."""
+    path = epath.Path(folder) / _CONFIG
+    if not path.exists():
+        raise UserError(f"weights: {folder} holds no imported weights ({_CONFIG}); write them with `ddt-jax import`")
+    return weights_folder.load(folder, _STEM), json.loads(path.read_text())
+
+
+def restore(arrays: dict, abstract):
+    """A tree of parameters from arrays by unrolled path.
+
+    Args:
+      arrays: `Lazy` or NumPy.
+      abstract: tree of ShapeDtypeStruct; with a sharding a leaf becomes a global array, of which only the parts of this
+        process are read, without one a NumPy array. Arrays are cast to the leaf's type.
+
+    Raises:
+      UserError: naming what is missing, left over or of another shape.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    places = {name: _places(name, leaf.shape) for name, leaf in ((_name(path), leaf) for path, leaf in leaves)}
+    wanted = {key: shape for parts in places.values() for key, shape in parts}
+    problems = [f"{key} is missing" for key in wanted.keys() - arrays.keys()]
+    problems += [f"{key} has no place" for key in arrays.keys() - wanted.keys()]
+    problems += [
+        f"{key} is {_by(arrays[key].shape)}, not {_by(shape)}"
+        for key, shape in wanted.items()
+        if key in arrays and tuple(arrays[key].shape) != shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:4])
+        raise UserError(f"weights: {len(problems)} of {len(wanted)} arrays do not fit the model that is set: {shown}")
+
+    def one(path, leaf):
+        name = _name(path)
+        parts = [arrays[key] for key, _ in places[name]]
+        stacked = _SCANNED in name
+
+        def read(index):
+            if not stacked:
+                return np.asarray(parts[0])[index].astype(leaf.dtype)
+            chosen = [np.asarray(part)[index[1:]].astype(leaf.dtype) for part in parts[index[0]]]
+            return np.stack(chosen)
+
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is not None:
+            return jax.make_array_from_callback(leaf.shape, sharding, read)
+        out = np.empty(leaf.shape, leaf.dtype)
+        for i, part in enumerate(parts):
+            out[i if stacked else ...] = np.asarray(part)
+        return out
+
+    return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def unrolled_arrays(params) -> dict[str, Lazy]:
+    """Parameters (plain arrays) as arrays by unrolled path, cut layer by layer when they are looked at."""
+    arrays = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = _name(path)
+        for i, (key, shape) in enumerate(_places(name, leaf.shape)):
+            cut = (
+                (lambda leaf=leaf, i=i: np.asarray(leaf[i]))
+                if _SCANNED in name
+                else (lambda leaf=leaf: np.asarray(leaf))
+            )
+            arrays[key] = Lazy(shape, np.dtype(leaf.dtype), cut)
+    return arrays
+
+
+_SCANNED = "/scanned/block/"
+
+
+def _places(name, shape) -> list[tuple[str, tuple[int, ...]]]:
+    """Paths and shapes, in the unrolled model, of what a leaf holds."""
+    if _SCANNED not in name:
+        return [(name, tuple(shape))]
+    return [(name.replace(_SCANNED, f"/block_{i}/"), tuple(shape[1:])) for i in range(shape[0])]
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _by(shape) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,65 @@
+"""Folders of weights: read as the safetensors package reads them, one array at a time."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from ddt_jax.errors import UserError
+from ddt_jax.io import weights_folder
+
+ARRAYS = {
+    "a": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "b": np.ones((5,), ml_dtypes.bfloat16),
+    "c": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not contiguous
+}
+
+
+def test_files_are_filled_in_order_and_the_index_places_every_array(tmp_path):
+    weights_folder.save(tmp_path, ARRAYS, file_bytes=60)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00001-of-00002.safetensors",
+        "c": "model-00002-of-00002.safetensors",
+    }
+    assert index["metadata"]["total_size"] == 48 + 10 + 24
+    np.testing.assert_array_equal(
+        safetensors.numpy.load_file(tmp_path / "model-00002-of-00002.safetensors")["c"], ARRAYS["c"]
+    )
+    found = weights_folder.load(tmp_path)
+    assert {name: (x.shape, x.dtype) for name, x in found.items()} == {n: (x.shape, x.dtype) for n, x in ARRAYS.items()}
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), array)
+
+
+def test_a_smaller_model_leaves_nothing_of_a_larger_one(tmp_path):
+    weights_folder.save(tmp_path, ARRAYS, file_bytes=20)
+    weights_folder.save(tmp_path, {"a": ARRAYS["a"]})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert weights_folder.load(tmp_path).keys() == {"a"}
+
+
+def test_an_array_is_made_anew_each_time_and_must_be_what_it_says():
+    made = []
+    lazy = weights_folder.Lazy((2,), np.dtype(np.float32), lambda: made.append(1) or np.zeros(2, np.float32))
+    assert np.asarray(lazy).shape == np.asarray(lazy).shape and len(made) == 2 and lazy.nbytes == 8
+    with pytest.raises(ValueError, match="instead of"):
+        np.asarray(weights_folder.Lazy((3,), np.dtype(np.float32), lambda: np.zeros(2, np.float32)))
+
+
+def test_missing_and_disagreeing_files_are_the_users_errors(tmp_path):
+    with pytest.raises(UserError, match="holds neither"):
+        weights_folder.load(tmp_path)
+    weights_folder.save(tmp_path, ARRAYS, file_bytes=20)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["d"] = index["weight_map"].pop("a")
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match="disagree on d"):
+        weights_folder.load(tmp_path)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="no index of safetensors"):
+        weights_folder.load(tmp_path)

@@ -1,0 +1,64 @@
+"""The TPU's kernel, run by the interpreter, equals dense attention, forwards and backwards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddt_jax.nn import spans
+from ddt_jax.nn.attention import attend
+from ddt_jax.nn.attention_tpu import attend_splash, fits
+
+B, H, G, S, E = 2, 2, 1, 256, 8
+DOCUMENT = np.where(np.arange(S) < np.array([[150], [40]]), 0, np.array([[150], [40]])).astype(np.int32)
+IMAGE_END = np.zeros((B, S), np.int32)
+IMAGE_END[0, 20:84], IMAGE_END[1, 100:164] = 84, 164
+
+
+def packed_skip_causal():
+    """Two documents, of which the second has two clean blocks in its text and their noised copies behind it."""
+    start, end, start2, end2 = np.zeros((4, B, S), np.int32)
+    start[:], end[:] = DOCUMENT[1], np.arange(S) + 1
+    for block, copy in ((60, 180), (100, 220)):
+        end[0, block : block + 32] = block + 32
+        end[0, copy : copy + 32] = block
+        start2[0, copy : copy + 32], end2[0, copy : copy + 32] = copy, copy + 32
+    return spans.Spans(*map(jnp.asarray, (start, end, start2, end2)), reach=31, second=32)
+
+
+CASES = {
+    "packed": spans.causal(S, start=jnp.asarray(DOCUMENT)),
+    "images in packed documents": spans.bidirectional(jnp.asarray(IMAGE_END), start=DOCUMENT, longest=64),
+    "nothing in one example": spans.key_prefix(jnp.array([130, 0])),
+    "skip-causal, known": spans.skip_causal(2, 64),
+    "skip-causal in packed documents": packed_skip_causal(),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_dense_forwards_and_backwards(name):
+    rng = np.random.default_rng(0)
+    qkv = tuple(rng.normal(size=(B, heads, S, E)).astype(np.float32) for heads in (H, G, G))
+
+    def outcome(attention):
+        def loss(*qkv):
+            out = attention(*qkv)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
+
+    visible, cap = CASES[name], 2.0 if name == "packed" else 0.0
+    dense = outcome(lambda *qkv: attend(*qkv, visible, soft_cap=cap, method="dense"))
+    ours = outcome(lambda q, k, v: attend_splash(q * E**-0.5, k, v, visible, cap, interpret=True))
+    for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(dense), strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_what_the_kernel_cannot_do_is_refused():
+    assert fits(256, 256, spans.causal(256)) and not fits(200, 200, spans.causal(200))
+    assert not fits(2**15, 2**15, spans.causal(2**15))
+    two = spans.Spans(*np.zeros((4, 1, 1), np.int32))
+    assert not fits(256, 256, two)
+    q = jnp.zeros((1, 1, 200, 8))
+    with pytest.raises(ValueError, match="multiples of 128 rows"):
+        attend_splash(q, q, q, spans.causal(200), 0.0)

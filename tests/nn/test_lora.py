@@ -1,0 +1,67 @@
+"""Low-rank updates: nothing at first, the merged kernel after, and the only thing that is trained."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from ddt_jax import settings
+from ddt_jax.multimodal import backbone
+from ddt_jax.nn import lora, params, spans
+
+PLAIN = settings.Transformer(vocab_size=16, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24)
+C = replace(PLAIN, lora=settings.LoRA(rank=3, alpha=6.0, targets=("query", "value", "output", "down")))
+IDS = np.array([[3, 1, 4, 1, 5]], np.int32)
+
+
+def logits(c, values):
+    model, positions = backbone.Backbone(c), np.arange(5, dtype=np.int32)[None]
+    return jax.jit(lambda v: model.apply({"params": v}, IDS, positions, spans.causal(5), method="everything"))(values)
+
+
+def fresh(c):
+    return params.split(jax.jit(lambda: backbone.init(c, jax.random.key(0)))())[0]
+
+
+def trained(c):
+    """With updates away from their zeros."""
+    rng = np.random.default_rng(0)
+    updates, others = lora.split(fresh(c))
+    return lora.join(jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), updates), others)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_updates_change_nothing_at_first_and_merge_into_kernels(scan):
+    c, plain = replace(C, scan_layers=scan), replace(PLAIN, scan_layers=scan)
+    start = fresh(c)
+    np.testing.assert_array_equal(logits(c, start), logits(plain, lora.split(start)[1]))
+    values = trained(c)
+    merged = lora.merge(values, c.lora)
+    assert jax.tree.structure(merged) == jax.tree.structure(lora.split(values)[1])
+    before = logits(c, values)
+    np.testing.assert_allclose(logits(plain, merged), before, atol=1e-4)
+    assert np.abs(before - logits(plain, lora.split(values)[1])).max() > 1e-2
+
+
+def test_merged_kernel_is_alpha_over_rank_a_b():
+    values = trained(replace(C, scan_layers=False))["blocks"]["block_1"]["output"]
+    a, b, kernel = values["lora_a"], values["lora_b"], values["kernel"]
+    assert a.shape == (4, 4, 3) and b.shape == (3, 16)
+    expected = kernel + 2.0 * np.einsum("her,rd->hed", a, b)
+    np.testing.assert_allclose(lora.merge({"output": values}, C.lora)["output"]["kernel"], expected, atol=1e-5)
+
+
+def test_split_takes_the_updates_of_targets_alone_and_join_puts_them_back():
+    values = fresh(C)
+    updates, others = lora.split(values)
+    block = updates["blocks"]["scanned"]["block"]
+    assert updates.keys() == {"blocks"} and block.keys() == set(C.lora.targets)
+    assert all(x.keys() == {"lora_a", "lora_b"} for x in block.values())
+    jax.tree.map(np.testing.assert_array_equal, lora.join(updates, others), values)
+
+
+def test_decoding_merges_updates():
+    c, values = backbone.for_decoding(C, trained(C))
+    assert c.lora.rank == 0 and not c.scan_layers
+    np.testing.assert_allclose(logits(c, values), logits(C, trained(C)), atol=1e-4)
