@@ -18,6 +18,7 @@ PACKAGE = ROOT / "ddt_jax"
 # Top to bottom. Units on one line stand side by side: they may not import each other, except on the last line.
 LAYERS = [
     {"cli"},
+    {"tokenize"},
     {"experiment"},
     {"scaling", "evaluation", "interop"},
     {"training"},
@@ -31,7 +32,8 @@ RANK = {unit: len(LAYERS) - i for i, layer in enumerate(LAYERS) for unit in laye
 
 # Units and modules that data workers import: nothing of JAX may come with them.
 WITHOUT_JAX = {"data"}
-WITHOUT_JAX |= {f"multimodal.{name}" for name in ("documents", "mixture", "packing", "sequence", "vocabulary")}
+WITHOUT_JAX |= {f"multimodal.{name}" for name in ("batches", "documents", "mixture", "packing")}
+WITHOUT_JAX |= {"multimodal.records", "multimodal.sequence", "multimodal.vocabulary", "tokenizers.text"}
 
 
 def module_name(path: Path) -> str:

@@ -136,6 +136,18 @@ PAIR_FORMATS = {
 }
 
 
+def count(document: Document) -> tuple[int, int, int, int, int, int]:
+    """(marks, text tokens, images), and how many of each the loss looks at; from these its size in any form follows."""
+    counts = [0] * 6
+    for n, segment in enumerate(document.segments):
+        kind = (Mark, Text, Image).index(type(segment))
+        amount = len(segment.ids) if isinstance(segment, Text) else 1
+        counts[kind] += amount
+        # The mark that a document begins with has nothing before it that could predict it.
+        counts[3 + kind] += amount if n and (document.learn == "all" or segment.answer) else 0
+    return tuple(counts)
+
+
 def text_length(document: Document) -> int:
     """How many text tokens it has."""
     return sum(len(s.ids) for s in document.segments if isinstance(s, Text))

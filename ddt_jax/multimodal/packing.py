@@ -118,8 +118,8 @@ class Packing:
         if too_large.size:
             worst = sizes[too_large[0]].tolist()
             raise UserError(
-                f"packing: document {documents[too_large[0]]:,} of {self.name} needs {worst} (positions, then what else "
-                f"is limited), a row holds {list(self.limits)}; take a longer context, or allow text to be cut"
+                f"packing: document {documents[too_large[0]]:,} of {self.name} needs {worst} (positions, then what "
+                f"else is limited), a row holds {list(self.limits)}; take a longer context, or let text be cut"
             )
         rows = best_fit(sizes, self.limits)
         # Best fit leaves the rows in order of length; their own shuffle undoes that.

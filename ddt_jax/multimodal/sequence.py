@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ddt_jax.errors import UserError
-from ddt_jax.multimodal.documents import Document, Image, Mark, Text
+from ddt_jax.multimodal.documents import Document, Mark, Text
 from ddt_jax.multimodal.vocabulary import Vocabulary
 
 
@@ -137,24 +137,13 @@ def _content(image, form):
     return content
 
 
-def measure(document: Document, form: ImageForm) -> tuple[int, int, int]:
-    """(positions, images, targets) that the layout of a document will have."""
-    positions = images = targets = 0
-    for segment in document.segments:
-        learn = document.learn == "all" or segment.answer
-        if isinstance(segment, Image):
-            inside = form.rows + 2
-            images += 1
-            targets += learn * (inside if form.kind == "codes" else 1)
-            positions += inside + (form.rows if learn and form.kind == "blockwise" else 0)
-        else:
-            length = 1 if isinstance(segment, Mark) else len(segment.ids)
-            targets += learn * length
-            positions += length
-    first = document.segments[:1]
-    if first and (document.learn == "all" or first[0].answer):
-        targets -= 1  # the first token has nothing before it; documents start with a mark
-    return positions, images, targets
+def sizes(counts, form: ImageForm) -> np.ndarray:
+    """(positions, images, targets) that layouts will have, int [..., 3], from `documents.count` [..., 6]."""
+    marks, text, images, marks_learned, text_learned, images_learned = np.moveaxis(np.asarray(counts), -1, 0)
+    copies = images_learned * form.rows if form.kind == "blockwise" else 0
+    positions = marks + text + images * (form.rows + 2) + copies
+    targets = marks_learned + text_learned + images_learned * (form.rows + 2 if form.kind == "codes" else 1)
+    return np.stack([positions, images, targets], axis=-1)
 
 
 def lay_out_prompt(
@@ -177,8 +166,8 @@ def lay_out_prompt(
     needed = form.rows + 1 if force_image else 1
     if context and len(layout) + needed > context:
         raise UserError(
-            f"sequence: a prompt of {len(layout):,} positions leaves no room for an answer of {needed:,} in a context of "
-            f"{context:,}; shorten it"
+            f"sequence: a prompt of {len(layout):,} positions leaves no room for an answer of {needed:,} in a context "
+            f"of {context:,}; shorten it"
         )
     return layout
 
