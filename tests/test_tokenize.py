@@ -133,8 +133,7 @@ def encode_png():
     return encode
 
 
-def test_an_order_is_written_and_recorded(tmp_path, monkeypatch):
-    """Codes are turned round where the order is not the tokenizer's own; the fingerprint says so."""
+def test_the_order_of_codes_follows_from_the_schedule():
     names = {"coarse_first": "coarse_to_fine", "selftok": "fine_to_coarse"}
     for direction, name in names.items():
         schedule = settings.Schedule(direction=direction)
@@ -152,6 +151,7 @@ def test_turned_round_codes_are_the_same_backwards(workdir, made, tmp_path, monk
     assert one.plan.tokenizer != other.plan.tokenizer
 
 
+@pytest.mark.slow
 def test_training_refuses_codes_of_another_tokenizer(workdir, made, tmp_path):
     codes = CodesSource(made[0])
     tokenize.check_codes(codes, str(workdir))
