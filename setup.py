@@ -45,6 +45,7 @@ EXTRAS = {
     "digits": ["scikit-learn>=1.9,<2"],
     "gcs": ["etils[epath-gcs]>=1.15,<2"],
     "s3": ["etils[epath-s3]>=1.15,<2"],
+    "tokenizers": ["tokenizers>=0.23.1,<0.24"],
     "wandb": ["wandb>=0.31,<1"],
     # Oracles that tests compare with, and the tests themselves.
     "torch": ["torch>=2.13,<3"],
@@ -59,6 +60,7 @@ EXTRAS = {
         "safetensors>=0.8,<0.9",
         "scikit-image>=0.26,<0.27",
         "scikit-learn>=1.9,<2",
+        "tokenizers>=0.23.1,<0.24",
     ],
 }
 

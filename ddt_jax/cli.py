@@ -96,6 +96,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--to", required=True, dest="folder", metavar="DIR", help="folder for the shards")
     p.add_argument("--per-shard", type=int, default=4096, metavar="N", help="images in a shard (default: 4096)")
+    p = verb(
+        "tokenize",
+        "write the images of a source as codes of a trained tokenizer, with their captions",
+        workdir=True,
+        report=True,
+        more="An interrupted one goes on with the same command; shards that are whole are kept. "
+        "--config.data.NAME=VALUE changes how images are read.",
+    )
+    p.add_argument("--to", required=True, metavar="DIR", help="folder of the codes; a local one")
+    p.add_argument("--source", default="", metavar="SPEC", help="the images (default: the run's data.source)")
+    p.add_argument("--order", default="", help="coarse_to_fine or fine_to_coarse (default: the tokenizer's own)")
+    p.add_argument("--records", type=int, default=0, metavar="N", help="only the first N of the source")
+    p.add_argument("--shard-records", type=int, default=8192, metavar="N", help="records of a shard (8192)")
+    p.add_argument("--batch-size", type=int, default=0, metavar="N", help="images at once (evaluate.batch_size)")
+    p.add_argument("--text", default="", metavar="FILE", help="text tokenizer: also store how long captions are in it")
+    p.add_argument(
+        "--part", default="0/1", metavar="I/N", help="make only every Nth shard from I on: N processes share the work"
+    )
     verb("config", "print the resolved settings of a config", config=True, report=True)
     p = verb("checkpoint", "look at the checkpoints of a run", workdir=True, report=True)
     p.add_argument(
@@ -196,6 +214,35 @@ def _reconstruct(args, overrides) -> int:
     return 0
 
 
+def _tokenize(args, overrides) -> int:
+    from ddt_jax import tokenize
+    from ddt_jax.training.loop import EXIT_STOPPED
+
+    try:
+        index, count = map(int, args.part.split("/"))
+    except ValueError:
+        raise UserError(f"--part {args.part} is not I/N, such as 0/4") from None
+    result = tokenize.tokenize(
+        args.workdir,
+        args.to,
+        source=args.source,
+        order=args.order,
+        records=args.records,
+        shard_records=args.shard_records,
+        batch_size=args.batch_size,
+        text=args.text,
+        part=(index, count),
+        overrides=overrides,
+    )
+    if result["stopped"]:
+        _report(args, result, f"stopped after {result['made']:,} shards, which are kept; the same command goes on")
+        return EXIT_STOPPED
+    state = "complete" if result["complete"] else "other parts are still missing"
+    text = f"{result['records']:,} records in {result['shards']:,} shards ({state}), {result['bad']:,} left out"
+    _report(args, result, f"{text}, tokenizer {result['tokenizer'][:8]}…, {result['order']}: {result['written']}")
+    return 0
+
+
 def _data(args, overrides) -> int:
     from ddt_jax import config, experiment
 
@@ -267,6 +314,7 @@ _VERBS = {
     "train": _train,
     "evaluate": _evaluate,
     "reconstruct": _reconstruct,
+    "tokenize": _tokenize,
     "data": _data,
     "latents": _latents,
     "config": _config,

@@ -52,7 +52,7 @@ def unpack(data: bytes) -> Record:
     return record
 
 
-def write_array_record(path: str, records) -> int:
+def write_array_record(path: str, records, to_bytes=pack) -> int:
     """Writes records (see `pack`) to a local file that can be read at random; returns how many."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -60,7 +60,7 @@ def write_array_record(path: str, records) -> int:
     count = 0
     try:
         for record in records:
-            writer.write(pack(record))
+            writer.write(to_bytes(record))
             count += 1
     finally:
         writer.close()
@@ -82,7 +82,11 @@ class ArrayRecordSource:
         self._paths = [path if files.is_local(path) else _local_copy(path, cache_dir) for path in self._names]
         self.label_names = files.class_names_beside(self._names[0])
         self._open_process_state()
-        self._by_file = files.ByFile([self._reader(i).num_records() for i in range(len(self._paths))])
+        self._by_file = files.ByFile(self.counts())
+
+    def counts(self) -> list[int]:
+        """How many records each file holds."""
+        return [self._reader(i).num_records() for i in range(len(self._paths))]
 
     def _open_process_state(self):
         self._lock = threading.Lock()

@@ -122,6 +122,8 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
         if kind in SPLITS:
             raise UserError(f"data: {spec} names no split; write {kind}:{' or '.join(SPLITS[kind])}")
         raise UserError(f"data: {spec!r} is not a source; write kind:where, e.g. parquet:/data/train-*.parquet")
+    if kind == "codes":
+        raise UserError(f"data: {spec} holds codes, not images; only a multimodal transformer reads them")
     if kind not in OPTIONS:
         raise UserError(f"data: {kind} in {spec!r} is not a kind of source{nearest(kind, OPTIONS)}")
     options: dict[str, str] = {}

@@ -170,7 +170,67 @@ class Stats:
     examples: list[tuple[str, str]] = field(default_factory=list)
 
 
-class Loader:
+class BatchLoader:
+    """Batches of one host, made by a batcher, and the account of what could not be used.
+
+    Args:
+      data: threads, workers, prefetch, max_bad_fraction.
+      batcher: `make(step)` returns (batch, [(where, why), ...]); picklable, holds no state.
+      complaint: what the records are and what could not be done with bad ones, for messages.
+      consequence: what happens to bad ones.
+
+    Raises:
+      UserError: when batches are asked for and too many records are bad.
+    """
+
+    def __init__(self, data: Data, batcher, complaint: str, consequence: str = "redrawn"):
+        self.data = data
+        self.stats = Stats()
+        self._batcher = batcher
+        self._complaint, self._consequence = complaint, consequence
+
+    def batch_at(self, step: int):
+        """The batch of a step, made here and now."""
+        return self._account(*self._batcher.make(step))
+
+    def iterate(self, start_step: int, stop_step: int | None = None) -> "BatchIterator":
+        """Batches of the steps from `start_step` on, made ahead. Close the iterator, or use it in a `with`."""
+        stop_step = start_step + ENDLESS if stop_step is None else stop_step
+        return BatchIterator(self, _Steps(self._batcher, start_step, stop_step))
+
+    def report(self) -> str | None:
+        """One line about the bad records so far, None if there were none."""
+        if not self.stats.bad:
+            return None
+        limit = f"Limit data.max_bad_fraction={self.data.max_bad_fraction} not reached."
+        return f"{self._counts()}; {self._consequence}. {limit}"
+
+    def _counts(self):
+        where, why = self.stats.examples[0]
+        stats = self.stats
+        return f"data: {stats.bad:,} of {stats.seen:,} {self._complaint} (first: {where}: {why})"
+
+    def _good(self, batch) -> int:
+        """How many records a batch holds."""
+        return int(batch["valid"].sum()) if "valid" in batch else len(batch["slot"])
+
+    def _account(self, batch, errors):
+        stats, limit = self.stats, self.data.max_bad_fraction
+        stats.seen += self._good(batch) + len(errors)
+        for where, why in errors:
+            stats.bad += 1
+            if len(stats.examples) < EXAMPLES_KEPT:
+                stats.examples.append((where, why))
+                log.warning("data: %s: %s; left out", where, why)
+        enough = stats.seen >= min(MIN_SEEN, 1 / limit if limit > 0 else 1)
+        if errors and (stats.bad == stats.seen or (enough and stats.bad > limit * stats.seen)):
+            raise UserError(
+                f"{self._counts()}, more than data.max_bad_fraction={limit} allows; mend the data or raise the limit"
+            )
+        return batch
+
+
+class Loader(BatchLoader):
     """Batches of a source for one host.
 
     A batch is a dict of NumPy arrays, rows of this host only (b = batch_size / shard_count):
@@ -211,23 +271,13 @@ class Loader:
             raise ValueError(f"shard {shard_index} of {shard_count}")
         if not 0 < len(source) < 1 << 31:
             raise UserError(f"data: {source.name} has {len(source):,} images; between 1 and 2^31 - 1 can be used")
-        _check_divides(batch_size, shard_count, "train.batch_size")
+        check_divides(batch_size, shard_count, "train.batch_size")
         self.source = source
-        self.data = data
         self.batch_size = batch_size
-        self.stats = Stats()
-        self._batcher = Batcher(
+        batcher = Batcher(
             source, data, batch_size, seed, shard_index, shard_count, shuffle, with_captions, keep_captions
         )
-
-    def batch_at(self, step: int):
-        """The batch of a step, made here and now."""
-        return self._account(*self._batcher.make(step))
-
-    def iterate(self, start_step: int, stop_step: int | None = None) -> "BatchIterator":
-        """Batches of the steps from `start_step` on, made ahead. Close the iterator, or use it in a `with`."""
-        stop_step = start_step + ENDLESS if stop_step is None else stop_step
-        return BatchIterator(self, _Steps(self._batcher, start_step, stop_step))
+        super().__init__(data, batcher, f"images could not be {'used' if with_captions else 'decoded'}")
 
     def eval_batches(self, n: int, batch_size: int):
         """The first n records of the fixed order (fewer if the source has fewer), each once.
@@ -235,46 +285,19 @@ class Loader:
         No augmentation and no redraws: `valid` bool [b] is False for padding and for records that cannot be used, whose
         pixels are zero and whose index is -1. All hosts get the same number of batches.
         """
-        _check_divides(batch_size, self._batcher.shard_count, "evaluate.batch_size")
+        check_divides(batch_size, self._batcher.shard_count, "evaluate.batch_size")
         n = min(n, len(self.source))
         for start in range(0, n, batch_size):
             yield self._account(*self._batcher.make_eval(start, n, batch_size))
 
     def iterate_eval(self, start: int, stop: int, batch_size: int) -> "BatchIterator":
         """Records [start, stop) of the fixed order as in `eval_batches`, made ahead as in `iterate`."""
-        _check_divides(batch_size, self._batcher.shard_count, "evaluate.batch_size")
+        check_divides(batch_size, self._batcher.shard_count, "evaluate.batch_size")
         return BatchIterator(self, _EvalBatches(self._batcher, start, stop, batch_size))
 
-    def report(self) -> str | None:
-        """One line about the bad records so far, None if there were none."""
-        if not self.stats.bad:
-            return None
-        return f"{self._counts()}; redrawn. Limit data.max_bad_fraction={self.data.max_bad_fraction} not reached."
 
-    def _counts(self):
-        verb = "used" if self._batcher.with_captions else "decoded"
-        where, why = self.stats.examples[0]
-        stats = self.stats
-        return f"data: {stats.bad:,} of {stats.seen:,} images could not be {verb} (first: {where}: {why})"
-
-    def _account(self, batch, errors):
-        stats, limit = self.stats, self.data.max_bad_fraction
-        used = int(batch["valid"].sum()) if "valid" in batch else len(batch["slot"])
-        stats.seen += used + len(errors)
-        for where, why in errors:
-            stats.bad += 1
-            if len(stats.examples) < EXAMPLES_KEPT:
-                stats.examples.append((where, why))
-                log.warning("data: %s: %s; left out", where, why)
-        enough = stats.seen >= min(MIN_SEEN, 1 / limit if limit > 0 else 1)
-        if errors and (stats.bad == stats.seen or (enough and stats.bad > limit * stats.seen)):
-            raise UserError(
-                f"{self._counts()}, more than data.max_bad_fraction={limit} allows; mend the data or raise the limit"
-            )
-        return batch
-
-
-def _check_divides(batch_size, shard_count, name):
+def check_divides(batch_size: int, shard_count: int, name: str) -> None:
+    """Raises UserError unless each host gets the same number of rows."""
     if batch_size < 1 or batch_size % shard_count:
         raise UserError(f"data: {name}={batch_size} does not divide among {shard_count} hosts; take a multiple of it")
 
@@ -282,7 +305,7 @@ def _check_divides(batch_size, shard_count, name):
 class BatchIterator:
     """Iterator over batches with background threads or processes; `close` ends them."""
 
-    def __init__(self, loader: Loader, steps: _Steps | _EvalBatches):
+    def __init__(self, loader: BatchLoader, steps: _Steps | _EvalBatches):
         import grain
 
         _settle_flags()

@@ -87,10 +87,14 @@ class ImageTokenizer(ImageModel):
     Attributes:
       num_tokens: codes per image, K.
       codebook_size: how many codes there are.
+      token_order: of codes as `encode` gives them: "coarse_to_fine", "fine_to_coarse", or "none".
+      code_parts: names of the parts of the state ("params/encoder") that codes come from; () = all of it.
     """
 
     num_tokens: int
     codebook_size: int
+    token_order: str = "none"
+    code_parts: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def encode(self, params, extra, images_BHWC):

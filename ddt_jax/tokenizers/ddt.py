@@ -189,6 +189,8 @@ class DDTTokenizer(base.ImageTokenizer):
             self.cross_example_terms = self.quantizer.cross_example_terms
         else:
             self.inherited = _CODES
+        self.code_parts = _CODES
+        self.token_order = "coarse_to_fine" if config.schedule.direction == "coarse_first" else "fine_to_coarse"
 
     @property
     def _latent_shape(self):

@@ -171,10 +171,8 @@ def saved_steps(workdir) -> list[int]:
     return steps
 
 
-def digest(state: TrainState) -> str:
-    """SHA-256 over step, parameters, optimizer, average and extra state:
-    names, types, shapes and bytes, in the order of paths.
-    """
+def digest(state) -> str:
+    """SHA-256 over the arrays of a tree (a TrainState): names, types, shapes and bytes, in the order of paths."""
     sha = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(state)
     for name, leaf in sorted((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves):

@@ -49,13 +49,15 @@ class Progress:
       live: rewrite one line; None: if the stream is a terminal.
       every_seconds: in a log file, seconds between two lines.
       clock: source of time in seconds.
+      unit: what is counted.
     """
 
     def __init__(self, total_steps, start_step=0, batch_size=1, stream=sys.stderr, live=None, *,
-                 every_seconds=10.0, clock=time.monotonic):  # fmt: skip
+                 every_seconds=10.0, clock=time.monotonic, unit="step"):  # fmt: skip
         self.total_steps = total_steps
         self.step = start_step
         self.batch_size = batch_size
+        self._unit = unit
         self.excluded: dict[str, float] = {}  # seconds by phase
         self._stream = stream
         self._live = bool(getattr(self._stream, "isatty", lambda: False)()) if live is None else live
@@ -126,7 +128,7 @@ class Progress:
                     took = self._clock() - self._phase_start
                     self.excluded[name] = self.excluded.get(name, 0.0) + took
                     if not self._live and took >= 1:
-                        self._print(f"step {self.step:,}/{self.total_steps:,}  {name} took {duration(took)}\n")
+                        self._print(f"{self._unit} {self.step:,}/{self.total_steps:,}  {name} took {duration(took)}\n")
                 if self._live:
                     self._show()
 
@@ -156,7 +158,7 @@ class Progress:
     def text(self) -> str:
         """The line as it stands."""
         share = self.step / self.total_steps if self.total_steps else 1.0
-        parts = [f"step {self.step:,}/{self.total_steps:,}", f"{math.floor(100 * share)}%"]
+        parts = [f"{self._unit} {self.step:,}/{self.total_steps:,}", f"{math.floor(100 * share)}%"]
         shown = sorted(self._metrics, key=lambda name: name != "loss")[
             :_MAX_METRICS
         ]  # the loss first, else as they come

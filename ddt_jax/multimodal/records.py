@@ -1,0 +1,182 @@
+"""Documents from records of codes and captions (data/codes.py), in formats that a mixture weighs.
+
+A record with a caption becomes one of `documents.PAIR_FORMATS`. A record may also bring a document of its own, with
+which it stands under the format "own":
+
+    turns: [["USER", [0, "make it red"]], ["ASSISTANT", [1]]]     questions, editing, conversations; loss on answers
+    parts: ["first a circle", 0, "then a square", 1]              texts and images in any order; loss on all
+
+where a number stands for an image of the record. How long texts are is stored beside the shards, per text tokenizer, so
+that a plan needs to read no record.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from ddt_jax.data import files
+from ddt_jax.data.base import BadRecord, nearest
+from ddt_jax.data.codes import CodesSource
+from ddt_jax.errors import UserError
+from ddt_jax.io import atomic
+from ddt_jax.multimodal import documents
+from ddt_jax.multimodal.documents import Document, Image, Text
+from ddt_jax.multimodal.mixture import Proportions
+
+OWN = "own"
+FORMATS = (*documents.PAIR_FORMATS, OWN)
+_COLUMNS = 7  # tokens of the caption, then `documents.count` of the record's own document (zeros if it has none)
+
+
+class TextTokenizer(Protocol):
+    """What is needed of `tokenizers.text.TextTokenizer`, which stands beside this layer."""
+
+    fingerprint: str
+    vocab_size: int
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+
+class DocumentSource(Protocol):
+    """Documents at random, whose sizes are known without reading them.
+
+    Attributes:
+      name: for messages.
+      num_codes: image codes its images are made of; 0 if they are not made of codes.
+      text_fingerprint: of the tokenizer its text ids are of.
+    """
+
+    name: str
+    num_codes: int
+    text_fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def counts(self, documents: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """`documents.count` int [D, 6] of documents whose numbers in the series (epoch N + place) are these."""
+        ...
+
+    def document(self, index: int, number: int) -> Document:
+        """Raises BadRecord if it cannot be read."""
+        ...
+
+
+class RecordDocuments:
+    """The documents of a folder of codes.
+
+    Args:
+      formats: weights of FORMATS; a document's format depends on its number in the series alone.
+      seed: of the order of formats.
+
+    Records that lack what their format needs become "image_only".
+
+    Raises:
+      UserError: an unknown format, or no record has what the formats need.
+    """
+
+    def __init__(self, records: CodesSource, text: TextTokenizer, formats: Mapping[str, float], seed: int):
+        for name in formats:
+            if name not in FORMATS:
+                raise UserError(f"mixture: {name} is not a format{nearest(name, FORMATS)}")
+        self.records = records
+        self.name = records.name
+        self.num_codes = records.plan.codebook_size
+        self.text_fingerprint = text.fingerprint
+        self._text = text
+        self._formats = Proportions(
+            formats, seed, "formats", records.plan.source, what=f"mixture: formats of {records.name}"
+        )
+        self._lengths_N7 = text_lengths(records, text)
+        if OWN in formats and not self._lengths_N7[:, 1:].any():
+            raise UserError(f"mixture: no record of {records.name} has a document of its own; leave out format {OWN}")
+        if formats.keys() - {"image_only", OWN} and not self._lengths_N7[:, 0].any():
+            raise UserError(f"mixture: no record of {records.name} has a caption; the only format left is image_only")
+        # Counts of a pair are linear in the length of its caption.
+        builders = documents.PAIR_FORMATS.values()
+        self._base, one = (np.array([documents.count(build(ids, Image())) for build in builders]) for ids in ([], [0]))
+        self._slope = one - self._base
+
+    def __len__(self):
+        return len(self.records)
+
+    def format_of(self, index, number) -> np.ndarray:
+        """Numbers of formats in FORMATS, int [D], of documents with these numbers in the series."""
+        index = np.asarray(index)
+        of_name = np.array([FORMATS.index(name) for name in self._formats.names])
+        chosen = of_name[self._formats(number)[0]]
+        lengths = self._lengths_N7[index]
+        own, image = FORMATS.index(OWN), FORMATS.index("image_only")
+        possible = np.where(chosen == own, lengths[..., 1:].any(axis=-1), lengths[..., 0] > 0)
+        return np.where(possible | (chosen == image), chosen, image)
+
+    def counts(self, index, number):
+        formats, lengths = self.format_of(index, number), self._lengths_N7[index]
+        pair = np.minimum(formats, len(self._base) - 1)
+        counts = self._base[pair] + lengths[:, :1] * self._slope[pair]
+        return np.where(formats[:, None] == FORMATS.index(OWN), lengths[:, 1:], counts)
+
+    def document(self, index, number):
+        record = self.records[index]
+        name = FORMATS[int(self.format_of(index, number))]
+        if name == OWN:
+            return own_document(record, self._text.encode)
+        caption = self._text.encode(record.get("caption", ""))
+        return documents.PAIR_FORMATS[name](caption, Image(record["codes"][0]))
+
+
+def own_document(record: Mapping[str, Any], encode: Callable[[str], np.ndarray]) -> Document | None:
+    """The document that a record brings; None if it brings none. Raises BadRecord if it makes no sense."""
+
+    def part(value):
+        if isinstance(value, str):
+            return Text(encode(value))
+        if isinstance(value, int) and 0 <= value < len(record["codes"]):
+            return Image(record["codes"][value], value)
+        raise BadRecord(f"part {value!r} is neither text nor one of {len(record['codes'])} images")
+
+    try:
+        if "turns" in record:
+            return documents.chat([(role, [part(p) for p in parts]) for role, parts in record["turns"]])
+        return documents.interleaved([part(p) for p in record["parts"]]) if "parts" in record else None
+    except (UserError, TypeError, ValueError) as error:
+        raise BadRecord(str(error)) from None
+
+
+def text_lengths(records: CodesSource, text: TextTokenizer, shards=None) -> np.ndarray:
+    """How long the texts of records are, int32 [N, 7]; measured once for each shard and text tokenizer, then stored.
+
+    Args:
+      shards: only these, by number; None: all.
+    """
+    folder = files.path_of(records.folder) / "lengths" / text.fingerprint[:16]
+    found = []
+    for number in range(len(records.shards)) if shards is None else shards:
+        shard, begin = records.shards[number], int(records.records_before[number])
+        path = folder / f"{shard.name.split('.')[0]}-{shard.sha256[:16]}.npy"
+        lengths = np.load(path) if path.exists() else None
+        if lengths is None or lengths.shape != (shard.records, _COLUMNS):
+            lengths = np.array(
+                [_lengths(records, i, text) for i in range(begin, begin + shard.records)], np.int32
+            ).reshape(-1, _COLUMNS)
+            _store(path, lengths)
+        found.append(lengths)
+    return np.concatenate([*found, np.zeros((0, _COLUMNS), np.int32)])
+
+
+def _lengths(records, index, text):
+    try:
+        record = records[index]
+        own = own_document(record, text.encode)
+    except BadRecord:
+        return (0,) * _COLUMNS  # it is found again, and counted, when it is read for training
+    return (len(text.encode(record.get("caption", ""))), *(documents.count(own) if own else (0,) * 6))
+
+
+def _store(path, lengths):
+    try:
+        with atomic.replacing(path) as file:
+            np.save(file, lengths)
+    except OSError as error:
+        print(f"data: lengths of texts are not kept: {path}: {error.strerror or error}", file=sys.stderr)
