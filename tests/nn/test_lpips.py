@@ -1,7 +1,7 @@
 """LPIPS against the same network in PyTorch's functions and against torchmetrics, and what must hold of any distance.
 
-The `lpips` package needs torchvision, which does not go with every PyTorch. torchmetrics has its code and its heads in a
-copy; only the empty backbone is asked of torchvision, and made here instead. Compared by hand with a stand-in for
+The `lpips` package needs torchvision, which does not go with every PyTorch. torchmetrics holds a copy of its code and
+heads; only the empty backbone is asked of torchvision, and made here instead. Compared by hand with a stand-in for
 torchvision, `lpips` 0.1.4 itself with its own heads agrees as well: to 1.2e-7 of the distance for both backbones.
 """
 
