@@ -49,7 +49,12 @@ EXTRAS = {
     "wandb": ["wandb>=0.31,<1"],
     # Oracles that tests compare with, and the tests themselves.
     "torch": ["torch>=2.13,<3"],
-    "oracle": ["diffusers>=0.42.1,<0.43", "torch>=2.13.0,<2.13.1", "transformers>=5.24,<6"],
+    "oracle": [
+        "diffusers>=0.42.1,<0.43",
+        "torch>=2.13.0,<2.13.1",
+        "torchmetrics>=1.9,<1.10",
+        "transformers>=5.24,<6",
+    ],
     "test": [
         "fsspec>=2026.4,<2027",
         "hypothesis>=6.170,<7",

@@ -24,5 +24,6 @@ def get_config(variant="ddt"):
     c.optimizer.warmup = 5
     c.evaluate.images = 64
     c.evaluate.batch_size = 32
+    c.evaluate.probe_images = 64
     c.evaluate.verifier = True
     return c

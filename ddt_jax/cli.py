@@ -1,5 +1,5 @@
-"""The console program `ddt-jax VERB`. It reads arguments and calls `experiment`; nothing heavy is imported before a
-verb needs it.
+"""The console program `ddt-jax VERB`. It reads arguments and calls `experiment` or `judging`; nothing heavy is
+imported before a verb needs it.
 
 Exit codes: 0 done; 1 a bug of ours (with a traceback); 2 something the user can mend (one line); 75 the run was asked
 to stop, has saved, and goes on with the same command.
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name, text, *, config=False, workdir=False, report=False, more=""):
+    def verb(name, text, *, config=False, workdir=False, report=False, processes=False, more=""):
         p = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}".strip())
         if config:
             p.add_argument("--config", required=True, metavar="FILE", help=_CONFIG_HELP)
@@ -42,30 +42,46 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument("--workdir", required=True, metavar="DIR", help=_WORKDIR_HELP)
         if report:
             p.add_argument("--json", metavar="PATH", help="also write the report to this file, as JSON")
+        if processes:
+            p.add_argument(
+                "--coordinator",
+                default="",
+                metavar="HOST:PORT",
+                help="address of process 0, for a run of several processes",
+            )
+            p.add_argument("--num-processes", type=int, default=0, metavar="N", help="how many processes the run has")
+            p.add_argument("--process-id", type=int, default=-1, metavar="I", help="which of them this is, from 0")
+            p.add_argument(
+                "--join-timeout", type=int, default=300, metavar="S", help="seconds to wait for the others (300)"
+            )
         return p
 
-    p = verb(
+    verb(
         "train",
         "train a model, or go on with the run in --workdir",
         config=True,
         workdir=True,
         report=True,
+        processes=True,
         more="Ctrl-C or SIGTERM saves and exits with code 75; the same command goes on. A finished run is left alone.",
     )
-    p.add_argument(
-        "--coordinator", default="", metavar="HOST:PORT", help="address of process 0, for a run of several processes"
-    )
-    p.add_argument("--num-processes", type=int, default=0, metavar="N", help="how many processes the run has")
-    p.add_argument("--process-id", type=int, default=-1, metavar="I", help="which of them this is, from 0")
-    p.add_argument("--join-timeout", type=int, default=300, metavar="S", help="seconds to wait for the others (300)")
-
     verb(
         "evaluate",
         "evaluate the newest checkpoint on held-out images",
         workdir=True,
         report=True,
-        more="Writes results.json, results.md and pictures to the workdir. --config.evaluate.NAME=VALUE changes how.",
+        processes=True,
+        more="Writes results.json, results.md and pictures to the workdir, and says what it leaves out. "
+        "--config.evaluate.NAME=VALUE changes how: docs/evaluation.md.",
     )
+    p = verb(
+        "compare",
+        "put the results of evaluated runs side by side",
+        report=True,
+        more="Prints a Markdown table of what `evaluate` found, and draws PSNR by tokens of all runs.",
+    )
+    p.add_argument("workdirs", nargs="+", metavar="DIR", help="workdirs of evaluated runs")
+    p.add_argument("--out", metavar="PNG", default="compare.png", help="where the picture goes (default: compare.png)")
     p = verb(
         "reconstruct",
         "encode images to codes and decode them again, with growing numbers of tokens",
@@ -198,17 +214,28 @@ def _train(args, overrides) -> int:
 
 
 def _evaluate(args, overrides) -> int:
-    from ddt_jax import experiment
+    from ddt_jax import judging, mesh
 
-    result = experiment.evaluate(args.workdir, overrides)
+    mesh.initialize(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
+    result = judging.evaluate(args.workdir, overrides)
     _report(args, result["results"], "\n".join([result["table"], "written:", *(f"  {p}" for p in result["written"])]))
     return 0
 
 
-def _reconstruct(args, overrides) -> int:
-    from ddt_jax import experiment
+def _compare(args, overrides) -> int:
+    from ddt_jax import judging
 
-    result = experiment.reconstruct(args.workdir, args.images, args.out, overrides)
+    if overrides:
+        raise UserError(f"--config.{overrides[0][0]}: compare reads results as they are and takes no settings")
+    result = judging.compare(args.workdirs, args.out)
+    _report(args, result["runs"], f"{result['table']}\nwritten: {result['written']}")
+    return 0
+
+
+def _reconstruct(args, overrides) -> int:
+    from ddt_jax import judging
+
+    result = judging.reconstruct(args.workdir, args.images, args.out, overrides)
     lines = [f"{name}: {' '.join(map(str, codes))}" for name, codes in result["codes"].items()]
     _report(args, result, "\n".join([*lines, f"written: {result['written']}"]))
     return 0
@@ -313,6 +340,7 @@ def _export(args, overrides) -> int:
 _VERBS = {
     "train": _train,
     "evaluate": _evaluate,
+    "compare": _compare,
     "reconstruct": _reconstruct,
     "tokenize": _tokenize,
     "data": _data,

@@ -247,6 +247,9 @@ def _check(e: settings.Experiment):
         "train.checkpoint_every": t.checkpoint_every,
         "train.eval_every": t.eval_every,
         "seed": e.seed,
+        "evaluate.pictures": e.evaluate.pictures,
+        "evaluate.probe_images": e.evaluate.probe_images,
+        "evaluate.counterfactuals": e.evaluate.counterfactuals,
     }.items():
         need(value >= 0, f"{key} must not be negative, got {value}")
     need(
@@ -263,6 +266,10 @@ def _check(e: settings.Experiment):
     need(
         all(0 < v <= 1 for v in e.evaluate.visible),
         f"evaluate.visible holds shares in (0, 1], got {e.evaluate.visible}",
+    )
+    need(
+        bool(e.evaluate.lpips_backbone_file) == bool(e.evaluate.lpips_heads_file),
+        "evaluate.lpips_backbone_file and evaluate.lpips_heads_file go together; set both or neither",
     )
     if isinstance(m, settings.DDTTokenizer | settings.SelftokTokenizer):
         need(

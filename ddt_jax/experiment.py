@@ -1,7 +1,8 @@
 """The composition root: from settings to data, model, step, evaluators and hooks. Everything else is given what it
 needs.
 
-Each function here is what one verb of the command line does, and can be called from a notebook just as well.
+Each function here is what one verb of the command line does, and can be called from a notebook just as well; the verbs
+that judge runs are in `judging`.
 """
 
 import functools
@@ -24,7 +25,7 @@ from ddt_jax.data.loader import Loader
 from ddt_jax.errors import UserError
 from ddt_jax.interop import diffusers_vae
 from ddt_jax.io import atomic
-from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
+from ddt_jax.tokenizers.base import make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
 from ddt_jax.training import checkpoint, latents, loop, warm_start, writers
 from ddt_jax.training import optimizer as optimizers
@@ -89,14 +90,18 @@ class Built:
         return init_state(self.model, optimizer, seed=s.seed, use_ema=s.train.ema > 0)
 
 
-def build(s: settings.Experiment, devices=None) -> Built:
+def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Built:
     """Model, abstract state, shardings and compiled step (compiled when first called) for some devices.
+
+    Args:
+      to_train: whether the step will be used, so that its batch must fit the devices.
 
     Raises:
       UserError: if mesh and batch do not fit the devices, or accumulation does not fit the loss.
     """
     mesh = meshes.make_mesh(s.mesh, devices)
-    meshes.check_batch(s.train.batch_size // s.train.accumulate, mesh, "train.batch_size / train.accumulate")
+    if to_train:
+        meshes.check_batch(s.train.batch_size // s.train.accumulate, mesh, "train.batch_size / train.accumulate")
     model = make_tokenizer(s.model, s.data.image_size, s.train.batch_size)
     if s.train.accumulate > 1 and model.cross_example_terms:
         raise UserError(
@@ -133,8 +138,8 @@ def train(s: settings.Experiment, workdir: str) -> dict:
     built.model.check_trainable()
     first = jax.process_index() == 0
     root = epath.Path(workdir)
-    source = _open(s, s.data.source)
-    loader = _loader(source, s)
+    loader = open_loader(s, s.data.source)
+    source = loader.source
     if not (root / "config.json").exists():
         latents.check(source, built.model, s.data, built.init_codec)
     first_stage = functools.partial(warm_start.find, s, built.model, built.mesh, built.abstract)
@@ -150,7 +155,7 @@ def train(s: settings.Experiment, workdir: str) -> dict:
             state = built.init() if begin is None else begin.give(built.init(), note)
         elif start >= s.train.steps:
             points.close()
-            return {"finished": True, "step": start, **_timing(root)}
+            return {"finished": True, "step": start, **timing(root)}
         else:
             latents.check(source, built.model, s.data, lambda: state.extra["codec"])
             note(f"goes on from step {start:,} of {s.train.steps:,} in {workdir}")
@@ -179,20 +184,29 @@ def train(s: settings.Experiment, workdir: str) -> dict:
     if loader.report():
         note(loader.report())
     if first:
-        seconds = _timing(root).get("train_seconds", 0.0) + time.perf_counter() - begun
+        seconds = timing(root).get("train_seconds", 0.0) + time.perf_counter() - begun
         atomic.write_text(root / "timing.json", json.dumps({"train_seconds": round(seconds, 2)}) + "\n")
-    return {"finished": finished, "step": int(state.step), **_timing(root)}
+    return {"finished": finished, "step": int(state.step), **timing(root)}
 
 
-def restore(workdir: str, overrides: tuple[tuple[str, str], ...] = (), note=None) -> tuple[Built, TrainState]:
-    """The run in `workdir` with the newest state that verifies, on one device whatever mesh it was trained on.
+def saved_settings(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> settings.Experiment:
+    """The settings of the run in `workdir`, with others laid over them. Raises UserError if there is no run."""
+    return config.from_dict(config.override(checkpoint.saved_config(workdir), overrides))
+
+
+def restore(workdir: str, overrides: tuple[tuple[str, str], ...] = (), devices=None) -> tuple[Built, TrainState]:
+    """The run in `workdir` with the newest state that verifies, whatever mesh it was trained on.
+
+    Args:
+      devices: over which it is spread; None: the first one.
 
     Raises:
       UserError: if there is no run, or no checkpoint of it yet.
     """
-    s = config.from_dict(config.override(checkpoint.saved_config(workdir), overrides))
-    built = build(replace(s, mesh=settings.Mesh()), jax.devices()[:1])
-    points = checkpoint.Checkpoints(workdir, s.train, note or to_stderr, read_only=True)
+    s = saved_settings(workdir, overrides)
+    built = build(replace(s, mesh=settings.Mesh()), devices or jax.devices()[:1], to_train=False)
+    note = to_stderr if jax.process_index() == 0 else lambda line: None
+    points = checkpoint.Checkpoints(workdir, s.train, note, read_only=True)
     with jax.set_mesh(built.mesh):
         state = points.restore(built.abstract)
     points.close()
@@ -201,6 +215,25 @@ def restore(workdir: str, overrides: tuple[tuple[str, str], ...] = (), note=None
             f"workdir: {workdir} has no checkpoint yet; `ddt-jax train` writes one every train.checkpoint_every steps"
         )
     return built, state
+
+
+def open_loader(s: settings.Experiment, spec: str, batch_size: int = 0) -> Loader:
+    """The loader of a source for this process.
+
+    Args:
+      batch_size: over all processes; 0: train.batch_size.
+
+    Raises:
+      UserError: if the source cannot be opened, or the batch does not divide among the processes.
+    """
+    return Loader(
+        open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir),
+        s.data,
+        batch_size=batch_size or s.train.batch_size,
+        seed=s.seed,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
 
 
 def weights(state: TrainState):
@@ -213,71 +246,10 @@ def digest(workdir: str) -> str:
     return checkpoint.digest(restore(workdir)[1])
 
 
-def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
-    """Evaluates the newest checkpoint on the held-out source;
-    writes results.json, results.md and pictures to the workdir.
-    """
-    from ddt_jax.evaluation import pictures
-
-    built, state = restore(workdir, overrides)
-    root = epath.Path(workdir)
-    report = measure(built, state)
-    results = {"step": int(state.step), **report.results, **_timing(root)}
-    atomic.write_text(root / "results.json", json.dumps(results, indent=2) + "\n")
-    atomic.write_text(root / "results.md", report.markdown())
-    written = [root / "results.json", root / "results.md", root / "reconstructions.png"]
-    pictures.save_png(report.picture(), root / "reconstructions.png")
-    if "psnr_by_tokens" in results:
-        pictures.tokens_plot(results["psnr_by_tokens"], root / "psnr_by_tokens.png")
-        written.append(root / "psnr_by_tokens.png")
-    if (root / "metrics.jsonl").exists():
-        pictures.loss_curve(root / "metrics.jsonl", root / "loss.png")
-        written.append(root / "loss.png")
-    return {"results": results, "table": report.markdown(), "written": [str(p) for p in written]}
-
-
 def checkpoint_steps(workdir: str) -> list[int]:
     """Steps of the checkpoints that a run has, oldest first."""
     checkpoint.saved_config(workdir)
     return checkpoint.saved_steps(workdir)
-
-
-def reconstruct(
-    workdir: str, files: list[str], out: str | None = None, overrides: tuple[tuple[str, str], ...] = ()
-) -> dict:
-    """Encodes image files and decodes them, from growing numbers of tokens where there are tokens.
-
-    Returns:
-      "codes" per file, none of an autoencoder, and "written", the picture.
-
-    Raises:
-      UserError: for a file that is missing or no image.
-    """
-    from ddt_jax.data.base import BadRecord
-    from ddt_jax.data.images import prepare
-    from ddt_jax.evaluation import autoencoding, pictures
-    from ddt_jax.evaluation.reconstruction import reconstruct_prefixes
-
-    built, state = restore(workdir, overrides)
-    s = built.settings
-    images = []
-    for file in files:
-        path = epath.Path(file)
-        if not path.is_file():
-            raise UserError(f"reconstruct: {file} does not exist")
-        try:
-            images.append(prepare(path.read_bytes(), s.data))
-        except BadRecord as error:
-            raise UserError(f"reconstruct: {file} cannot be read: {error}") from error
-    originals = np.stack(images)
-    with jax.set_mesh(built.mesh):
-        if isinstance(built.model, ImageTokenizer):
-            codes, decoded = reconstruct_prefixes(built.model, weights(state), state.extra, originals, s.evaluate)
-        else:
-            codes, decoded = (), {"latent": autoencoding.reconstruct(built.model, weights(state), originals)}
-    out = out or str(epath.Path(workdir) / "reconstruct.png")
-    pictures.save_png(pictures.reconstruction_grid(originals, decoded), out)
-    return {"codes": {f: c.tolist() for f, c in zip(files, codes, strict=False)}, "written": out}
 
 
 def write_latents(s: settings.Experiment, folder: str, *, per_shard: int = 4096) -> dict:
@@ -288,7 +260,7 @@ def write_latents(s: settings.Experiment, folder: str, *, per_shard: int = 4096)
     built, size = build(s), s.evaluate.batch_size
     meshes.check_batch(size, built.mesh, "evaluate.batch_size")
     latents.identity(built.model, s.data)  # refuses before weights are read
-    source, params = _open(s, s.data.source), built.init_codec()
+    source, params = open_loader(s, s.data.source).source, built.init_codec()
     options = {"mesh": built.mesh, "batch_size": size, "per_shard": per_shard}
     with jax.set_mesh(built.mesh):
         return latents.write(epath.Path(folder), source, s.data, built.model, params, **options)
@@ -298,10 +270,10 @@ def look_at_data(s: settings.Experiment, split: str, count: int, out: str) -> di
     """Counts of a source, a grid of its first examples in training order, and how fast they load."""
     from ddt_jax.evaluation import pictures
 
-    source = _open(s, s.data.source if split == "train" else s.data.eval_source)
+    loader = open_loader(s, s.data.source if split == "train" else s.data.eval_source, count)
+    source = loader.source
     if getattr(source, "arrays", None):
         raise UserError(f"data: {source.name} holds no pictures; look at the images that it was made of")
-    loader = _loader(source, s, count)
     start = time.perf_counter()
     batch = loader.batch_at(0)
     seconds = time.perf_counter() - start
@@ -321,63 +293,28 @@ def look_at_data(s: settings.Experiment, split: str, count: int, out: str) -> di
 
 
 def measure(built: Built, state: TrainState, progress=None):
-    """The report of a state's weights on the held-out source."""
-    from ddt_jax.evaluation.autoencoding import evaluate_autoencoder
-    from ddt_jax.evaluation.reconstruction import evaluate_reconstruction
+    """The report of a state's weights on the held-out source. progress: see `suite.reconstruct`."""
+    from ddt_jax.evaluation import suite
 
     s = built.settings
-    source = _open(s, s.data.eval_source)
-    batches = _loader(source, s).eval_batches(s.evaluate.images, s.evaluate.batch_size)
-    how = {"put": lambda batch: meshes.put_batch(batch, built.mesh), "progress": progress}
-    with jax.set_mesh(built.mesh):
-        if not isinstance(built.model, ImageTokenizer):
-            return evaluate_autoencoder(built.model, weights(state), batches, s.evaluate, **how)
-        verifier = _verifier(source) if s.evaluate.verifier else None
-        return evaluate_reconstruction(
-            built.model, weights(state), state.extra, batches, s.evaluate, verifier=verifier, **how
-        )
-
-
-def _verifier(source):
-    from ddt_jax.data.scenes import ScenesSource
-
-    if not isinstance(source, ScenesSource):
-        raise UserError(
-            f"config: evaluate.verifier reads scenes, data.eval_source is {source.name}; set evaluate.verifier=False"
-        )
-    from ddt_jax.data.scenes_verifier import score
-
-    return lambda images, indices: score(images, [source.scene(int(i)) for i in indices])
+    held_out = open_loader(s, s.data.eval_source)
+    return suite.reconstruct(built.model, weights(state), state.extra, s, held_out, mesh=built.mesh, progress=progress)
 
 
 def _hooks(built: Built, writer, progress) -> tuple[loop.Hook, ...]:
     s = built.settings.train
 
     def evaluate_now(step, state):
-        report = measure(built, state, progress.note)
+        with progress.phase("evaluating") as detail:
+            report = measure(built, state, lambda seen: detail(f"{seen:,} images"))
         writer.image(step, "reconstructions", report.picture())
         return {f"eval/{k}": v for k, v in report.results.items() if isinstance(v, int | float)}
 
     return (loop.Hook("evaluating", s.eval_every, evaluate_now),) if s.eval_every else ()
 
 
-def _open(s: settings.Experiment, spec: str):
-    return open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir)
-
-
 def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _loader(source, s: settings.Experiment, batch_size: int = 0) -> Loader:
-    return Loader(
-        source,
-        s.data,
-        batch_size=batch_size or s.train.batch_size,
-        seed=s.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
-    )
 
 
 def _step_inputs(batches: Iterator[dict]) -> Iterator[dict]:
@@ -426,7 +363,7 @@ def _opening(built: Built, source) -> str:
     return "\n".join(lines)
 
 
-def _timing(root) -> dict:
+def timing(root) -> dict:
     """Seconds of training so far, compilation included, over all restarts that ended in good order."""
     path = root / "timing.json"
     return json.loads(path.read_text()) if path.exists() else {}

@@ -468,6 +468,13 @@ class Evaluate:
     pictures: int = 8
     verifier: bool = False  # read scenes back with data.scenes
     seed: int = 0
+    lpips_backbone: Literal["alexnet", "vgg16"] = "alexnet"
+    lpips_backbone_file: str = ""  # torchvision's .pth of the classifier; without files LPIPS is left out
+    lpips_heads_file: str = ""  # the heads of LPIPS 0.1 for this backbone
+    inception_file: str = ""  # pt_inception-2015-12-05-6726825d.pth; without it rFID is left out
+    probe_images: int = 4096  # of data.source, from whose codes probes and entropies are learned; 0 = neither
+    counterfactuals: int = 6  # images in the picture with tokens of two images; 0 = none
+    save_images: str = ""  # folder for originals and reconstructions as PNG pairs; "" = none
 
 
 @dataclass(frozen=True, kw_only=True)

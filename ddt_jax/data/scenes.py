@@ -201,6 +201,8 @@ class ScenesSource:
       UserError: for another split or size.
     """
 
+    label_names = ("no object", "one object", "two objects", "three objects")
+
     def __init__(self, split="train", image_size=32):
         if split not in SPLITS:
             raise UserError(f"data: scenes:{split} is not a split of scenes; use scenes:train or scenes:heldout")

@@ -7,7 +7,7 @@ Legend: B rows of a batch on this process, P images in the picture; H, W, C an i
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddt_jax import settings as settings_lib
-from ddt_jax.evaluation import metrics, pictures
-from ddt_jax.evaluation.reconstruction import gather_rows, local_rows, mean_of, ssim_where_it_exists
+from ddt_jax.evaluation import gather, metrics, pictures, tables
+from ddt_jax.evaluation import judge as judge_lib
+from ddt_jax.evaluation.reconstruction import mean_of, ssim_where_it_exists
 from ddt_jax.nn.autoencoder import kl_divergence
 from ddt_jax.tokenizers.base import to_float, to_uint8
 from ddt_jax.tokenizers.vae import VAE
@@ -28,7 +29,7 @@ class Report:
     """What an evaluation found.
 
     Attributes:
-      results: JSON values; None where a figure does not exist (SSIM of images below 11 pixels).
+      results: JSON values; a figure that does not exist (SSIM of images below 11 pixels) is not among them.
       originals, reconstructions: the first few images, uint8 [P, H, W, C].
     """
 
@@ -43,16 +44,7 @@ class Report:
 
     def markdown(self) -> str:
         """A table for a person."""
-        r, ssim = self.results, self.results["ssim"]
-        rows = {
-            "PSNR (dB)": f"{r['psnr']:.2f}",
-            "SSIM": "–" if ssim is None else f"{ssim:.4f}",
-            "latent mean": f"{r['latent_mean']:.4f}",
-            "latent deviation": f"{r['latent_std']:.4f}",
-            "KL (nats per image)": f"{r['kl']:.1f}",
-        }
-        lines = [f"Reconstruction of {r['n']:,} images.", "", "| | |", "|---|---:|"]
-        return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows.items()]) + "\n"
+        return tables.autoencoder(self.results)
 
 
 @functools.lru_cache(maxsize=4)
@@ -85,7 +77,8 @@ def evaluate_autoencoder(
     settings: settings_lib.Evaluate,
     *,
     put: Callable[[dict], dict] | None = None,
-    progress: Callable[[str], None] | None = None,
+    judges: Sequence[judge_lib.Judge] = (),
+    progress: Callable[[int], None] | None = None,
 ) -> Report:
     """Measures an autoencoder on held-out images. Arguments as `reconstruction.evaluate_reconstruction`.
 
@@ -104,28 +97,34 @@ def evaluate_autoencoder(
         b = len(image_BHWC)
         valid_B = np.asarray(batch.get("valid", np.ones(b, bool)))
         on_device = put({"image": image_BHWC})["image"]
-        decoded_BHWC, *found = (local_rows(x, on_device.sharding) for x in run(params, on_device))
+        local = functools.partial(gather.local_rows, by_rows=on_device.sharding)
+        decoded, *found = run(params, on_device)
+        decoded_BHWC, *found = map(local, (decoded, *found))
         rows.append(
             {
                 "valid": valid_B,
-                "batch": np.full(b, len(rows)),
                 "psnr": metrics.psnr(image_BHWC, decoded_BHWC),
                 "ssim": ssim_where_it_exists(image_BHWC, decoded_BHWC),
                 **{name: x.astype(np.float64) for name, x in zip(("kl", "mean", "square"), found, strict=True)},
             }
         )
+        if judges:
+            index_B, no_codes = np.asarray(batch["index"], np.int32), np.zeros((b, 0), np.int32)
+            whole = (on_device, decoded)
+            batch_seen = judge_lib.Seen(image_BHWC, decoded_BHWC, whole, local, no_codes, index_B, valid_B)
+            rows[-1] |= judge_lib.columns(judges, batch_seen)
         if seen < settings.pictures or not kept:
             kept.append((image_BHWC[valid_B], decoded_BHWC[valid_B]))
         seen += int(valid_B.sum())
         if progress is not None:
-            progress(f"{seen:,} images")
+            progress(seen)
 
-    table = gather_rows(rows)
+    table = gather.valid_rows(rows)
     n, mean_c, square_c = len(table["psnr"]), table["mean"].mean(0), table["square"].mean(0)
     results = {
         "n": n,
         "psnr": mean_of(table["psnr"]),
-        "psnr_standard_error": float(np.std(table["psnr"]) / np.sqrt(n)),
+        "psnr_standard_error": judge_lib.standard_error(table["psnr"]),
         "ssim": mean_of(table["ssim"]),
         "kl": float(table["kl"].mean()),
         "latent_mean": float(mean_c.mean()),
@@ -133,5 +132,6 @@ def evaluate_autoencoder(
         "latent_mean_by_channel": mean_c.tolist(),
         "latent_std_by_channel": np.sqrt(square_c - mean_c**2).tolist(),
     }
+    results = {name: value for name, value in results.items() if value is not None} | judge_lib.results(judges, table)
     originals, decoded = (np.concatenate(images)[: settings.pictures] for images in zip(*kept, strict=True))
     return Report(results, originals, decoded)

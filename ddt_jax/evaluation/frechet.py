@@ -9,7 +9,6 @@ Legend: N examples, D features.
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,26 +122,14 @@ def digest(key: dict) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
 
 
-def cached(folder, key: dict, compute: Callable[[], Moments]) -> Moments:
-    """Moments from `folder`, or computed and kept there.
+def read(folder, key: dict) -> Moments | None:
+    """What `keep` has put there; None if there is nothing, or a damaged file.
 
     Args:
-      folder: local or remote; made when needed.
+      folder: local or remote.
       key: JSON values on which the moments depend: source, size and number of images, digest of the weights.
-      compute: called when the cache has none, or has a damaged file, which is replaced.
     """
-    path = epath.Path(folder) / f"features-{digest(key)}.npz"
-    found = _read(path)
-    if found is None:
-        found = compute()
-        buffer = io.BytesIO()
-        # The key itself is kept for a person who wonders what a file is.
-        np.savez(buffer, count=found.count, mean=found.mean, scatter=found.scatter, key=json.dumps(key, sort_keys=True))
-        atomic.write_bytes(path, buffer.getvalue())
-    return found
-
-
-def _read(path) -> Moments | None:
+    path = _path(folder, key)
     if not path.exists():
         return None
     try:
@@ -150,3 +137,16 @@ def _read(path) -> Moments | None:
             return Moments(int(file["count"]), file["mean"], file["scatter"])
     except Exception:  # zipfile, zlib and NumPy each have their own; all say that the file is of no use
         return None
+
+
+def keep(folder, key: dict, moments: Moments):
+    """Puts moments where `read` finds them, whole or not at all; returns the path. The folder is made when needed."""
+    buffer = io.BytesIO()
+    # The key itself is kept for a person who wonders what a file is.
+    text = json.dumps(key, sort_keys=True)
+    np.savez(buffer, count=moments.count, mean=moments.mean, scatter=moments.scatter, key=text)
+    return atomic.write_bytes(_path(folder, key), buffer.getvalue())
+
+
+def _path(folder, key):
+    return epath.Path(folder) / f"features-{digest(key)}.npz"

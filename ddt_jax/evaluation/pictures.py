@@ -1,4 +1,4 @@
-"""Pictures that a person looks at: grids of images, the loss over a run, quality over the number of tokens.
+"""Pictures that a person looks at, made of images: grids of examples and of reconstructions.
 
 Small images are enlarged by whole factors without smoothing, so that a pixel stays a pixel.
 """
@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ddt_jax.io import atomic
-from ddt_jax.training.writers import read_metrics
 
 _TILE = 96  # enlarged until at least this wide
 _GAP = 6
@@ -21,7 +20,6 @@ _INK = (38, 42, 48)
 _FAINT = (112, 118, 128)
 _PAPER = (255, 255, 255)
 _HAIRLINE = (216, 220, 226)  # around each tile, or white images would have no edge
-_CURVE = "#2563a8"
 
 
 def save_png(image, path):
@@ -57,27 +55,28 @@ def _paste(draw, canvas, image, x, y):
     canvas.paste(Image.fromarray(image), (x, y))
 
 
-def reconstruction_grid(originals, reconstructions: dict) -> np.ndarray:
+def reconstruction_grid(originals, reconstructions: dict, first: str = "original") -> np.ndarray:
     """A column per image: the original, then what was made of it.
 
     Args:
       originals: uint8 [N, H, W, C].
       reconstructions: label (may have several lines) → uint8 of the same shape, top to bottom.
+      first: label of the originals.
     Returns:
       uint8 [H, W, 3].
 
     Raises:
       ValueError: if shapes differ or there is nothing to draw.
     """
-    rows = {"original": _checked(originals)} | {str(label): _checked(x) for label, x in reconstructions.items()}
-    shape = rows["original"].shape
+    rows = {first: _checked(originals)} | {str(label): _checked(x) for label, x in reconstructions.items()}
+    shape = rows[first].shape
     if not shape[0]:
         raise ValueError("pictures: there are no images to draw")
     for label, images in rows.items():
         if images.shape != shape:
             raise ValueError(f"pictures: {label!r} has the shape {images.shape}, the originals {shape}")
     rows = {label: _enlarge(images, _TILE) for label, images in rows.items()}
-    height, width = rows["original"].shape[1:3]
+    height, width = rows[first].shape[1:3]
 
     font = ImageFont.load_default(_FONT)
     small = ImageFont.load_default(_SMALL_FONT)
@@ -87,10 +86,10 @@ def reconstruction_grid(originals, reconstructions: dict) -> np.ndarray:
     draw = ImageDraw.Draw(canvas)
     y = _MARGIN
     for row, (label, images) in enumerate(rows.items()):
-        first, *rest = label.split("\n")
+        head, *rest = label.split("\n")
         line = _FONT + 4
         top = y + (height - line * (1 + len(rest))) // 2
-        draw.text((_MARGIN, top), first, _INK, font)
+        draw.text((_MARGIN, top), head, _INK, font)
         for i, text in enumerate(rest):
             draw.text((_MARGIN, top + line * (i + 1)), text, _FAINT, small)
         for i, image in enumerate(images):
@@ -160,84 +159,3 @@ def _wrap(text, font, width, most=8):
         while len(lines[-1]) > 1 and font.getlength(lines[-1]) > width:
             lines[-1] = lines[-1][:-3] + " …"
     return [line for line in lines if line]
-
-
-def _figure(width, height):
-    # Not pyplot: it keeps figures and a backend in global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _style(axis, title):
-    axis.set_title(title, fontsize=10, loc="left", color="#262a30")
-    axis.grid(color="#e6e8ec", linewidth=0.8)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#b8bdc6")
-    axis.tick_params(which="both", labelsize=8, color="#b8bdc6", labelcolor="#5a606b")
-
-
-def _save_figure(figure, path):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return atomic.write_bytes(path, buffer.getvalue())
-
-
-def loss_curve(metrics_path, path, names=None):
-    """Draws the metrics of a run over its steps, the loss first.
-
-    Args:
-      metrics_path: a `metrics.jsonl`.
-      path: where the PNG goes.
-      names: which metrics; None: the first nine that were written and are not zero throughout.
-    Returns:
-      the path.
-
-    Raises:
-      ValueError: if the file holds none of them.
-    """
-    series: dict[str, list] = {}
-    for record in read_metrics(metrics_path):
-        for name, value in record.items():
-            if name != "step":
-                series.setdefault(name, []).append((record["step"], value))
-    moved = [name for name, points in series.items() if any(value != 0 for _, value in points)]
-    order = sorted(moved, key=lambda name: name != "loss") if names is None else [n for n in names if n in series]
-    order = order[:9]
-    if not order:
-        raise ValueError(f"pictures: {metrics_path} holds none of the metrics to draw")
-    columns = min(3, len(order))
-    lines = math.ceil(len(order) / columns)
-    figure = _figure(4.2 * columns, 2.7 * lines)
-    for i, name in enumerate(order):
-        axis = figure.add_subplot(lines, columns, i + 1)
-        steps, values = np.array(series[name], float).T
-        finite = np.isfinite(values)
-        steps, values = steps[finite], values[finite]
-        axis.plot(steps, values, color=_CURVE, linewidth=1.4, marker="o" if len(values) < 3 else None)
-        if len(values) and values.min() > 0 and values.max() > 10 * values.min():
-            axis.set_yscale("log")
-        _style(axis, name)
-        axis.set_xlabel("step", fontsize=8, color="#5a606b")
-    return _save_figure(figure, path)
-
-
-def tokens_plot(psnr_by_tokens: dict, path):
-    """Draws PSNR over the number of tokens shown ({"2": 17.6, "4": 21.1, ...}) and returns the path."""
-    counts = sorted(int(k) for k in psnr_by_tokens)
-    values = [psnr_by_tokens[str(k)] for k in counts]
-    figure = _figure(4.6, 3.2)
-    axis = figure.add_subplot()
-    axis.plot(counts, values, color=_CURVE, marker="o", markersize=5, linewidth=1.6)
-    for k, value in zip(counts, values, strict=True):
-        axis.annotate(f"{value:.1f}", (k, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(counts, [str(k) for k in counts])
-    axis.minorticks_off()
-    axis.margins(x=0.08, y=0.16)
-    _style(axis, "PSNR (dB) by tokens shown")
-    axis.set_xlabel("tokens", fontsize=8, color="#5a606b")
-    return _save_figure(figure, path)

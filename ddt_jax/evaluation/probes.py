@@ -1,20 +1,18 @@
-"""What codes know and in what order they say it: classifiers on the first tokens, entropy under other orders, and
-pictures from the tokens of two images.
+"""What codes know and in what order they say it: classifiers on the first tokens, and entropy under other orders.
 
 NumPy and SciPy on the host, in float64 and without randomness: the same codes give the same figures.
 
-Legend: N images, M images of the training half, K tokens, d dimensions of a code's vector, D of a feature, C classes,
-V codes of the codebook.
+Legend: N images, M images of the training half, K tokens in reading order (coarse ones first), d dimensions of a code's
+vector, D of a feature, C classes, V codes of the codebook.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from scipy import optimize, special
 
-from ddt_jax.evaluation import metrics, pictures, reconstruction
+from ddt_jax.evaluation import metrics, reconstruction
 
 NEIGHBOURS = 20
 TEMPERATURE = (
@@ -140,10 +138,11 @@ def next_token_entropy(train_MK, test_NK, codebook_size: int, order_K=None) -> n
     """Nats that a code costs when the one before it is known, at each place of an order.
 
     Selftok (arXiv 2505.07538) asks whether codes become easier to guess along their order, and whether another order
-    destroys that. There a large model guesses; here pairs are counted, each place by itself, and backed off to single
-    codes by Witten and Bell's estimate. It is measured on images that were not counted, so it is an upper bound of the
-    entropy given one code, not flattered by chance as a plug-in estimate would be. What longer contexts would tell is
-    left out, and with few images per code both orders come near the entropy of single codes.
+    destroys that. There a large model guesses; here, at each place, shares of pairs, of single codes and of all codes
+    alike are mixed with the weights that suit the counted images best, each judged without its own count (deleted
+    interpolation, Jelinek and Mercer 1980). The cost is measured on images that were not counted, so it is an upper
+    bound of the entropy given one code, and hardly ever above that of uniform codes. What longer contexts would tell is
+    left out, and with few images per code all orders come near the entropy of single codes.
 
     Args:
       train_MK, test_NK: integers in [0, codebook_size).
@@ -166,26 +165,43 @@ def next_token_entropy(train_MK, test_NK, codebook_size: int, order_K=None) -> n
     train_MK, test_NK = train_MK[:, order_K].astype(np.int64), test_NK[:, order_K].astype(np.int64)
     cost_K = np.zeros(k)
     for i in range(k):
-        seen_V = np.bincount(train_MK[:, i], minlength=codebook_size)
-        p_N = _backed_off(seen_V[test_NK[:, i]], len(train_MK), np.count_nonzero(seen_V), 1 / codebook_size)
-        if i > 0:
-            # Pairs as sorted numbers: a table of V x V would not fit for large codebooks.
-            pairs, counts = np.unique(train_MK[:, i - 1] * codebook_size + train_MK[:, i], return_counts=True)
-            wanted_N = test_NK[:, i - 1] * codebook_size + test_NK[:, i]
-            at_N = np.minimum(np.searchsorted(pairs, wanted_N), max(0, len(pairs) - 1))
-            count_N = np.where(pairs[at_N] == wanted_N, counts[at_N], 0) if len(pairs) else 0 * wanted_N
-            context_V = np.bincount(train_MK[:, i - 1], minlength=codebook_size)
-            followers_V = np.bincount(pairs // codebook_size, minlength=codebook_size)
-            before_N = test_NK[:, i - 1]
-            p_N = _backed_off(count_N, context_V[before_N], followers_V[before_N], p_N)
-        cost_K[i] = -np.log(p_N).mean()
+        weight_X = _mixture(_shares(train_MK, train_MK, i, codebook_size, own=1))
+        cost_K[i] = -np.log(_shares(train_MK, test_NK, i, codebook_size, own=0) @ weight_X).mean()
     return cost_K
 
 
-def _backed_off(count, total, kinds, fallback):
-    """Witten and Bell 1991: something new is as likely as new kinds were frequent; the fallback shares that out."""
-    weight = np.where(np.asarray(total) > 0, kinds, 1)
-    return (count + weight * fallback) / (total + weight)
+def _shares(train_MK, of_NK, i, codebook_size, own):
+    """Probability of the code at place i if all codes are alike, by its count, and by that of pairs. [N, 2 or 3].
+
+    Args:
+      own: how often each of `of_NK` is among those counted; it is taken out.
+    """
+    here_N, m = of_NK[:, i], len(train_MK) - own
+    uniform_N = np.full(len(of_NK), 1 / codebook_size)
+    if m <= 0:
+        return np.stack([uniform_N] * (2 if i == 0 else 3), axis=1)
+    single_N = (np.bincount(train_MK[:, i], minlength=codebook_size)[here_N] - own) / m
+    if i == 0:
+        return np.stack([uniform_N, single_N], axis=1)
+    # Pairs as sorted numbers: a table of V x V would not fit for large codebooks.
+    pairs, counts = np.unique(train_MK[:, i - 1] * codebook_size + train_MK[:, i], return_counts=True)
+    wanted_N = of_NK[:, i - 1] * codebook_size + here_N
+    at_N = np.minimum(np.searchsorted(pairs, wanted_N), len(pairs) - 1)
+    count_N = np.where(pairs[at_N] == wanted_N, counts[at_N], 0) - own
+    context_N = np.bincount(train_MK[:, i - 1], minlength=codebook_size)[of_NK[:, i - 1]] - own
+    pair_N = np.where(context_N > 0, count_N / np.maximum(1, context_N), single_N)  # a context never met tells nothing
+    return np.stack([uniform_N, single_N, pair_N], axis=1)
+
+
+def _mixture(shares_NX, iterations: int = 100):
+    """Weights of the columns that make the rows likeliest, by expectation maximisation; one more row for each column
+    keeps them above 0."""
+    n, x = shares_NX.shape
+    weight_X = np.full(x, 1 / x)
+    for _ in range(iterations):
+        part_NX = shares_NX * weight_X
+        weight_X = ((part_NX / part_NX.sum(axis=1, keepdims=True)).sum(axis=0) + 1) / (n + x)
+    return weight_X
 
 
 def order_entropies(train_MK, test_NK, codebook_size: int, strides: Iterable[int] = (1, 2, 4)) -> dict[str, dict]:
@@ -213,42 +229,6 @@ def swap_tokens(a_NK, b_NK, positions) -> np.ndarray:
     mixed_NK = a_NK.copy()
     mixed_NK[:, positions] = b_NK[:, positions]
     return mixed_NK
-
-
-def counterfactuals(
-    tokenizer, params, extra, a_NHWC, b_NHWC, subsets: dict[str, Any], *, seed: int = 0, put: Callable = jnp.asarray
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Images from A's tokens with some of them taken from B: which attributes follow which tokens.
-
-    Selftok's page shows that swapped tokens of a spatial tokenizer cut and paste, those of this kind change attributes.
-    The noise of the decoder is the same for all rows of a column, so that they differ by their tokens alone.
-
-    Args:
-      params, extra: of the tokenizer, the weight average as a rule.
-      a_NHWC, b_NHWC: uint8, equal shapes.
-      subsets: label → positions that take B's tokens.
-      put: host array → device.
-    Returns:
-      ({label: uint8 [N, H, W, C]}, uint8 [H, W, 3]): the images, and a picture with A on top, A's reconstruction, a row
-      per subset, B's reconstruction and B.
-
-    Raises:
-      ValueError: for images of different shapes, or positions that there are not.
-    """
-    a_NHWC, b_NHWC = np.asarray(a_NHWC), np.asarray(b_NHWC)
-    if a_NHWC.shape != b_NHWC.shape:
-        raise ValueError(f"probes: images {a_NHWC.shape} and {b_NHWC.shape} must have one shape")
-    run = reconstruction.programs(tokenizer)
-    a_NK, b_NK = (np.asarray(run.encode(params, extra, put(x))) for x in (a_NHWC, b_NHWC))
-    index_N = np.arange(len(a_NHWC), dtype=np.int32)
-
-    def decode(codes_NK):
-        k = np.int32(tokenizer.num_tokens)
-        return np.asarray(run.decode(params, extra, put(codes_NK), index_N, np.uint32(seed), k))
-
-    mixed = {str(label): decode(swap_tokens(a_NK, b_NK, positions)) for label, positions in subsets.items()}
-    rows = {"A from tokens": decode(a_NK)} | mixed | {"B from tokens": decode(b_NK), "B": b_NHWC}
-    return mixed, pictures.reconstruction_grid(a_NHWC, rows)
 
 
 def _checked(train_MD, labels_M, test_ND):

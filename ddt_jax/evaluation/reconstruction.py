@@ -8,7 +8,8 @@ Legend: B rows of a batch on this process, N images, K tokens, H height, W width
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ import numpy as np
 from etils import epath
 
 from ddt_jax import settings as settings_lib
-from ddt_jax.evaluation import metrics, pictures
+from ddt_jax.evaluation import gather, metrics, pictures, tables
+from ddt_jax.evaluation import judge as judge_lib
 from ddt_jax.io import atomic
 from ddt_jax.tokenizers.base import ImageTokenizer, to_float, to_uint8
 
@@ -30,14 +32,18 @@ class Report:
     """What an evaluation found.
 
     Attributes:
-      results: JSON values; None where a figure does not exist (SSIM of images below 11 pixels).
+      results: JSON values; a figure that does not exist (SSIM of images below 11 pixels) is not among them.
       originals: the first few images, uint8 [P, H, W, C].
       reconstructions: number of tokens shown → uint8 [P, H, W, C].
+      codes: of the images of all processes, int32 [N, K].
+      labels: of these images, int [N]; -1 where there is none.
     """
 
     results: dict[str, Any]
     originals: np.ndarray
     reconstructions: dict[int, np.ndarray] = field(default_factory=dict)
+    codes: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
     def picture(self) -> np.ndarray:
         """Originals over reconstructions from growing numbers of tokens. uint8 [H, W, 3]."""
@@ -47,7 +53,7 @@ class Report:
 
     def markdown(self) -> str:
         """Tables for a person."""
-        return to_markdown(self.results)
+        return tables.reconstruction(self.results)
 
     def save(self, folder, name: str = "reconstruction") -> list:
         """Writes NAME.json, NAME.md and NAME.png and returns their paths."""
@@ -122,20 +128,22 @@ def evaluate_reconstruction(
     seed: int | None = None,
     put: Callable[[dict], dict] | None = None,
     verifier: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]] | None = None,
-    progress: Callable[[str], None] | None = None,
+    judges: Sequence[judge_lib.Judge] = (),
+    progress: Callable[[int], None] | None = None,
 ) -> Report:
     """Measures a tokenizer on held-out images.
 
     Args:
       params, extra: what is evaluated; the weight average, as a rule.
       batches: finite; dicts of this process's rows (NumPy): `image` uint8 [B, H, W, C], and optionally `valid` bool [B]
-        (False: padding), `index` int [B] (position in the source; else they are counted), `slot`. All of one size, and
-        as many on every process.
+        (False: padding), `index` int [B] (position in the source; else they are counted), `label`, `slot`. All of one
+        size, and as many on every process.
       settings: `visible` (shares of the tokens), `pictures`, `seed`.
       seed: of the decoder's noise and of the shuffles; None: settings.seed.
       put: host rows → global arrays (`mesh.put_batch` on a mesh); None: the default device.
       verifier: (uint8 [n, H, W, C], index [n]) → {name: bool [n]}: what is right in each image.
-      progress: called with a text ("384 images") now and then.
+      judges: what else looks at each batch.
+      progress: called after each batch with the number of images that this process has seen.
 
     Returns:
       A report. Its figures are over the images of all processes, its pictures this process's.
@@ -161,7 +169,7 @@ def evaluate_reconstruction(
         slot_B = np.asarray(batch.get("slot", np.arange(b) + b * jax.process_index()), np.int32)
         on_device = put({"image": image_BHWC, "slot": slot_B})
         by_rows = on_device["image"].sharding
-        codes_BK = local_rows(run.encode(params, extra, on_device["image"]), by_rows)
+        codes_BK = gather.local_rows(run.encode(params, extra, on_device["image"]), by_rows)
         wrong_BK, previous_K = _codes_of_the_image_before(codes_BK, valid_B, previous_K)
 
         def start(codes_BK, k, index_B=index_B):
@@ -172,63 +180,64 @@ def evaluate_reconstruction(
         decoded = {k: start(codes_BK, k) for k in shown}
         controls = {"shuffled": start(_shuffled(codes_BK, seed, index_B), k_all), "wrong": start(wrong_BK, k_all)}
         row = {"valid": valid_B, "codes": codes_BK, "batch": np.full(b, len(rows))}
+        row["label"] = np.asarray(batch.get("label", np.full(b, -1)), np.int32)
         if run.commitment is not None:
             row["commitment"] = np.full(b, float(run.commitment(params, extra, on_device)))
 
-        decoded = {k: local_rows(image, by_rows) for k, image in decoded.items()}
+        whole = on_device["image"], decoded[k_all]
+        decoded = {k: gather.local_rows(image, by_rows) for k, image in decoded.items()}
         for k, image in decoded.items():
             row[f"psnr/{k}"], row[f"ssim/{k}"] = (
                 metrics.psnr(image_BHWC, image),
                 ssim_where_it_exists(image_BHWC, image),
             )
         for name, image in controls.items():
-            row[f"psnr/{name}"] = metrics.psnr(image_BHWC, local_rows(image, by_rows))
+            row[f"psnr/{name}"] = metrics.psnr(image_BHWC, gather.local_rows(image, by_rows))
         if verifier is not None:
             row |= _verify(verifier, "original", image_BHWC, index_B, valid_B)
             row |= _verify(verifier, "decoded", decoded[k_all], index_B, valid_B)
+        if judges:
+            local = functools.partial(gather.local_rows, by_rows=by_rows)
+            batch_seen = judge_lib.Seen(image_BHWC, decoded[k_all], whole, local, codes_BK, index_B, valid_B)
+            row |= judge_lib.columns(judges, batch_seen)
         rows.append(row)
         if seen < settings.pictures or not kept:
             kept.append((image_BHWC[valid_B], {k: image[valid_B] for k, image in decoded.items()}))
         counted, seen = counted + b, seen + int(valid_B.sum())
         if progress is not None:
-            progress(f"{seen:,} images")
+            progress(seen)
 
-    table = gather_rows(rows)
-    results = _summary(table, shown, tokenizer.codebook_size)
+    table = gather.valid_rows(rows)
+    results = _summary(table, shown, tokenizer.codebook_size) | judge_lib.results(judges, table)
     p = settings.pictures
     originals = np.concatenate([image for image, _ in kept])[:p]
-    return Report(results, originals, {k: np.concatenate([d[k] for _, d in kept])[:p] for k in shown})
+    reconstructions = {k: np.concatenate([d[k] for _, d in kept])[:p] for k in shown}
+    return Report(results, originals, reconstructions, table["codes"], table["label"])
 
 
-def to_markdown(results: dict) -> str:
-    """Tables of the results: by tokens, then single figures."""
-    last = list(results["psnr_by_tokens"])[-1]
-    lines = [f"Reconstruction of {results['n']:,} images.", "", "| tokens | PSNR (dB) | SSIM |", "|---:|---:|---:|"]
-    for k, value in results["psnr_by_tokens"].items():
-        lines.append(f"| {k} | {value:.2f} | {_number(results['ssim_by_tokens'][k], '.4f')} |")
-    lines += [
-        f"| {last}, shuffled | {results['psnr_shuffled_codes']:.2f} | |",
-        f"| {last}, of another image | {results['psnr_wrong_image_codes']:.2f} | |",
-        "",
-        "| | |",
-        "|---|---:|",
-        f"| codes used | {results['codebook_used']} of {results['codebook_size']} |",
-        f"| codebook perplexity | {results['codebook_perplexity']:.1f} |",
-        f"| commitment distance | {_number(results['commitment_distance'], '.4f')} |",
-    ]
-    for name, value in results.items():
-        if f"{name}_interval" in results:
-            low, high = results[f"{name}_interval"]
-            lines.append(f"| {name.replace('_', ' ')} | {value:.1%} ({low:.1%} to {high:.1%}) |")
-    return "\n".join(lines) + "\n"
+def codes_of(tokenizer, params, extra, batches, *, put: Callable[[dict], dict], progress=None):
+    """Codes and labels of images, as `evaluate_reconstruction` reports them; arguments as there.
+
+    Returns:
+      (codes int32 [N, K], labels int32 [N]), of the valid rows of all processes.
+
+    Raises:
+      ValueError: if there is no valid image.
+    """
+    run, rows, seen = programs(tokenizer), [], 0
+    for batch in batches:
+        on_device = put({"image": batch["image"]})["image"]
+        codes_BK = gather.local_rows(run.encode(params, extra, on_device), on_device.sharding)
+        rows.append({"valid": batch["valid"], "codes": codes_BK, "label": batch["label"]})
+        seen += int(batch["valid"].sum())
+        if progress is not None:
+            progress(seen)
+    table = gather.valid_rows(rows)
+    return table["codes"], table["label"]
 
 
 def _tokens(k):
     return f"{k} token" if k == 1 else f"{k} tokens"
-
-
-def _number(value, how):
-    return "–" if value is None else format(value, how)
 
 
 def _counted(start, b):
@@ -270,47 +279,13 @@ def _verify(verifier, of, image_BHWC, index_B, valid_B):
     return columns
 
 
-def local_rows(array, by_rows) -> np.ndarray:
-    """This process's rows of a global array, in order. by_rows: how the rows of the batch were put."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    if not array.sharding.is_equivalent_to(by_rows, array.ndim):  # the compiler chose another layout
-        array = jax.jit(lambda x: x, out_shardings=by_rows)(array)
-    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
-
-
-def gather_rows(rows) -> dict[str, np.ndarray]:
-    """Columns over the valid rows of all batches and processes."""
-    if not rows:
-        raise ValueError("evaluation: there are no images")
-    table = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        # float64 does not pass through JAX arrays; its bytes do.
-        as_bytes = {name: np.frombuffer(v.tobytes(), np.uint8).reshape(len(v), -1) for name, v in table.items()}
-        gathered = multihost_utils.process_allgather(as_bytes, tiled=True)
-        table = {
-            name: np.ascontiguousarray(gathered[name]).view(v.dtype).reshape(-1, *v.shape[1:])
-            for name, v in table.items()
-        }
-    valid, batch = table.pop("valid"), table.pop("batch")
-    if not valid.any():
-        raise ValueError("evaluation: there are no valid images")
-    if "commitment" in table:
-        # A mean over the global batch, which padding on any process would have entered: such batches are left out.
-        table["commitment"] = np.where(np.isin(batch, batch[~valid]), np.nan, table["commitment"])
-    return {name: column[valid] for name, column in table.items()}
-
-
 def _summary(table, shown, codebook_size) -> dict[str, Any]:
     n, all_tokens = len(table["codes"]), shown[-1]
     usage = metrics.codebook_usage(table["codes"], codebook_size)
     results = {
         "n": n,
         "psnr": mean_of(table[f"psnr/{all_tokens}"]),
-        "psnr_standard_error": float(np.std(table[f"psnr/{all_tokens}"]) / np.sqrt(n)),
+        "psnr_standard_error": judge_lib.standard_error(table[f"psnr/{all_tokens}"]),
         "ssim": mean_of(table[f"ssim/{all_tokens}"]),
         "psnr_by_tokens": {str(k): mean_of(table[f"psnr/{k}"]) for k in shown},
         "ssim_by_tokens": {str(k): mean_of(table[f"ssim/{k}"]) for k in shown},
@@ -319,7 +294,9 @@ def _summary(table, shown, codebook_size) -> dict[str, Any]:
     }
     results["psnr_drop_shuffled"] = results["psnr"] - results["psnr_shuffled_codes"]
     results |= {
+        "num_tokens": all_tokens,
         "codebook_size": codebook_size,
+        "bits_per_image": all_tokens * math.log2(codebook_size),
         "codebook_used": usage["used"],
         "codebook_perplexity": usage["perplexity"],
         "codebook_used_by_position": usage["used_by_position"],
@@ -332,7 +309,9 @@ def _summary(table, shown, codebook_size) -> dict[str, Any]:
             right = int(table[column].sum())
             results[name] = right / n
             results[f"{name}_interval"] = list(metrics.binomial_interval(right, n))
-    return results
+    if results["ssim"] is None:  # images below its window
+        del results["ssim_by_tokens"]
+    return {name: value for name, value in results.items() if value is not None}
 
 
 def mean_of(column):

@@ -112,6 +112,10 @@ class ImageTokenizer(ImageModel):
           steps: solver steps, static; None: the setting.
         """
 
+    def code_vectors(self, extra, codes_BK):
+        """What the decoder is given for codes: float [B, K, d]."""
+        return self.quantizer.lookup(extra["codebook"], codes_BK)
+
 
 def to_float(image):
     """uint8 → [-1, 1]; floats pass as they are (already in [-1, 1])."""

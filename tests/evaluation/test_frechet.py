@@ -87,25 +87,36 @@ def test_bad_features_are_refused():
         frechet.distance(frechet.Moments.of(np.eye(3)), frechet.Moments.of(np.eye(2)))
 
 
-def test_cache_is_keyed_whole_and_mends_itself(tmp_path):
-    calls = []
+@pytest.mark.slow
+def test_equals_a_pytorch_tool_on_the_same_features(oracle):
+    """torchmetrics sums the roots of the eigenvalues of the product, on features that an extractor hands through."""
+    torch, fid = oracle("torch"), oracle("torchmetrics.image.fid")
 
-    def compute():
-        calls.append(1)
-        return frechet.Moments.of(np.random.default_rng(len(calls)).normal(size=(9, 3)))
+    class Same(torch.nn.Module):
+        num_features = 24
 
-    first = frechet.cached(tmp_path / "a", {"source": "x", "size": 32}, compute)
-    again = frechet.cached(tmp_path / "a", {"size": 32, "source": "x"}, compute)
-    assert len(calls) == 1 and again.count == 9
+        def forward(self, x):
+            return x
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(400, 24)) @ rng.normal(size=(24, 24)), rng.gamma(2.0, size=(300, 24))
+    tool = fid.FrechetInceptionDistance(feature=Same(), input_img_size=(24,)).set_dtype(torch.float64)
+    tool.update(torch.tensor(x), real=True)
+    tool.update(torch.tensor(y), real=False)
+    got = frechet.distance(frechet.Moments.of(x), frechet.Moments.of(y))
+    np.testing.assert_allclose(got, float(tool.compute()), rtol=1e-10)
+
+
+def test_kept_moments_are_found_by_the_whole_key_and_damaged_ones_are_not(tmp_path):
+    first = frechet.Moments.of(np.random.default_rng(1).normal(size=(9, 3)))
+    folder, key = tmp_path / "a", {"source": "x", "size": 32}
+    assert frechet.read(folder, key) is None
+    path = frechet.keep(folder, key, first)
+    again = frechet.read(folder, {"size": 32, "source": "x"})
+    assert again.count == 9 and frechet.distance(first, again) < 1e-12
     np.testing.assert_array_equal(again.scatter, first.scatter)
-    assert frechet.distance(first, again) < 1e-12
-    frechet.cached(tmp_path / "a", {"source": "x", "size": 64}, compute)
-    assert len(calls) == 2 and len(os.listdir(tmp_path / "a")) == 2
-
-    for path in (tmp_path / "a").iterdir():
-        path.write_bytes(path.read_bytes()[:-50])
-    mended = frechet.cached(tmp_path / "a", {"source": "x", "size": 32}, compute)
-    assert len(calls) == 3
-    np.testing.assert_array_equal(
-        frechet.cached(tmp_path / "a", {"source": "x", "size": 32}, compute).mean, mended.mean
-    )
+    assert frechet.read(folder, key | {"size": 64}) is None
+    path.write_bytes(path.read_bytes()[:-50])
+    assert frechet.read(folder, key) is None
+    frechet.keep(folder, key, first)
+    assert frechet.read(folder, key).count == 9 and os.listdir(folder) == [path.name]

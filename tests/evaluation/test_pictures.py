@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -98,36 +97,10 @@ def test_saved_picture_reads_back_and_leaves_nothing_else(tmp_path):
     assert os.listdir(tmp_path / "new") == ["grid.png"]
 
 
-def _records(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = [{"step": s, "loss": 1 / s, "grad_norm": 0.5} for s in range(1, 60)]
-    lines[10]["loss"] = "nan"
-    lines += [{"step": 50, "eval/psnr": 20.0}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 60, "lo')
-    return path
-
-
-def test_loss_curve_survives_torn_lines_and_non_finite_values(tmp_path):
-    path = pictures.loss_curve(_records(tmp_path), tmp_path / "loss.png")
-    with Image.open(path) as image:
-        assert image.width > 3 * 400
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="none of the metrics"):
-        pictures.loss_curve(tmp_path / "empty.jsonl", tmp_path / "x.png")
-    with pytest.raises(ValueError, match="none of the metrics"):
-        pictures.loss_curve(_records(tmp_path), tmp_path / "x.png", names=["psnr"])
-    assert not (tmp_path / "x.png").exists()
-
-
-def test_tokens_plot_orders_by_number_of_tokens(tmp_path):
-    a = pictures.tokens_plot({"2": 17.6, "4": 21.1, "16": 29.4}, tmp_path / "a.png").read_bytes()
-    b = pictures.tokens_plot({"16": 29.4, "2": 17.6, "4": 21.1}, tmp_path / "b.png").read_bytes()
-    assert a == b
-
-
 def test_matplotlib_is_imported_only_when_drawing():
     code = (
-        "import sys; from ddt_jax.evaluation import pictures; print('matplotlib' in sys.modules, 'jax' in sys.modules)"
+        "import sys; from ddt_jax.evaluation import pictures, plots; "
+        "print('matplotlib' in sys.modules, 'jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -1,8 +1,8 @@
-"""Classifiers on code vectors against scikit-learn and brute force; entropies against known sources; token swaps."""
+"""Classifiers on code vectors against scikit-learn and brute force; entropies against known sources."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import optimize, special
 from sklearn.linear_model import LogisticRegression
 
 from ddt_jax.evaluation import probes
@@ -95,12 +95,32 @@ def test_entropy_shares_of_all_codes_add_up_to_one():
     np.testing.assert_allclose(total, 1, rtol=1e-9)
 
 
-def test_entropy_by_hand():
-    train, test = np.array([[0, 0], [0, 1], [0, 1]]), np.array([[0, 0]])
-    first = (3 + 1 * 1 / 2) / (3 + 1)
-    single = (1 + 2 * 1 / 2) / (3 + 2)
-    pair = (1 + 2 * single) / (3 + 2)
-    np.testing.assert_allclose(probes.next_token_entropy(train, test, 2), -np.log([first, pair]), rtol=1e-12)
+def test_mixture_is_the_likeliest_by_another_optimizer():
+    shares = np.random.default_rng(0).gamma(0.3, size=(50, 3))
+
+    def cost(logits):
+        weight = np.exp(logits - special.logsumexp(logits))
+        return -np.log(shares @ weight).sum() - np.log(weight).sum()
+
+    best = optimize.minimize(cost, np.zeros(3), tol=1e-10).x
+    np.testing.assert_allclose(probes._mixture(shares, 2000), np.exp(best - special.logsumexp(best)), rtol=1e-4)
+
+
+def test_shares_by_hand_and_without_an_image_s_own_count():
+    train = np.array([[0, 0], [0, 1], [0, 1], [1, 1]])
+    np.testing.assert_allclose(probes._shares(train, train[:1], 1, 2, own=0), [[1 / 2, 1 / 4, 1 / 3]])
+    np.testing.assert_allclose(
+        probes._shares(train, train, 1, 2, own=1),
+        [[1 / 2, 0, 0], [1 / 2, 2 / 3, 1 / 2], [1 / 2, 2 / 3, 1 / 2], [1 / 2, 2 / 3, 2 / 3]],  # the last has no context
+    )
+    np.testing.assert_allclose(probes._shares(train, train, 0, 2, own=1), [[1 / 2, 2 / 3]] * 3 + [[1 / 2, 0]])
+
+
+def test_codes_without_any_pattern_cost_what_uniform_ones_do():
+    """Few images per code: a count must not be taken for a pattern."""
+    codes = np.random.default_rng(0).integers(0, 4096, (1500, 8))
+    got = probes.next_token_entropy(codes[:1000], codes[1000:], 4096)
+    np.testing.assert_allclose(got, np.log(4096), atol=0.02)
 
 
 def test_strides_are_permutations():
@@ -110,26 +130,13 @@ def test_strides_are_permutations():
         probes.stride_order(5, 6)
 
 
-class TwoPixels:
-    """A token is the brightness of a half of the image."""
-
-    num_tokens, codebook_size, image_size = 2, 256, 8
-
-    def encode(self, params, extra, images_BHWC):
-        return jnp.round((images_BHWC[:, 0, ::4, 0] + 1) * 127.5).astype(jnp.int32)
-
-    def decode(self, params, extra, codes_BK, rng, *, num_visible=None, steps=None):
-        return jnp.repeat(codes_BK / 127.5 - 1, 4, axis=1)[:, None, :, None] * jnp.ones((1, 8, 1, 3))
-
-
-def test_swapped_tokens_decode_to_a_mixture():
-    a, b = np.full((2, 8, 8, 3), 40, np.uint8), np.full((2, 8, 8, 3), 200, np.uint8)
-    mixed, picture = probes.counterfactuals(TwoPixels(), {}, {}, a, b, {"second": [1], "none": [], "all": range(2)})
-    assert np.all(mixed["second"][:, :, :4] == 40) and np.all(mixed["second"][:, :, 4:] == 200)
-    assert np.all(mixed["none"] == a) and np.all(mixed["all"] == b)
-    assert picture.dtype == np.uint8 and picture.ndim == 3
-    with pytest.raises(ValueError, match="positions"):
-        probes.swap_tokens([[1, 2]], [[3, 4]], [2])
+def test_swapped_tokens_are_those_of_b():
+    a, b = np.arange(6).reshape(2, 3), 10 + np.arange(6).reshape(2, 3)
+    assert probes.swap_tokens(a, b, [2, 0]).tolist() == [[10, 1, 12], [13, 4, 15]]
+    assert probes.swap_tokens(a, b, []).tolist() == a.tolist()
+    for positions in ([3], [-1]):
+        with pytest.raises(ValueError, match="positions"):
+            probes.swap_tokens(a, b, positions)
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_verifier_judges_decoded_images_and_originals_by_their_index():
 
 def test_commitment_distance_of_whole_batches_where_the_tokenizer_has_one():
     images = _images(20)
-    assert _evaluate(PLAIN, _batches(images, 8)).results["commitment_distance"] is None
+    assert "commitment_distance" not in _evaluate(PLAIN, _batches(images, 8)).results
     results = _evaluate(WithCommitment(), _batches(images, 8)).results
     assert results["commitment_distance"] == pytest.approx(images[:16].mean() + 3.5, rel=1e-5)
 
@@ -248,14 +248,65 @@ def test_prefixes_of_given_images():
 def test_report_is_saved_as_json_table_and_picture(tmp_path):
     said = []
     report = _evaluate(PLAIN, _batches(_images(), 8), progress=said.append, verifier=lambda x, i: {"count": i > 4})
-    assert said == ["8 images", "16 images", "20 images"]
+    assert said == [8, 16, 20]
     paths = report.save(tmp_path / "out")
     assert [p.name for p in paths] == ["reconstruction.json", "reconstruction.md", "reconstruction.png"]
     assert json.loads(paths[0].read_text()) == report.results
     table = paths[1].read_text()
     assert f"| 16 | {report.results['psnr']:.2f} | {report.results['ssim']:.4f} |" in table
-    assert "| scenes count | 75.0% (" in table and "commitment distance | –" in table
+    assert "| scenes count | 75.0% (" in table and "commitment" not in table
     assert report.picture().shape[0] > 5 * 96
+
+
+class Difference:
+    """A judge: mean brightness lost, by image, and how many images there were."""
+
+    def __init__(self):
+        self.images, self.indices = 0, []
+
+    def see(self, seen):
+        np.testing.assert_array_equal(seen.local(seen.on_device[1]), seen.decoded_BHWC)
+        np.testing.assert_array_equal(seen.local(seen.on_device[0]), seen.image_BHWC)
+        self.images += int(seen.valid_B.sum())
+        self.indices += seen.index_B[seen.valid_B].tolist()
+        return {"lost": (seen.image_BHWC.astype(float) - seen.decoded_BHWC).mean((1, 2, 3))}
+
+    def results(self):
+        return {"judged": self.images}
+
+
+def test_judges_see_every_image_once_and_their_figures_are_averaged():
+    images, judge = _images(), Difference()
+    report = _evaluate(PLAIN, _batches(images, 8), judges=[judge])
+    lost = (images.astype(float) - _by_hand(images, 16)[1]).mean((1, 2, 3))
+    assert report.results["lost"] == pytest.approx(lost.mean(), abs=1e-6)
+    assert report.results["lost_standard_error"] == pytest.approx(lost.std() / np.sqrt(20), abs=1e-6)
+    assert report.results["judged"] == 20 and judge.indices == list(range(20))
+    np.testing.assert_array_equal(report.codes, _by_hand(images, 16)[0])
+
+
+def test_codes_and_labels_of_the_valid_images_come_in_order():
+    images = _images(20)
+    batches = [b | {"label": np.where(b["valid"], b["index"] % 3, -1)} for b in _batches(images, 8)]
+    put = lambda batch: {k: jnp.asarray(v) for k, v in batch.items()}  # noqa: E731
+    codes, labels = reconstruction.codes_of(PLAIN, PARAMS, {}, batches, put=put)
+    np.testing.assert_array_equal(codes, _by_hand(images, 16)[0])
+    assert labels.tolist() == [i % 3 for i in range(20)]
+    report = _evaluate(PLAIN, batches)
+    np.testing.assert_array_equal(report.labels, labels)
+    assert set(_evaluate(PLAIN, _batches(images, 8)).labels) == {-1}
+
+
+def test_small_images_have_no_ssim_rather_than_an_empty_one():
+    class Small(BlockMeans):
+        def decode(self, *args, **kwargs):
+            return super().decode(*args, **kwargs)[:, :8, :8]
+
+        def encode(self, params, extra, images_BHWC):
+            return super().encode(params, extra, jnp.repeat(jnp.repeat(images_BHWC, 2, 1), 2, 2))
+
+    results = _evaluate(Small(), _batches(_images()[:, :8, :8], 8)).results
+    assert not [name for name, value in results.items() if name.startswith("ssim") or value is None]
 
 
 def test_no_pictures_can_be_asked_for():
@@ -278,6 +329,8 @@ import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))  # before anything makes an array
 import tests.evaluation.test_reconstruction as t
 from ddt_jax import mesh, settings
+from ddt_jax.evaluation import frechet, gather
+from ddt_jax.evaluation.frechet import Moments
 
 devices = mesh.make_mesh(settings.Mesh())
 half = slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
@@ -285,6 +338,19 @@ batches = [{k: v[half] for k, v in b.items()} for b in t._batches(t._images(20),
 with jax.set_mesh(devices):
     put, verifier = lambda b: mesh.put_batch(b, devices), lambda x, i: {"count": i % 4 == 0}
     report = t._evaluate(t.WithCommitment(), batches, put=put, verifier=verifier)
+    labelled = [b | {"label": b["index"]} for b in batches]
+    codes, labels = t.reconstruction.codes_of(t.PLAIN, t.PARAMS, {}, labelled, put=put)
+
+features = t.np.random.default_rng(0).normal(size=(7, 3))
+part = features[:5] if jax.process_index() == 0 else features[5:]
+both = gather.moments(Moments.of(part), 3)
+one = gather.moments(Moments.of(features) if jax.process_index() == 1 else None, 3)
+assert frechet.distance(both, Moments.of(features)) < 1e-12 and frechet.distance(one, both) < 1e-12
+assert one.count == both.count == 7 and gather.moments(None, 3) is None
+assert gather.agreed(jax.process_index() + 5) == 5
+order = labels.argsort()
+assert labels[order].tolist() == list(range(20))
+t.np.testing.assert_array_equal(codes[order], t._by_hand(t._images(20), 16)[0])
 print(json.dumps(report.results))
 """
 

@@ -1,0 +1,332 @@
+"""The whole evaluation of a tokenizer as its settings ask for it: one pass over the held-out images, then what their
+codes tell. What cannot be computed is left out with a line that says why.
+
+Legend: M images of the training half, N held-out images, K tokens.
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ddt_jax import mesh as meshes
+from ddt_jax import settings
+from ddt_jax.data import files
+from ddt_jax.data.base import BadRecord
+from ddt_jax.data.loader import Loader
+from ddt_jax.errors import UserError
+from ddt_jax.evaluation import autoencoding, frechet, judges, pictures, plots, probes, reconstruction, tables
+from ddt_jax.nn import inception, lpips
+from ddt_jax.tokenizers.base import ImageTokenizer
+from ddt_jax.training.progress import Progress
+
+_FINGERPRINT_RECORDS = 8  # spread over the source; of Parquet each costs a row group
+_STRIDES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Networks that judge, read from the files that the settings name; None where they name none."""
+
+    lpips: Any
+    inception: Any
+    inception_digest: str
+
+
+def read_weights(s: settings.Experiment) -> Weights:
+    """Reads them before anything long begins.
+
+    Raises:
+      UserError: if a file does not hold what it should, or the images are too small for the network.
+    """
+    e = s.evaluate
+    found = digest = None
+    if e.lpips_backbone_file:
+        least = lpips.MIN_SIZE[e.lpips_backbone]
+        if s.data.image_size < least:
+            raise UserError(
+                f"config: evaluate.lpips_backbone={e.lpips_backbone} needs images of {least} pixels or more, "
+                f"data.image_size is {s.data.image_size}; leave out evaluate.lpips_backbone_file"
+            )
+        found = lpips.load(e.lpips_backbone, e.lpips_backbone_file, e.lpips_heads_file)
+    network = None
+    if e.inception_file:
+        network = inception.load(e.inception_file)
+        digest = hashlib.sha256(epath.Path(e.inception_file).read_bytes()).hexdigest()
+    return Weights(found, network, digest or "")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+      results: JSON values.
+      report: of the pass.
+      counterfactuals: picture, uint8 [H, W, 3]; None without one.
+      probes: of `probes.probe_prefixes`; None without labels.
+      entropies: of `probes.order_entropies`; None without a training half.
+    """
+
+    results: dict[str, Any]
+    report: reconstruction.Report | autoencoding.Report
+    counterfactuals: np.ndarray | None
+    probes: dict[str, dict] | None
+    entropies: dict[str, dict] | None
+
+    def draw(self, folder) -> list:
+        """Writes the pictures and returns their paths."""
+        folder = epath.Path(folder)
+        written = []
+        if len(self.report.originals):
+            written.append(pictures.save_png(self.report.picture(), folder / "reconstructions.png"))
+        if self.counterfactuals is not None:
+            written.append(pictures.save_png(self.counterfactuals, folder / "counterfactuals.png"))
+        if "psnr_by_tokens" in self.results:
+            written.append(plots.tokens_plot(self.results["psnr_by_tokens"], folder / "psnr_by_tokens.png"))
+            written.append(plots.usage_plot(self.results, folder / "codebook_usage.png"))
+        if self.probes is not None:
+            written.append(plots.probe_plot(self.probes, self.results["probe_chance"], folder / "probes.png"))
+        if self.entropies is not None:
+            written.append(plots.entropy_plot(self.entropies, self.results["codebook_size"], folder / "entropy.png"))
+        return written
+
+    def markdown(self) -> str:
+        """Tables for a person, and what was left out."""
+        return tables.evaluation(self.results)
+
+
+def evaluate(
+    model,
+    params,
+    extra,
+    s: settings.Experiment,
+    *,
+    mesh,
+    held_out: Loader,
+    known: Callable[[], Loader],
+    weights: Weights,
+    progress: Progress,
+) -> Evaluation:
+    """Runs all of it.
+
+    Args:
+      params, extra: what is evaluated; the weight average, as a rule.
+      mesh: where they lie; its devices share each batch.
+      held_out: loader of data.eval_source.
+      known: opens that of data.source, for what is learned from codes.
+      weights: of `read_weights`.
+      progress: counts the images of this process.
+
+    Raises:
+      UserError: if the batch does not divide over the mesh, or the data or a folder cannot be used.
+    """
+    e = s.evaluate
+    meshes.check_batch(e.batch_size, mesh, "evaluate.batch_size")
+    left_out: list[str] = []
+    watching, swapping = _judges(model, params, extra, s, mesh, held_out.source, weights, left_out)
+    # The pass asks for the second batch when it is done with the first, which is when all is compiled.
+    compiling = progress.phase("compiling")
+    options = {"mesh": mesh, "judges": watching, "progress": progress.update, "first_batch": compiling}
+    report = reconstruct(model, params, extra, s, held_out, **options)
+    results, probed, entropies = dict(report.results), None, None
+    if not isinstance(model, ImageTokenizer):
+        return Evaluation(results | {"left_out": left_out}, report, None, None, None)
+    half = _known_codes(model, params, extra, s, mesh, known, held_out.source, progress, left_out)
+    if half is not None:
+        codes_MK, labels_M = half
+        order_K = _reading_order(model)
+        codes_MK, codes_NK = codes_MK[:, order_K], report.codes[:, order_K]
+        with progress.phase("comparing orders"):
+            strides = [stride for stride in _STRIDES if stride <= model.num_tokens]
+            entropies = probes.order_entropies(codes_MK, codes_NK, model.codebook_size, strides)
+        results["entropy_by_stride"] = {stride: found["mean"] for stride, found in entropies.items()}
+        results["entropy_uniform"] = math.log(model.codebook_size)
+        results["entropy_by_place"] = {stride: found["by_place"] for stride, found in entropies.items()}
+        labelled_M, labelled_N = labels_M >= 0, report.labels >= 0
+        if reason := _no_probe(labels_M[labelled_M], report.labels[labelled_N]):
+            left_out.append(f"probes: {reason}")
+        else:
+            with progress.phase("probing"):
+                vectors_Vd = _code_vectors(model, extra, mesh)
+                train = vectors_Vd[codes_MK[labelled_M]], labels_M[labelled_M]
+                test = vectors_Vd[codes_NK[labelled_N]], report.labels[labelled_N]
+                probed = probes.probe_prefixes(*train, *test, e.visible)
+            results |= _probe_results(probed, train[1], test[1])
+    picture = swapping.picture() if swapping else None
+    if swapping and picture is None:
+        left_out.append("counterfactuals: the first batch holds less than two images")
+    return Evaluation(results | {"left_out": left_out}, report, picture, probed, entropies)
+
+
+def reconstruct(
+    model,
+    params,
+    extra,
+    s: settings.Experiment,
+    loader: Loader,
+    *,
+    mesh,
+    judges=(),
+    progress=None,
+    first_batch=contextlib.nullcontext(),  # noqa: B008  it holds no state
+) -> reconstruction.Report | autoencoding.Report:
+    """The pass over the held-out images alone. Arguments as in `evaluate` and `reconstruction.evaluate_reconstruction`.
+
+    Args:
+      first_batch: context in which the first batch is judged.
+    """
+    e = s.evaluate
+
+    def batches():
+        made = loader.eval_batches(e.images, e.batch_size)
+        with first_batch:
+            yield next(made)
+        yield from made
+
+    how = {"put": lambda batch: meshes.put_batch(batch, mesh), "judges": judges, "progress": progress}
+    with jax.set_mesh(mesh):
+        if not isinstance(model, ImageTokenizer):
+            return autoencoding.evaluate_autoencoder(model, params, batches(), e, **how)
+        verifier = _verifier(loader.source) if e.verifier else None
+        return reconstruction.evaluate_reconstruction(model, params, extra, batches(), e, verifier=verifier, **how)
+
+
+def _verifier(source):
+    from ddt_jax.data.scenes import ScenesSource
+
+    if not isinstance(source, ScenesSource):
+        raise UserError(
+            f"config: evaluate.verifier reads scenes, data.eval_source is {source.name}; set evaluate.verifier=False"
+        )
+    from ddt_jax.data.scenes_verifier import score
+
+    return lambda images, indices: score(images, [source.scene(int(i)) for i in indices])
+
+
+def _judges(model, params, extra, s, mesh, source, weights, left_out):
+    """(all judges, the one that swaps tokens or None)."""
+    e, found = s.evaluate, []
+    if weights.lpips is not None:
+        found.append(judges.LPIPS(weights.lpips, e.lpips_backbone, mesh))
+    else:
+        left_out.append("LPIPS: set evaluate.lpips_backbone_file and evaluate.lpips_heads_file")
+    if weights.inception is not None:
+        folder, key = files.cache_folder(s.data.cache_dir) / "fid", _originals_key(s, source, weights)
+        keep = functools.partial(frechet.keep, folder, key)
+        found.append(judges.RFID(weights.inception, mesh, frechet.read(folder, key), keep))
+    else:
+        left_out.append("rFID: set evaluate.inception_file")
+    if e.save_images:
+        found.append(judges.SavedImages(e.save_images))
+    if not isinstance(model, ImageTokenizer):
+        return found, None
+    if not e.counterfactuals:
+        left_out.append("counterfactuals: evaluate.counterfactuals is 0")
+        return found, None
+    run = reconstruction.programs(model)
+
+    def decode(codes_BK, index_B):
+        batch = meshes.put_batch({"codes": codes_BK, "index": index_B}, mesh)
+        k = np.int32(model.num_tokens)
+        return run.decode(params, extra, batch["codes"], batch["index"], np.uint32(e.seed), k)
+
+    swapping = judges.Counterfactuals(decode, _reading_order(model), e.counterfactuals)
+    return [*found, swapping], swapping
+
+
+def _originals_key(s: settings.Experiment, source, weights: Weights) -> dict:
+    """All on which Inception's features of the originals depend; of a source its name, length and a few records."""
+    n, records = min(s.evaluate.images, len(source)), hashlib.sha256()
+    for index in np.linspace(0, len(source) - 1, min(_FINGERPRINT_RECORDS, len(source))).astype(int):
+        with contextlib.suppress(BadRecord):
+            image = source[int(index)]["image"]
+            records.update(image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes())
+    names = ("image_size", "crop", "background", "min_image_size", "max_pixels")
+    return {
+        "source": source.name,
+        "length": len(source),
+        "records": records.hexdigest(),
+        "images": n,
+        "seed": s.seed if n < len(source) else 0,  # which images they are, where they are not all
+        "data": {name: getattr(s.data, name) for name in names},
+        "weights": weights.inception_digest,
+    }
+
+
+def _known_codes(model, params, extra, s, mesh, known, source, progress, left_out):
+    """(codes, labels) of the training half; None where there is none, and why goes to `left_out`."""
+    e = s.evaluate
+    if not e.probe_images:
+        left_out.append("probes and entropies: evaluate.probe_images is 0")
+        return None
+    if s.data.source == s.data.eval_source:
+        left_out.append("probes and entropies: data.source and data.eval_source are the same images")
+        return None
+    try:
+        loader = known()
+    except UserError as error:  # a run may be evaluated where its training data are not
+        left_out.append(f"probes and entropies: {error}")
+        return None
+    if getattr(loader.source, "arrays", None):
+        left_out.append(f"probes and entropies: {loader.source.name} holds no pictures")
+        return None
+    with jax.set_mesh(mesh), progress.phase("encoding images of data.source") as detail:
+        codes, labels = reconstruction.codes_of(
+            model,
+            params,
+            extra,
+            loader.eval_batches(e.probe_images, e.batch_size),
+            put=lambda batch: meshes.put_batch(batch, mesh),
+            progress=lambda seen: detail(f"{seen:,}"),
+        )
+    names = loader.source.label_names, source.label_names
+    if None not in names and names[0] != names[1]:
+        labels = np.full_like(labels, -1)  # the same numbers mean other classes
+    return codes, labels
+
+
+def _reading_order(model) -> np.ndarray:
+    """Positions of the tokens from the coarsest to the finest; their own order where none is coarser."""
+    order_K = np.arange(model.num_tokens)
+    return order_K[::-1] if model.token_order == "fine_to_coarse" else order_K
+
+
+def _no_probe(train_M, test_N) -> str:
+    """Why classes cannot be learned from these labels, or nothing."""
+    if not len(train_M) or not len(test_N):
+        return "data.source and data.eval_source have no labels of the same classes"
+    if len(set(train_M)) < 2:
+        return "the images of data.source are all of one class"
+    return ""
+
+
+def _code_vectors(model, extra, mesh) -> np.ndarray:
+    """[V, d]."""
+    codes_1V = np.arange(model.codebook_size, dtype=np.int32)[None]
+    with jax.set_mesh(mesh):
+        return np.asarray(jax.jit(model.code_vectors, out_shardings=meshes.replicated(mesh))(extra, codes_1V))[0]
+
+
+def _probe_results(probed, train_M, test_N) -> dict[str, Any]:
+    results = {
+        "probe_images": len(train_M),
+        "probe_test_images": len(test_N),
+        "probe_chance": float(np.bincount(test_N).max() / len(test_N)),  # of who always says the commonest class
+    }
+    for kind in ("linear", "knn"):
+        by_tokens = {k: found[kind] for k, found in probed.items()}
+        last = list(by_tokens.values())[-1]
+        results |= {
+            f"probe_{kind}": last["accuracy"],
+            f"probe_{kind}_interval": last["interval"],
+            f"probe_{kind}_by_tokens": {k: found["accuracy"] for k, found in by_tokens.items()},
+        }
+    return results

@@ -1,0 +1,147 @@
+"""The verbs that judge runs: evaluate, reconstruct, compare. They bring a run's state to what evaluates it."""
+
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ddt_jax import experiment
+from ddt_jax.data import images
+from ddt_jax.data.base import BadRecord
+from ddt_jax.errors import UserError
+from ddt_jax.evaluation import autoencoding, pictures, plots, reconstruction, suite, tables
+from ddt_jax.io import atomic
+from ddt_jax.tokenizers.base import ImageTokenizer
+from ddt_jax.training.progress import Progress
+
+
+def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
+    """Evaluates the newest checkpoint on the held-out source, on all devices of all processes.
+
+    Process 0 writes results.json, results.md and pictures to the workdir.
+
+    Returns:
+      "results", "table" (Markdown) and "written".
+
+    Raises:
+      UserError: as `experiment.restore`, or if weights, a source or a folder cannot be used.
+    """
+    begun = time.perf_counter()
+    judges = suite.read_weights(experiment.saved_settings(workdir, overrides))
+    built, state = experiment.restore(workdir, overrides, jax.devices())
+    s, root, first = built.settings, epath.Path(workdir), jax.process_index() == 0
+    held_out = experiment.open_loader(s, s.data.eval_source)
+    share = -(-min(s.evaluate.images, len(held_out.source)) // jax.process_count())
+    stream = sys.stderr if first else None
+    with Progress(share, batch_size=jax.process_count(), stream=stream, unit="image") as progress:
+        found = suite.evaluate(
+            built.model,
+            experiment.weights(state),
+            state.extra,
+            s,
+            mesh=built.mesh,
+            held_out=held_out,
+            known=lambda: experiment.open_loader(s, s.data.source),
+            weights=judges,
+            progress=progress,
+        )
+    results = {"step": int(state.step), "eval_source": s.data.eval_source, **found.results, **experiment.timing(root)}
+    results["evaluate_seconds"] = round(time.perf_counter() - begun, 2)
+    written = []
+    if first:
+        written.append(atomic.write_text(root / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n"))
+        written.append(atomic.write_text(root / "results.md", found.markdown()))
+        written += found.draw(root)
+        if (root / "metrics.jsonl").exists():
+            written.append(plots.loss_curve(root / "metrics.jsonl", root / "loss.png"))
+    return {"results": results, "table": found.markdown(), "written": [str(p) for p in written]}
+
+
+def reconstruct(
+    workdir: str, files: list[str], out: str | None = None, overrides: tuple[tuple[str, str], ...] = ()
+) -> dict:
+    """Encodes image files and decodes them, from growing numbers of tokens where there are tokens.
+
+    Returns:
+      "codes" per file, none of an autoencoder, and "written", the picture.
+
+    Raises:
+      UserError: for a file that is missing or no image.
+    """
+    built, state = experiment.restore(workdir, overrides)
+    s, params = built.settings, experiment.weights(state)
+    found = []
+    for file in files:
+        path = epath.Path(file)
+        if not path.is_file():
+            raise UserError(f"reconstruct: {file} does not exist")
+        try:
+            found.append(images.prepare(path.read_bytes(), s.data))
+        except BadRecord as error:
+            raise UserError(f"reconstruct: {file} cannot be read: {error}") from error
+    originals = np.stack(found)
+    with jax.set_mesh(built.mesh):
+        if isinstance(built.model, ImageTokenizer):
+            how = (built.model, params, state.extra, originals, s.evaluate)
+            codes, decoded = reconstruction.reconstruct_prefixes(*how)
+        else:
+            codes, decoded = (), {"latent": autoencoding.reconstruct(built.model, params, originals)}
+    out = out or str(epath.Path(workdir) / "reconstruct.png")
+    pictures.save_png(pictures.reconstruction_grid(originals, decoded), out)
+    return {"codes": {f: c.tolist() for f, c in zip(files, codes, strict=False)}, "written": out}
+
+
+def compare(workdirs: list[str], out: str) -> dict:
+    """Puts the results of evaluated runs side by side.
+
+    Args:
+      out: where the PNG of PSNR by tokens goes.
+    Returns:
+      "runs": name → results, "table" (Markdown, with a line for each reason not to compare figures), "written".
+
+    Raises:
+      UserError: for a workdir that has not been evaluated, or one given twice.
+    """
+    runs: dict[str, dict[str, Any]] = {}
+    for workdir, name in zip(workdirs, _short_names(workdirs), strict=True):
+        path = epath.Path(workdir) / "results.json"
+        if not path.exists():
+            raise UserError(f"compare: {workdir} has no results.json; run `ddt-jax evaluate --workdir {workdir}`")
+        try:
+            runs[name] = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"compare: {path} is no JSON ({error}); evaluate that run again") from error
+        if "psnr_by_tokens" not in runs[name]:
+            raise UserError(f"compare: the model of {workdir} has no tokens; name runs of tokenizers only")
+    notes = _differences(runs)
+    table = tables.side_by_side(runs) + "".join(f"\n{note}" for note in notes) + ("\n" if notes else "")
+    return {"runs": runs, "table": table, "written": str(plots.comparison_plot(runs, out))}
+
+
+def _short_names(workdirs) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [[p for p in str(w).rstrip("/").split("/") if p not in ("", ".")] for w in workdirs]
+    longest = max(map(len, parts))
+    for length in range(1, longest + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(w for w in workdirs if list(workdirs).count(w) > 1)
+    raise UserError(f"compare: {twice} is named twice")
+
+
+def _differences(runs) -> list[str]:
+    """Why figures should not be held against each other."""
+    found = []
+    if len({results.get("eval_source") for results in runs.values()}) > 1:
+        sources = ", ".join(f"{name} {results.get('eval_source')}" for name, results in runs.items())
+        found.append(f"Not the same held-out images: {sources}.")
+    counts = {name: results["rfid_images"] for name, results in runs.items() if "rfid_images" in results}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {n:,}" for name, n in counts.items())
+        found.append(f"rFID falls with the number of images, which differs: {listed}.")
+    return found
