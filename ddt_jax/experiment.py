@@ -117,9 +117,14 @@ def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Bui
 
 def abstract_batch(built: Built) -> dict:
     """A batch of the train step as ShapeDtypeStructs, for ahead-of-time compilation."""
-    n, size = built.settings.train.batch_size, built.settings.data.image_size
+    n, data = built.settings.train.batch_size, built.settings.data
     sharding = meshes.batch_sharding(built.mesh)
-    shapes = {"image": ((n, size, size, 3), jnp.uint8), "slot": ((n,), jnp.int32), STOP: ((n,), jnp.int32)}
+    shapes = {"slot": ((n,), jnp.int32), STOP: ((n,), jnp.int32)}
+    if data.source.startswith("latents:"):
+        shape, dtype = latents.layout(built.model.codec, data.image_size)
+        shapes |= dict.fromkeys(("latent_mean", "latent_logvar"), ((n, *shape), jnp.dtype(dtype)))
+    else:
+        shapes["image"] = (n, data.image_size, data.image_size, 3), jnp.uint8
     return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, (shape, dtype) in shapes.items()}
 
 

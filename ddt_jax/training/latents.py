@@ -49,8 +49,15 @@ def identity(model, data: settings.Data, params=None) -> dict:
     return found | {"model.codec.dtype": codec.dtype}
 
 
+def layout(codec: VAECodec, image_size: int) -> tuple[tuple[int, int, int], str]:
+    """Shape of a latent and the name of the type it is kept in."""
+    size = image_size // codec.downsampling
+    # The codec's last layer rounds to this type before its outputs are widened, so nothing is lost.
+    return (size, size, codec.channels), codec.dtype
+
+
 def check(source, model, data: settings.Data, params: Callable) -> None:
-    """Raises UserError if the source holds latents that this model's codec would not make of such images.
+    """Raises UserError if the source holds latents, and the model learns from images or its codec makes others of them.
 
     Args:
       source: any; one of images passes.
@@ -58,6 +65,10 @@ def check(source, model, data: settings.Data, params: Callable) -> None:
     """
     if isinstance(source, latents.LatentsSource):
         identity(model, data)  # refuses before weights are read
+        if model.image_loss:
+            raise UserError(
+                f"config: a renderer learns from images, and data.source={source.name} has none; name theirs"
+            )
         if model.image_loss:
             raise UserError(f"config: its loss compares images, and {source.name} has none; set data.source to images")
         folder = source.name.partition(":")[2]
@@ -87,7 +98,7 @@ def write(
       UserError: if the folder holds other latents or cannot be written, or as the loader.
     """
     loader = Loader(source, data, batch_size=1, seed=0, shuffle=False, keep_captions=True)
-    codec, count, size = model.codec, len(source), data.image_size // model.codec.downsampling
+    codec, count, (shape, dtype) = model.codec, len(source), layout(model.codec, data.image_size)
     made = identity(model, data, params)
     starts = range(0, count, per_shard)
     index = {
@@ -95,8 +106,8 @@ def write(
         "images": count,
         "per_shard": per_shard,
         "shards": len(starts),
-        "shape": [size, size, codec.channels],
-        "dtype": codec.dtype,  # the last layer's outputs are rounded to it before they are widened: nothing is lost
+        "shape": shape,
+        "dtype": dtype,
         "label_names": source.label_names,
         "identity": made,
         "counts": _counts_before(folder, source, per_shard, made),

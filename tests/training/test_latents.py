@@ -37,6 +37,10 @@ MODEL = settings.DDTTokenizer(
 )
 
 
+PIXELS = settings.ImageLoss(lpips_weight=0, lpips_weight_late=0, adversarial_weight_late=0)
+RENDERER = replace(MODEL, decoder=settings.Renderer(), image_loss=PIXELS)
+
+
 def write_images(path, bad=()):
     rng = np.random.default_rng(0)
     records = []
@@ -121,6 +125,10 @@ def test_what_is_stored_is_all_there_is(dtype, quant_conv):
 def test_a_run_trains_on_latents_and_goes_on(kept, tmp_path, capfd):
     s, folder, _ = kept
     s = on_latents(s, folder)
+    expected = jax.tree.map(lambda x: (x.shape, x.dtype), experiment.abstract_batch(experiment.build(s)))
+    batch = Loader(open_source(s.data.source), s.data, batch_size=8, seed=0).batch_at(0)
+    del expected["stop"]
+    assert expected == {name: (batch[name].shape, batch[name].dtype) for name in expected}
     assert experiment.train(s, str(tmp_path / "run"))["finished"]
     assert f"{N} images from latents:{folder}" in capfd.readouterr().err
 
@@ -176,6 +184,7 @@ def test_latents_of_another_codec_or_preprocessing_are_refused(kept, tmp_path):
         (replace(s, data=replace(s.data, flip=True)), "data.flip=False and data.crop=center"),
         (replace(s, data=replace(s.data, crop="random")), "data.flip=False and data.crop=center"),
         (replace(s, model=replace(MODEL, codec=settings.IdentityCodec())), "model.codec has no latents"),
+        (replace(s, model=RENDERER), "a renderer learns from images, and data.source=latents:.* has none"),
     ):
         with pytest.raises(UserError, match=message) as error:
             experiment.train(wrong, str(tmp_path / "run"))
