@@ -14,6 +14,7 @@ from ddt_jax.data.loader import EXAMPLES_KEPT
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation.reconstruction import programs
 from ddt_jax.multimodal.records import text_lengths
+from ddt_jax.tokenizers.base import ImageTokenizer
 from ddt_jax.tokenizers.text import open_text_tokenizer
 from ddt_jax.training.fingerprint import fingerprint
 from ddt_jax.training.progress import Progress
@@ -55,13 +56,15 @@ def tokenize(
     lengths_of = open_text_tokenizer(text) if text else None
     built, state = experiment.restore(workdir, overrides)
     s, model = built.settings, built.model
+    if not isinstance(model, ImageTokenizer):
+        raise UserError(f"tokenize: {workdir} is a run of kind {s.model.kind}, which makes no codes; train a tokenizer")
     spec = source or s.data.source
     images = open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir)
     written = _written_order(model, order)
     reversed_ = written != model.token_order
     weights = experiment.weights(state)
     plan = Plan(
-        tokenizer=fingerprint(s, weights, state.extra, written),
+        tokenizer=fingerprint(s, model, weights, state.extra, written),
         num_tokens=model.num_tokens,
         codebook_size=model.codebook_size,
         image_size=s.data.image_size,
@@ -110,7 +113,8 @@ def tokenize(
 def check_codes(codes: CodesSource, workdir: str) -> None:
     """Raises UserError unless the codes were made by the tokenizer of a run, by its newest checkpoint."""
     built, state = experiment.restore(workdir)
-    codes.check_made_by(fingerprint(built.settings, experiment.weights(state), state.extra, codes.plan.order))
+    s = built.settings
+    codes.check_made_by(fingerprint(s, built.model, experiment.weights(state), state.extra, codes.plan.order))
 
 
 def _check_arguments(order, records, shard_records, part):

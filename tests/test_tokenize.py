@@ -1,6 +1,7 @@
 """Codes of a trained tokenizer, made by the command line as a user would."""
 
 import json
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -161,6 +162,13 @@ def test_training_refuses_codes_of_another_tokenizer(workdir, made, tmp_path):
         UserError, match="made by tokenizer .*, the run's tokenizer is .*; run `ddt-jax tokenize` again"
     ):
         tokenize.check_codes(codes, str(tmp_path))
+
+
+def test_an_autoencoder_makes_no_codes(monkeypatch, tmp_path):
+    built = types.SimpleNamespace(settings=settings.Experiment(model=settings.VAE()), model=object())
+    monkeypatch.setattr(experiment, "restore", lambda *arguments: (built, None))
+    with pytest.raises(UserError, match="a run of kind vae, which makes no codes"):
+        tokenize.tokenize("run", str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,38 @@
-"""Which tokenizer made a set of codes: a digest that differs whenever codes would mean something else."""
+"""Which tokenizer made a set of codes: a digest that differs whenever an image could get other codes, or they would
+stand in another order. A decoder that is trained further, or anew, for codes that stand does not change it.
+"""
 
 import hashlib
 import json
 
+import jax
+
 from ddt_jax import config, settings
 from ddt_jax.training import checkpoint
 
-_HOW_IT_RUNS = ("scan_layers", "remat")  # settings of a model that change neither codes nor images
-_WHERE_IT_IS = "weights"  # of a codec: its arrays are part of the digest
 
-
-def fingerprint(s: settings.Experiment, params, extra, order: str) -> str:
-    """SHA-256 of a tokenizer: its arrays, codebook and codec among them, settings, image size, and the order of codes.
+def fingerprint(s: settings.Experiment, model, params, extra, order: str) -> str:
+    """SHA-256 of what makes codes.
 
     Args:
+      model: the tokenizer, which names the parts of its state that codes come from.
       params, extra: arrays of any sharding.
       order: in which codes are written ("coarse_to_fine", "fine_to_coarse", "none").
     """
-    model = {name: value for name, value in config.dump(s.model).items() if name not in _HOW_IT_RUNS}
-    if isinstance(model.get("codec"), dict):
-        model["codec"] = {name: value for name, value in model["codec"].items() if name != _WHERE_IT_IS}
-    arrays = checkpoint.digest({"params": params, "extra": extra})
-    parts = {"model": model, "image_size": s.data.image_size, "order": order, "arrays": arrays}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    leaves = jax.tree_util.tree_leaves_with_path({"params": params, "extra": extra})
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if model.code_parts:
+        parts = tuple(f"{part}/" for part in model.code_parts)
+        named = {name: leaf for name, leaf in named.items() if f"{name}/".startswith(parts)}
+    decisive = {k: v for k, v in _flat(config.dump(s)) if k.startswith((*config.CODES, "model.dtype"))}
+    what = {"settings": decisive, "order": order, "arrays": checkpoint.digest(named)}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _flat(tree, prefix=""):
+    """(dotted name, value) of all settings in a tree."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
