@@ -1,9 +1,9 @@
 """The convolutional autoencoder under latent tokenizers, from scratch: L1, LPIPS, a discriminator and a little KL.
 
-The default is SD3's network at 256 px on ImageNet as Parquet files in the data folder, for 8 accelerators with 40 GB or
-more; `--config.data.source=parquet:...` and `data.eval_source` for other places. LPIPS takes its weights from
+The default is SD3's network at 256 px on ImageNet as Parquet files in the data folder, meant for 8 accelerators;
+`--config.data.source=parquet:...` and `data.eval_source` for other places. LPIPS takes its weights from
 `--config.model.image_loss.lpips_backbone_file=vgg16.pth` and `--config.model.image_loss.lpips_heads_file=vgg.pth`.
-It has never been trained to its end here, so no figure is given.
+It has never been trained here, so no figure is given.
 
 `vae.py:small` learns 32 px scenes on 2 CPU cores, without LPIPS.
 """

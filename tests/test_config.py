@@ -85,6 +85,13 @@ def test_wrong_values_are_named(config_file, key, value, message):
     fails(message, [(key, value)], config_file)
 
 
+def test_an_autoencoder_has_no_codes_to_verify():
+    tree = config.dump(settings.Experiment(model=settings.VAE(), evaluate=settings.Evaluate(verifier=True)))
+    fails("model.kind='vae' is none; set evaluate.verifier=False", tree)
+    tree["evaluate"]["verifier"] = False
+    assert config.from_dict(tree).model == settings.VAE()
+
+
 def test_missing_and_failing_files_are_user_errors(tmp_path):
     fails("does not exist", [], str(tmp_path / "none.py"))
     bad = tmp_path / "bad.py"
