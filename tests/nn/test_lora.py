@@ -31,6 +31,7 @@ def trained(c):
     return lora.join(jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), updates), others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_updates_change_nothing_at_first_and_merge_into_kernels(scan):
     c, plain = replace(C, scan_layers=scan), replace(PLAIN, scan_layers=scan)

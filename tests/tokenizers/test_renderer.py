@@ -101,6 +101,7 @@ def test_a_prefix_hides_all_but_the_coarsest_tokens(renderer):
     assert np.abs(decode(others, shown) - image)[1::2].max(axis=(1, 2, 3)).min() > 1e-4
 
 
+@pytest.mark.slow
 def test_codes_stand_and_all_of_the_decoder_learns(renderer):
     tokenizer, params, extra = renderer
     assert set(tokenizer.loss_weights) == {"pixel"} and tokenizer.cross_example_terms == ()
@@ -154,6 +155,7 @@ def by_hand(tokenizer, params, extra, codes):
     return tokenizer.codec.decode(extra.get("codec"), latents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["pixels", "latents"])
 def test_the_loss_is_in_pixels_and_of_the_codes_that_encode_gives(space):
     tokenizer, params, extra = build(RENDERER) if space == "pixels" else latent()

@@ -210,6 +210,7 @@ def test_the_first_generation_has_its_published_sizes():
     np.testing.assert_array_equal(seen, np.arange(480, 0, -10))
 
 
+@pytest.mark.slow
 def test_without_a_published_schedule_a_model_loads_and_encodes_and_only_a_renderer_decodes():
     assert load("ddt_selftok_1024.py").model.schedule.kind == "unpublished"
     unknown = replace(TINY, schedule=replace(TINY.schedule, kind="unpublished"))
@@ -251,14 +252,18 @@ def test_codes_of_the_first_batch_are_as_few_as_tokens_as_released_or_are_waited
     tokenizer = base.make_tokenizer(form, 8, B)
 
     @jax.jit
-    def first_step():
+    def start():
         params, extra = tokenizer.init(jax.random.key(0))
-        params = declared.split(params)[0]
+        return declared.split(params)[0], extra
+
+    @jax.jit
+    def first_step(params, extra):
         image = jax.random.uniform(jax.random.key(1), (B, 8, 8, 3), minval=-1)
         stats = tokenizer.loss_fn(params, extra, {"image": image, "slot": jnp.arange(B)}, jax.random.key(2))[2]
-        return extra, tokenizer.update_extra(extra, stats, jax.random.key(2))
+        return tokenizer.update_extra(extra, stats, jax.random.key(2))
 
-    before, after = (jax.tree.map(np.asarray, extra["codebook"]) for extra in first_step())
+    params, extra = start()
+    before, after = (jax.tree.map(np.asarray, x["codebook"]) for x in (extra, first_step(params, extra)))
     if init == "when_varied":
         np.testing.assert_array_equal(before["codes"], after["codes"])
         assert not after["initialized"]

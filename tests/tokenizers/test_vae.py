@@ -73,6 +73,7 @@ def test_terms_are_of_a_draw_keyed_by_example(made):
     np.testing.assert_allclose(loss(params, extra, turned, key)[0]["pixel"], sums["pixel"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_give_the_same_gradient(made):
     vae, params, _, extra = made
     again = VAE(replace(CONFIG, remat=True), 8, 4)

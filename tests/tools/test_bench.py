@@ -16,6 +16,7 @@ def bench(monkeypatch):
     return importlib.import_module("bench")
 
 
+@pytest.mark.slow
 def test_decoding_is_held_against_one_pass_of_the_same_batch(bench, capsys):
     arguments = ["decode", "--images", "8", "--steps", "3", "--repeats", "2", "--config"]
     assert bench.main([*arguments, str(ROOT / "configs" / "smoke.py"), "--config.model.width=16"]) == 0

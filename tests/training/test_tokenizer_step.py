@@ -148,6 +148,7 @@ def test_micro_batches_of_adversaries_add_up_to_the_whole(judged):
     same_judged_curve(make(VAE, settings.Mesh(fsdp=2, data=4), accumulate=2), judged)
 
 
+@pytest.mark.slow
 def test_weights_of_the_loss_and_the_discriminator_follow_the_step():
     built = make(VAE, devices=jax.devices()[:1])
     with jax.set_mesh(built.mesh):

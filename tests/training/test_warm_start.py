@@ -58,6 +58,7 @@ def test_it_begins_with_the_average_and_the_codebook_and_nothing_else(first):
     assert "at step 6, its average" in said and "params/down (1)" in said and "extra/codebook (5)" in said
 
 
+@pytest.mark.slow
 def test_without_an_average_it_takes_the_parameters(first, tmp_path):
     s = replace(FIRST, train=replace(FIRST.train, ema=0.0, steps=1))
     experiment.train(s, str(tmp_path))
@@ -66,6 +67,7 @@ def test_without_an_average_it_takes_the_parameters(first, tmp_path):
     assert equal(state.params, theirs.params) and equal(state.ema, theirs.params) and "its parameters" in said
 
 
+@pytest.mark.slow
 def test_it_happens_at_the_start_and_never_again(first, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(first, moved)
@@ -98,6 +100,7 @@ def test_where_there_is_no_run_or_one_of_other_sizes_nothing_is_written(first, t
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_decoder_alone_needs_a_run_with_its_codes(tmp_path):
     """Each found from settings and shapes alone: the first stage has a config and a checkpoint that nobody reads."""
     theirs = replace(FIRST, model=DDT)
