@@ -35,7 +35,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = "skip-causal in packed documents"
+
+
+@pytest.mark.parametrize("name", [QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != QUICK)])
 def test_equals_dense_forwards_and_backwards(name):
     rng = np.random.default_rng(0)
     qkv = tuple(rng.normal(size=(B, heads, S, E)).astype(np.float32) for heads in (H, G, G))
