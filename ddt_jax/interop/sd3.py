@@ -8,7 +8,6 @@ diffusers keeps scale before shift where a norm is followed by a linear map alon
 last block, and for the text of the last block); the original and we have shift before scale.
 """
 
-import json
 import re
 from collections.abc import Iterable
 
@@ -18,12 +17,12 @@ from etils import epath
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.interop import names, selftok
-from ddt_jax.io import safetensors_file
+from ddt_jax.io import safetensors_file, weights_folder
 
 _PREFIX = "model.diffusion_model."  # of the transformer in the original file, beside autoencoder and text encoders
 _OURS = "model."  # of the decoder in Selftok's files
 _UNUSED = "y_embedder."  # held by Selftok's files and never used: what agrees is taken, as in the released code
-_FILE = "diffusion_pytorch_model.safetensors"
+_STEM = "diffusion_pytorch_model"  # of the names of diffusers' files
 
 # diffusers → original, a name without its last part.
 _RULES = (
@@ -64,9 +63,12 @@ def read(path) -> tuple[dict[str, np.ndarray], list[str]]:
     Raises:
       UserError: if it cannot be read or holds no such transformer.
     """
-    arrays: dict[str, np.ndarray] = {}
-    for file in _files(epath.Path(path)):
-        arrays |= safetensors_file.load(file)
+    path = epath.Path(path)
+    if path.is_dir():
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        arrays = {name: np.asarray(x) for name, x in weights_folder.load(folder, _STEM).items()}
+    else:
+        arrays = safetensors_file.load(path)
     if any(name.startswith("transformer_blocks.") for name in arrays):
         return from_diffusers(arrays), []
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in arrays) else ""
@@ -170,16 +172,3 @@ def report(chosen: Iterable[str], left: dict[str, str], others: list[str], tenso
             f"not from the file, {len(fresh):,} tensors: {', '.join(names.folded(fresh))}",
         ]
     )
-
-
-def _files(path) -> list:
-    if not path.is_dir():
-        return [path]
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    index = folder / f"{_FILE}.index.json"
-    if not index.exists():
-        return [folder / _FILE]
-    try:
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"sd3: {index} cannot be read: {error}") from error
