@@ -276,6 +276,7 @@ def test_mistakes_of_a_pytorch_user_are_named(oracle, tmp_path):
         loaded(tmp_path / "flow")
 
 
+@pytest.mark.slow
 def test_export_writes_the_average_of_a_run(tmp_path, capsys):
     """Through the command line, from a checkpoint."""
     s = settings.Experiment(model=DDT, data=settings.Data(image_size=SIZE), train=settings.Train(batch_size=8))

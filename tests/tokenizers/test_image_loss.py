@@ -116,6 +116,7 @@ def test_settings_at_odds_are_refused(config, size, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_lpips_is_the_distance_of_frozen_weights():
     config = replace(PIXEL, lpips_weight=1.0, lpips_backbone="alexnet", lpips_backbone_file="a", lpips_heads_file="b")
     loss, _, _, blank = make(config, 32)

@@ -36,7 +36,7 @@ def test_it_stays_when_only_the_decoder_or_how_the_run_goes_changes():
     assert of() == BASE
     assert of(replace(S, name="other", seed=3, train=replace(S.train, steps=7))) == BASE
     assert of(params={"decoder": {"w": jnp.zeros(5)}}, decoder=settings.Renderer(), stage="decoder") == BASE
-    codec = settings.VAECodec(random_weights=True)
+    codec = settings.VAECodec(weights="here.safetensors")
     elsewhere = replace(codec, weights="elsewhere.safetensors")
     assert of(codec=codec, patch_size=4) == of(codec=elsewhere, patch_size=4) != of(patch_size=4)
 

@@ -91,6 +91,7 @@ def test_every_image_has_its_latent_with_what_is_known_of_it(kept):
     np.testing.assert_allclose(source[7]["latent_logvar"], logvar[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", [True, False])
 def test_the_loss_is_that_of_training_on_the_images(kept, sample):
     s, folder, _ = kept
