@@ -216,6 +216,8 @@ class DDTTokenizer(base.ImageTokenizer):
         slot_B = batch["slot"]
         images_BHWC = base.to_float(batch["image"]) if "image" in batch else None  # or latents, kept from before
         codes_key, examples_key = jax.random.split(rng)
+        # What stands has no gradient: it would count in the norm that is clipped.
+        params = {k: jax.lax.stop_gradient(v) if f"params/{k}" in self.inherited else v for k, v in params.items()}
         if self.config.stage == "joint":
             codec_keys_B = base.example_keys(jax.random.fold_in(rng, _CODEC), slot_B)
             if images_BHWC is None:
@@ -231,7 +233,7 @@ class DDTTokenizer(base.ImageTokenizer):
             stats = {"codebook": stats}
         else:
             x0_BNP = self._kept_patches(batch) if images_BHWC is None else self._patches(extra, images_BHWC)
-            codes_BK = self._codes(jax.lax.stop_gradient(params), extra, x0_BNP)  # those of `encode`, bit for bit
+            codes_BK = self._codes(params, extra, x0_BNP)  # those of `encode`, bit for bit
             codes_BKd = self.quantizer.lookup(extra["codebook"], codes_BK)
             sums, counts, stats = {}, {}, {}
         keys_B = base.example_keys(examples_key, slot_B)

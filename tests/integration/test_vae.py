@@ -25,7 +25,7 @@ def get_config():
     c.model.image_loss.discriminator.width, c.model.image_loss.discriminator.layers = 8, 2
     c.model.image_loss.discriminator.norm_groups = 4
     c.model.image_loss.late_from = 2
-    c.data.image_size = 16
+    c.data.image_size, c.data.source, c.data.eval_source = 16, "digits:train", "digits:test"
     c.optimizer.name = "adamw"
     c.train.steps, c.train.batch_size, c.train.log_every = 4, 8, 2
     c.evaluate.images, c.evaluate.batch_size, c.evaluate.pictures = 16, 8, 4
