@@ -22,7 +22,7 @@ def get_config(variant="tokenizer"):
     c.optimizer.lr = 4e-3
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
-    c.train.steps = 10_000
+    c.train.steps = 7600
     c.evaluate.verifier = True
     if variant == "renderer":
         c.model.decoder = config.defaults(settings.Renderer)
@@ -32,7 +32,7 @@ def get_config(variant="tokenizer"):
         c.model.image_loss.adversarial_weight_late = 0.0
         c.optimizer.lr = 2e-3
         c.optimizer.decay_fraction = 0.7
-        c.train.steps = 4000
+        c.train.steps = 2600
     elif variant != "tokenizer":
         raise UserError(f"config: {variant!r} is no variant of ddt_scenes; choose tokenizer or renderer")
     return c

@@ -29,6 +29,7 @@ def _words(x):
     return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)[..., None]
 
 
+@jax.jit  # once per shape: one program of all arrays of a small model took half a minute to compile
 def _array_checksum(x):
     words = _words(x)
     index = jnp.zeros(words.shape, jnp.uint32)
@@ -41,18 +42,15 @@ def _array_checksum(x):
     )
 
 
-@jax.jit
-def _checksums(leaves):
-    return [_array_checksum(x) for x in leaves]
-
-
 def checksums(tree) -> dict[str, str]:
     """One 64-bit checksum, as hex, for each array of a tree, by its path.
 
     Args:
       tree: arrays of any sharding and of a type of 1, 2, 4 or 8 bytes.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    values = jax.device_get(_checksums([leaf for _, leaf in leaves]))
-    return {name: np.asarray(v, np.uint32).tobytes().hex() for name, v in zip(names, values, strict=True)}
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        # Fetched one by one: many small programs with collectives in flight at once can wait for each other on CPUs.
+        value = np.asarray(jax.device_get(_array_checksum(leaf)), np.uint32)
+        found[jax.tree_util.keystr(path, simple=True, separator="/")] = value.tobytes().hex()
+    return found

@@ -23,9 +23,9 @@ time.sleep(0.05)
 step = max([int(p.name) for p in kept.iterdir()], default=0)
 lines = log.read_text().splitlines()[:step] if log.exists() else []
 log.write_text("".join(line + "\\n" for line in lines))
-while step < 60:
+while step < 200:
     step += 1
-    time.sleep(0.01)
+    time.sleep(0.005)
     with log.open("a") as file:
         file.write(json.dumps({"step": step}) + "\\n")
     if step % 10 == 0 and not ("FORGETS" in os.environ and workdir.name != "undisturbed"):
