@@ -38,7 +38,7 @@ def reconstruction(results: dict[str, Any]) -> str:
     lines += _single(results, _SINGLE)
     for name, value in results.items():
         if name.startswith("scenes_") and f"{name}_interval" in results:
-            lines.append(f"| {name.replace('_', ' ')} | {_share(value, results[f'{name}_interval'])} |")
+            lines.append(f"| {name.replace('_', ' ')} | {share(value, results[f'{name}_interval'])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -114,7 +114,8 @@ def _lines(lines):
     return "\n".join(lines) + "\n"
 
 
-def _share(value, interval):
+def share(value: float, interval: tuple[float, float]) -> str:
+    """A share and its interval in percent."""
     return f"{value:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
 
 

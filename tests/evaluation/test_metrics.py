@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from ddt_jax.evaluation import metrics
 
@@ -80,10 +81,15 @@ def test_ssim_refuses_images_smaller_than_its_window():
         metrics.ssim(a, a)
 
 
-def test_interval_equals_published_values():
+def test_interval_equals_published_values_and_scipy():
     # Newcombe 1998, table I, method 3 (score, without continuity correction).
     for successes, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)]:
         assert metrics.binomial_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+    for successes, n in [(0, 1), (1, 1), (3, 7), (500, 1024), (1023, 1024)]:
+        for confidence in (0.9, 0.95):
+            expected = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+            assert metrics.binomial_interval(successes, n, confidence) == pytest.approx(expected, abs=1e-9)
 
 
 @given(st.integers(0, 3000), st.integers(0, 3000))
