@@ -1,6 +1,6 @@
 # Every target makes its own environment in .venv (tools/venv.sh) and installs what it needs; nothing else is touched.
 #
-#   make quickstart      trains a small image tokenizer, evaluates it and writes pictures
+#   make quickstart      trains an image tokenizer, then a transformer on its codes, and draws captions
 #   make test            the quick tests; make test-slow: the rest
 #   make PYTHON=python3.12 VENV=.venv-3.12 test     with another Python, in another folder
 
@@ -27,10 +27,15 @@ help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 	    printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-quickstart: ## train on the built-in data, evaluate, write pictures (about 10 minutes on 2 cores)
+quickstart: ## tokenizer, codes, transformer, pictures from text (about 15 minutes on 2 cores)
 	@$(INSTALL) $(VENV) "" $(PYTHON)
-	@$(BIN)/ddt-jax train --config configs/quickstart.py --workdir $(WORKDIR)
-	@$(BIN)/ddt-jax evaluate --workdir $(WORKDIR) --json $(WORKDIR)/results.json
+	@$(BIN)/ddt-jax train --config configs/quickstart.py --workdir $(WORKDIR)/tokenizer
+	@$(BIN)/ddt-jax evaluate --workdir $(WORKDIR)/tokenizer --config.evaluate.probe_images=0
+	@$(BIN)/ddt-jax tokenize --workdir $(WORKDIR)/tokenizer --to $(WORKDIR)/codes/train --records 80000
+	@$(BIN)/ddt-jax tokenize --workdir $(WORKDIR)/tokenizer --to $(WORKDIR)/codes/heldout --source scenes:heldout \
+	    --records 2048
+	@$(BIN)/ddt-jax train --config configs/llama_scenes.py:$(WORKDIR) --workdir $(WORKDIR)/transformer
+	@$(BIN)/ddt-jax evaluate --workdir $(WORKDIR)/transformer --json $(WORKDIR)/results.json
 
 test: ## quick tests (at most 15 minutes on 2 cores)
 	@$(INSTALL) $(VENV) test $(PYTHON)

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb(
         "evaluate",
-        "evaluate the newest checkpoint on held-out images",
+        "evaluate the newest checkpoint on held-out images, or held-out sequences",
         workdir=True,
         report=True,
         processes=True,
@@ -93,6 +93,21 @@ def _parser() -> argparse.ArgumentParser:
         "images", nargs="+", metavar="IMAGE", help="image files; they are cropped and resized as in training"
     )
     p.add_argument("--out", metavar="PNG", help="where the picture goes (default: WORKDIR/reconstruct.png)")
+    p = verb(
+        "generate",
+        "draw prompts, describe pictures and change pictures with a trained transformer",
+        workdir=True,
+        report=True,
+        more="Needs the image tokenizer: sequences.tokenizer of the run, or --config.sequences.tokenizer=DIR. How "
+        "tokens are drawn: --config.evaluate.text_to_image.NAME=VALUE (guidance, temperature, top_k, top_p, min_p), "
+        "image_to_text for texts. The same seed gives the same picture: --config.evaluate.seed=N.",
+    )
+    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="draw this; can be repeated")
+    p.add_argument("--prompts", default="", metavar="FILE", help="draw these: one on a line, or a benchmark's own file")
+    p.add_argument("--caption", action="append", default=[], metavar="IMAGE", help="describe this picture")
+    p.add_argument("--edit", action="append", default=[], nargs=2, metavar=("IMAGE", "TEXT"), help="change a picture")
+    p.add_argument("--samples", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    p.add_argument("--out", default="", metavar="PNG", help="where the pictures go (default: WORKDIR/generated.png)")
     p = verb(
         "data",
         "look at a data source: how many images, what a few of them are, how fast they load",
@@ -270,6 +285,25 @@ def _tokenize(args, overrides) -> int:
     return 0
 
 
+def _generate(args, overrides) -> int:
+    from ddt_jax import speaking
+
+    result = speaking.generate(
+        args.workdir,
+        prompt=args.prompt,
+        prompts_file=args.prompts,
+        caption=args.caption,
+        edit=args.edit,
+        samples=args.samples,
+        out=args.out,
+        overrides=overrides,
+    )
+    lines = [f"{file}: {text}" for file, text in result["captions"].items()]
+    lines += [f"written: {result['written']}"] if result["written"] else []
+    _report(args, result, "\n".join(lines))
+    return 0
+
+
 def _data(args, overrides) -> int:
     from ddt_jax import config, experiment
 
@@ -343,6 +377,7 @@ _VERBS = {
     "compare": _compare,
     "reconstruct": _reconstruct,
     "tokenize": _tokenize,
+    "generate": _generate,
     "data": _data,
     "latents": _latents,
     "config": _config,

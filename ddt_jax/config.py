@@ -92,6 +92,8 @@ _FREE = (
     "data.cache_dir",
     "data.eval_source",
     "data.max_bad_fraction",
+    "sequences.eval_sources",
+    "sequences.tokenizer",
 )
 _FREE += tuple(f"train.{k}" for k in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_every"))
 _FREE += tuple(f"train.{k}" for k in ("tensorboard", "wandb", "max_bad_steps"))

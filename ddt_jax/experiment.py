@@ -9,29 +9,27 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from ddt_jax import config, settings
 from ddt_jax import mesh as meshes
-from ddt_jax.data.base import open_source
-from ddt_jax.data.loader import Loader
 from ddt_jax.errors import UserError
 from ddt_jax.interop import diffusers_vae
 from ddt_jax.io import atomic
+from ddt_jax.multimodal.model import Multimodal
 from ddt_jax.tokenizers.base import make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
-from ddt_jax.training import checkpoint, latents, loop, warm_start, writers
+from ddt_jax.training import checkpoint, corpus, latents, loop, warm_start, writers
+from ddt_jax.training import feed as feeds
 from ddt_jax.training import optimizer as optimizers
 from ddt_jax.training.progress import Progress
 from ddt_jax.training.state import TrainState, abstract_state, init_state
-from ddt_jax.training.tokenizer_step import STOP, compile_step, make_step
+from ddt_jax.training.tokenizer_step import compile_step, make_step
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Bui
     mesh = meshes.make_mesh(s.mesh, devices)
     if to_train:
         meshes.check_batch(s.train.batch_size // s.train.accumulate, mesh, "train.batch_size / train.accumulate")
-    model = make_tokenizer(s.model, s.data.image_size, s.train.batch_size)
+    model = make_model(s)
     if s.train.accumulate > 1 and model.cross_example_terms:
         raise UserError(
             f"config: train.accumulate={s.train.accumulate} would change {', '.join(model.cross_example_terms)}, "
@@ -115,16 +113,17 @@ def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Bui
     return Built(s, mesh, model, abstract, shardings, declarations, compile_step(step, shardings, mesh), fallbacks)
 
 
+def make_model(s: settings.Experiment):
+    """The model of a run, no arrays. Raises UserError if its settings do not go together."""
+    if isinstance(s.model, settings.Multimodal):
+        return Multimodal(s.model)
+    return make_tokenizer(s.model, s.data.image_size, s.train.batch_size)
+
+
 def abstract_batch(built: Built) -> dict:
     """A batch of the train step as ShapeDtypeStructs, for ahead-of-time compilation."""
-    n, data = built.settings.train.batch_size, built.settings.data
     sharding = meshes.batch_sharding(built.mesh)
-    shapes = {"slot": ((n,), jnp.int32), STOP: ((n,), jnp.int32)}
-    if data.source.startswith("latents:"):
-        shape, dtype = latents.layout(built.model.codec, data.image_size)
-        shapes |= dict.fromkeys(("latent_mean", "latent_logvar"), ((n, *shape), jnp.dtype(dtype)))
-    else:
-        shapes["image"] = (n, data.image_size, data.image_size, 3), jnp.uint8
+    shapes = feeds.batch_shapes(built.settings, built.model)
     return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, (shape, dtype) in shapes.items()}
 
 
@@ -139,30 +138,33 @@ def train(s: settings.Experiment, workdir: str) -> dict:
         mesh and checkpoints raise.
     """
     begun = time.perf_counter()
+    feed = feeds.open_feed(s, workdir)
+    s, loader = feed.settings, feed.loader
     built, tree = build(s), config.dump(s)
     built.model.check_trainable()
     first = jax.process_index() == 0
     root = epath.Path(workdir)
-    loader = open_loader(s, s.data.source)
-    source = loader.source
-    if not (root / "config.json").exists():
-        latents.check(source, built.model, s.data, built.init_codec)
-    first_stage = functools.partial(warm_start.find, s, built.model, built.mesh, built.abstract)
+    new = not (root / "config.json").exists()
+    if new:
+        feed.check(built.model, built.init_codec)
+    first_stage = functools.partial(warm_start.find, s, built.model, built.mesh, built.abstract, make_model)
     claim(root, tree, lambda: (built.frozen_weights(), first_stage()))
+    if new and first:
+        feed.save(root)
     note = to_stderr if first else lambda line: None
     points = checkpoint.Checkpoints(workdir, s.train, note)
     with jax.set_mesh(built.mesh):
         state = points.restore(built.abstract)
         start = 0 if state is None else int(state.step)
         if state is None:
-            note(_opening(built, source))
+            note(_opening(built, feed.description))
             begin = first_stage()
             state = built.init() if begin is None else begin.give(built.init(), note)
         elif start >= s.train.steps:
             points.close()
             return {"finished": True, "step": start, **timing(root)}
         else:
-            latents.check(source, built.model, s.data, lambda: state.extra["codec"])
+            feed.check(built.model, lambda: state.extra["codec"])
             note(f"goes on from step {start:,} of {s.train.steps:,} in {workdir}")
         progress = Progress(s.train.steps, start, s.train.batch_size, stream=sys.stderr if first else None)
         writer = writers.for_run(root, s.train, tree) if first else writers.MultiWriter([])
@@ -172,14 +174,14 @@ def train(s: settings.Experiment, workdir: str) -> dict:
             state, finished = loop.train(
                 state,
                 built.step,
-                _step_inputs(batches),
+                feeds.step_inputs(batches, feeds.batch_shapes(s, built.model)),
                 mesh=built.mesh,
                 train=s.train,
                 checkpoints=points,
                 config=tree,
                 progress=progress,
                 writer=writer,
-                hooks=_hooks(built, writer, progress),
+                hooks=_hooks(built, feed, writer, progress),
             )
         finally:
             progress.close()
@@ -222,25 +224,6 @@ def restore(workdir: str, overrides: tuple[tuple[str, str], ...] = (), devices=N
     return built, state
 
 
-def open_loader(s: settings.Experiment, spec: str, batch_size: int = 0) -> Loader:
-    """The loader of a source for this process.
-
-    Args:
-      batch_size: over all processes; 0: train.batch_size.
-
-    Raises:
-      UserError: if the source cannot be opened, or the batch does not divide among the processes.
-    """
-    return Loader(
-        open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir),
-        s.data,
-        batch_size=batch_size or s.train.batch_size,
-        seed=s.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
-    )
-
-
 def weights(state: TrainState):
     """What is evaluated: the weight average where there is one."""
     return state.params if state.ema is None else state.ema
@@ -265,7 +248,7 @@ def write_latents(s: settings.Experiment, folder: str, *, per_shard: int = 4096)
     built, size = build(s), s.evaluate.batch_size
     meshes.check_batch(size, built.mesh, "evaluate.batch_size")
     latents.identity(built.model, s.data)  # refuses before weights are read
-    source, params = open_loader(s, s.data.source).source, built.init_codec()
+    source, params = feeds.open_images(s, s.data.source).source, built.init_codec()
     options = {"mesh": built.mesh, "batch_size": size, "per_shard": per_shard}
     with jax.set_mesh(built.mesh):
         return latents.write(epath.Path(folder), source, s.data, built.model, params, **options)
@@ -275,7 +258,7 @@ def look_at_data(s: settings.Experiment, split: str, count: int, out: str) -> di
     """Counts of a source, a grid of its first examples in training order, and how fast they load."""
     from ddt_jax.evaluation import pictures
 
-    loader = open_loader(s, s.data.source if split == "train" else s.data.eval_source, count)
+    loader = feeds.open_images(s, s.data.source if split == "train" else s.data.eval_source, count)
     source = loader.source
     if getattr(source, "arrays", None):
         raise UserError(f"data: {source.name} holds no pictures; look at the images that it was made of")
@@ -302,30 +285,49 @@ def measure(built: Built, state: TrainState, progress=None):
     from ddt_jax.evaluation import suite
 
     s = built.settings
-    held_out = open_loader(s, s.data.eval_source)
+    held_out = feeds.open_images(s, s.data.eval_source)
     return suite.reconstruct(built.model, weights(state), state.extra, s, held_out, mesh=built.mesh, progress=progress)
 
 
-def _hooks(built: Built, writer, progress) -> tuple[loop.Hook, ...]:
-    s = built.settings.train
+def measure_rows(built: Built, state: TrainState, found: corpus.Corpus) -> dict[str, Any]:
+    """`language.held_out` of a state's weights on sequences.eval_sources: evaluate.images documents, or a few more."""
+    from ddt_jax.evaluation import language
 
-    def evaluate_now(step, state):
+    s = built.settings
+    loader = corpus.open_rows(s, found, s.sequences.eval_sources)
+    batches, seen = [], 0
+    while seen < s.evaluate.images:
+        batches.append(loader.batch_at(len(batches)))
+        seen += int((batches[-1]["document"].max(axis=1) + 1).sum()) * jax.process_count()
+    with jax.set_mesh(built.mesh):
+        return language.held_out(built.model, weights(state), state.extra, batches, mesh=built.mesh)
+
+
+def _hooks(built: Built, feed: feeds.Feed, writer, progress) -> tuple[loop.Hook, ...]:
+    s = built.settings
+
+    def evaluate_images(step, state):
         with progress.phase("evaluating") as detail:
             report = measure(built, state, lambda seen: detail(f"{seen:,} images"))
         writer.image(step, "reconstructions", report.picture())
-        return {f"eval/{k}": v for k, v in report.results.items() if isinstance(v, int | float)}
+        return report.results
 
-    return (loop.Hook("evaluating", s.eval_every, evaluate_now),) if s.eval_every else ()
+    def evaluate_rows(step, state):
+        return measure_rows(built, state, feed.corpus)
+
+    rows = isinstance(feed, feeds.RowFeed)
+    if not s.train.eval_every or (rows and not s.sequences.eval_sources):
+        return ()
+    evaluate = evaluate_rows if rows else evaluate_images
+
+    def scalars(step, state):
+        return {f"eval/{k}": v for k, v in evaluate(step, state).items() if isinstance(v, int | float)}
+
+    return (loop.Hook("evaluating", s.train.eval_every, scalars),)
 
 
 def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _step_inputs(batches: Iterator[dict]) -> Iterator[dict]:
-    names = ("image", "latent_mean", "latent_logvar", "slot")
-    for batch in batches:
-        yield {name: batch[name] for name in names if name in batch}
 
 
 def claim(root, tree: dict, check) -> None:
@@ -355,12 +357,12 @@ def claim(root, tree: dict, check) -> None:
             raise UserError(f"workdir: cannot write to {root}: {error.strerror or error}") from error
 
 
-def _opening(built: Built, source) -> str:
+def _opening(built: Built, data: str) -> str:
     s = built.settings
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(built.abstract.params))
     lines = [
         optimizers.table(built.abstract.params, built.declarations, built.shardings.params, s.optimizer),
-        f"{s.name}: {count:,} parameters, {len(source):,} images from {source.name}, "
+        f"{s.name}: {count:,} parameters, {data}, "
         f"{s.train.steps:,} steps of {s.train.batch_size} on {built.mesh.size} x {jax.devices()[0].device_kind}",
         *(f"mesh: {f}" for f in built.fallbacks),
         *(built.model.image_loss.notes if built.model.image_loss else ()),

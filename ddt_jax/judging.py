@@ -9,18 +9,20 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddt_jax import experiment
+from ddt_jax import experiment, settings, speaking
 from ddt_jax.data import images
 from ddt_jax.data.base import BadRecord
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation import autoencoding, pictures, plots, reconstruction, suite, tables
 from ddt_jax.io import atomic
 from ddt_jax.tokenizers.base import ImageTokenizer
+from ddt_jax.training import feed as feeds
 from ddt_jax.training.progress import Progress
 
 
 def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
-    """Evaluates the newest checkpoint on the held-out source, on all devices of all processes.
+    """Evaluates the newest checkpoint of a tokenizer on the held-out source, on all devices of all processes; that of a
+    multimodal run as `speaking.evaluate`.
 
     Process 0 writes results.json, results.md and pictures to the workdir.
 
@@ -31,10 +33,13 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
       UserError: as `experiment.restore`, or if weights, a source or a folder cannot be used.
     """
     begun = time.perf_counter()
-    judges = suite.read_weights(experiment.saved_settings(workdir, overrides))
+    saved = experiment.saved_settings(workdir, overrides)
+    if isinstance(saved.model, settings.Multimodal):
+        return speaking.evaluate(workdir, overrides)
+    judges = suite.read_weights(saved)
     built, state = experiment.restore(workdir, overrides, jax.devices())
     s, root, first = built.settings, epath.Path(workdir), jax.process_index() == 0
-    held_out = experiment.open_loader(s, s.data.eval_source)
+    held_out = feeds.open_images(s, s.data.eval_source)
     share = -(-min(s.evaluate.images, len(held_out.source)) // jax.process_count())
     stream = sys.stderr if first else None
     with Progress(share, batch_size=jax.process_count(), stream=stream, unit="image") as progress:
@@ -45,7 +50,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
             s,
             mesh=built.mesh,
             held_out=held_out,
-            known=lambda: experiment.open_loader(s, s.data.source),
+            known=lambda: feeds.open_images(s, s.data.source),
             weights=judges,
             progress=progress,
         )

@@ -415,10 +415,67 @@ class Transformer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodeImages:
+    """Images as codes of a tokenizer, predicted like text. What is 0 or "" here is what the codes of the run say."""
+
+    kind: Literal["codes"] = "codes"
+    num_tokens: int = 0  # codes of an image
+    codebook_size: int = 0
+    tokenizer: str = ""  # fingerprint of the tokenizer that made the codes
+    reversed: bool = False  # the codes were turned round when they were written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multimodal:
+    """A decoder-only transformer over sequences of text and images."""
+
+    kind: Literal["multimodal"] = "multimodal"
+    transformer: Transformer = field(default_factory=lambda: Transformer(vocab_size=0))  # 0 = what text and codes need
+    image: CodeImages = field(default_factory=CodeImages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formats:
+    """Shares of what a record becomes (docs/sequences.md); any scale."""
+
+    text_to_image: float = 0.0
+    image_to_text: float = 0.0
+    text_only: float = 0.0
+    image_only: float = 0.0  # also what guidance takes for a caption that was dropped
+    own: float = 0.0  # the document that a record brings: questions, editing, conversations, texts with images
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesFolder:
+    """A folder that `ddt-jax tokenize` has written, as one part of a mixture."""
+
+    kind: Literal["codes"] = "codes"
+    folder: str = ""
+    weight: float = 1.0  # share of rows, any scale
+    formats: Formats = field(default_factory=lambda: Formats(text_to_image=0.45, image_to_text=0.45, image_only=0.1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """What a multimodal transformer reads: a mixture of sources, packed into rows of one length."""
+
+    text: str = ""  # sentencepiece model or tokenizer.json; "" = one is made of the captions, and kept with the run
+    text_vocab_size: int = 512  # of one that is made, at most
+    vocab_multiple: int = 1  # spare ids make the vocabulary a multiple of this
+    context: int = 256  # positions of a row
+    images: int = 0  # images a row can hold; 0 = as many as fit
+    targets: int = 0  # positions of a row that the loss looks at; 0 = no limit of their own
+    truncate: bool = False  # cut texts that are longer than a row, rather than refuse them
+    sources: tuple[CodesFolder, ...] = ()
+    eval_sources: tuple[CodesFolder, ...] = ()  # held-out ones, of the same tokenizers
+    tokenizer: str = ""  # workdir of the image tokenizer, which draws what is generated
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are drawn. The filters apply in this order, each to what the one before has left."""
 
-    tokens: int = 256  # new ones, at most
+    tokens: int = 256  # new ones, at most; 0 = what an image needs
     guidance: float = 1.0  # g: logits u + g (c - u) of an unconditional and a conditional prompt; 1 = none
     temperature: float = 1.0  # 0 = always the likeliest
     top_k: int = 0  # only the k likeliest; 0 = all
@@ -475,6 +532,9 @@ class Evaluate:
     probe_images: int = 4096  # of data.source, from whose codes probes and entropies are learned; 0 = neither
     counterfactuals: int = 6  # images in the picture with tokens of two images; 0 = none
     save_images: str = ""  # folder for originals and reconstructions as PNG pairs; "" = none
+    prompts: int = 256  # multimodal: captions that are drawn, and images that are captioned
+    text_to_image: Sampling = field(default_factory=lambda: Sampling(tokens=0, guidance=2.0, temperature=0.7))
+    image_to_text: Sampling = field(default_factory=lambda: Sampling(tokens=64, temperature=0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -484,7 +544,8 @@ class Experiment:
     init_from: str = ""  # workdir of a run whose weights (the average, where there is one) and codebook this one takes
     mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
-    model: DDTTokenizer | SelftokTokenizer | SpatialTokenizer | VAE | LinearTokenizer = field(
+    sequences: Sequences = field(default_factory=Sequences)  # of a multimodal transformer
+    model: DDTTokenizer | SelftokTokenizer | SpatialTokenizer | VAE | LinearTokenizer | Multimodal = field(
         default_factory=DDTTokenizer
     )
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "ddt_jax"
 LAYERS = [
     {"cli"},
     {"exchange", "judging", "tokenize"},
+    {"speaking"},
     {"experiment"},
     {"scaling", "evaluation", "interop"},
     {"training"},

@@ -56,6 +56,11 @@ def columns(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
+def added(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums over the rows of each process as sums over those of all."""
+    return {name: v.sum(axis=0) for name, v in columns({name: v[None] for name, v in sums.items()}).items()}
+
+
 def moments(of: Moments | None, features: int) -> Moments | None:
     """Moments over the examples of all processes. None: this process has none, or none of them has any."""
     if jax.process_count() == 1:

@@ -4,7 +4,7 @@ Row g belongs to one source, chosen in exact proportion (`mixture`), and is that
 weights are shares of rows, that is of positions, as rows are full. A document that cannot be read leaves its positions
 empty; no other row moves.
 
-Legend: B rows of the global batch, b of this host, S positions, I images of a row.
+Legend: B rows of the global batch, b of this host, S positions, I images of a row, R places for targets.
 """
 
 from collections.abc import Sequence
@@ -142,7 +142,8 @@ class RowBatcher:
 
     def make(self, step: int):
         """The batch of a step, this host's rows of it: the arrays of `sequence.pack_row`, stacked, and
-        slot int32 [b], the row inside the global batch; source int32 [b], its source's number.
+        rows int32 [b, R], `sequence.target_rows`; slot int32 [b], the row inside the global batch; source int32 [b],
+        its source's number.
         """
         index, count = self._host
         share = self.batch_size // count
@@ -152,7 +153,8 @@ class RowBatcher:
             layouts, wrong = self.row(step * self.batch_size + int(slot))
             errors += wrong
             pad = self.vocabulary["PAD"]
-            rows.append(sequence.pack_row(layouts, self.limits.context, self.max_images, pad, self.form))
+            row = sequence.pack_row(layouts, self.limits.context, self.max_images, pad, self.form)
+            rows.append(row | {"rows": sequence.target_rows(row["target"], self.max_targets)})
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         sources = [self.source_of(step * self.batch_size + int(slot))[0] for slot in slots]
         return batch | {"slot": slots.astype(np.int32), "source": np.asarray(sources, np.int32)}, errors

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
-from ddt_jax.tokenizers.base import make_tokenizer
 from ddt_jax.training import checkpoint
 from ddt_jax.training.state import TrainState, abstract_state
 
@@ -77,11 +76,12 @@ class FirstStage:
         return state.replace(**new, ema=ema)
 
 
-def find(s: settings.Experiment, model, mesh, abstract: TrainState) -> FirstStage | None:
+def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) -> FirstStage | None:
     """The run in `init_from`; None where none is named and none is needed.
 
     Args:
       s, model, mesh, abstract: of the run that begins.
+      make_model: settings → model, without arrays.
 
     Raises:
       UserError: if there is no such run, or it does not fit; or if this one can't do without.
@@ -101,8 +101,7 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState) -> FirstStag
         raise UserError(
             f"init_from: {s.init_from} makes other codes than this run would; set as there: {', '.join(differing)}"
         )
-    source_model = make_tokenizer(theirs.model, theirs.data.image_size, theirs.train.batch_size)
-    source = abstract_state(theirs, source_model, mesh)[2]
+    source = abstract_state(theirs, make_model(theirs), mesh)[2]
     return FirstStage(s.init_from, theirs, source, plan(source, abstract, model.inherited))
 
 

@@ -12,6 +12,7 @@ from ddt_jax import mesh as meshes
 from ddt_jax.interop import diffusers_vae
 from ddt_jax.nn import lpips
 from ddt_jax.tokenizers.codec import make_codec
+from ddt_jax.training import feed
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +84,7 @@ def test_what_was_exported_is_the_codec_of_a_tokenizer(trained, tmp_path, capsys
         jax.tree.map(np.testing.assert_array_equal, params[name], average[name])
 
     # Latents of the images it was measured on: zero mean, unit deviation of draws.
-    batches = list(experiment.open_loader(built.settings, built.settings.data.eval_source).eval_batches(16, 8))
+    batches = list(feed.open_images(built.settings, built.settings.data.eval_source).eval_batches(16, 8))
     images = np.concatenate([b["image"] for b in batches]) / np.float32(127.5) - 1
     posterior = built.model.encode(average, images)
     draws = posterior.mean + np.exp(posterior.logvar / 2) * np.random.default_rng(0).normal(size=posterior.mean.shape)

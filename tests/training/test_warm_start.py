@@ -41,7 +41,7 @@ def begun(s):
     """The state with which training begins, what the user is told, and the state without `init_from`."""
     built, said = experiment.build(s), []
     with jax.set_mesh(built.mesh):
-        fresh, found = built.init(), warm_start.find(s, built.model, built.mesh, built.abstract)
+        fresh, found = built.init(), warm_start.find(s, built.model, built.mesh, built.abstract, experiment.make_model)
         return found.give(fresh, said.append), "\n".join(said), fresh
 
 
@@ -114,7 +114,7 @@ def test_a_decoder_alone_needs_a_run_with_its_codes(tmp_path):
     def find(model, first=str(tmp_path)):
         s = replace(theirs, model=model, init_from=first)
         built = experiment.build(s)
-        return warm_start.find(s, built.model, built.mesh, built.abstract)
+        return warm_start.find(s, built.model, built.mesh, built.abstract, experiment.make_model)
 
     with pytest.raises(UserError, match="model.stage='decoder' trains a decoder .*set init_from"):
         find(RENDERER, first="")

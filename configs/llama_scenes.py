@@ -1,0 +1,27 @@
+"""A small LLaMA on text and the codes of scenes: the second half of `make quickstart`. Hardware: 2 CPU cores.
+
+It reads the folders codes/train and codes/heldout beside its workdir's parent, as the quickstart lays them out: `:ROOT`
+names another folder that holds tokenizer/ and codes/ ("configs/llama_scenes.py:runs/mine").
+"""
+
+from ddt_jax import config, settings
+
+
+def get_config(root="runs/quickstart"):
+    c = config.defaults()
+    c.name = "llama_scenes"
+    c.model = config.defaults(settings.Multimodal)
+    c.model.transformer.qk_norm = True
+    c.sequences.tokenizer = f"{root}/tokenizer"
+    formats = settings.Formats(text_to_image=0.55, image_to_text=0.35, image_only=0.1)
+    c.sequences.sources = (config.dump(settings.CodesFolder(folder=f"{root}/codes/train", formats=formats)),)
+    held_out = settings.Formats(text_to_image=0.5, image_to_text=0.5)
+    c.sequences.eval_sources = (config.dump(settings.CodesFolder(folder=f"{root}/codes/heldout", formats=held_out)),)
+    c.sequences.context = 192
+    c.optimizer.lr = 6e-3
+    c.optimizer.newton_schulz_steps = 4
+    c.optimizer.decay_fraction = 0.5
+    c.train.batch_size = 16
+    c.train.steps = 1600
+    c.evaluate.verifier = True
+    return c

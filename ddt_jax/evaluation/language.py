@@ -1,0 +1,109 @@
+"""How well a transformer predicts held-out documents: text with and without images before it, and codes by position.
+
+Legend: B rows, S positions, R places for targets, K codes of an image.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddt_jax import mesh as meshes
+from ddt_jax.data.permutation import keyed_generator
+from ddt_jax.evaluation import gather
+from ddt_jax.multimodal.model import Multimodal
+
+
+def held_out(model: Multimodal, params, extra, batches: Iterable[dict], *, mesh) -> dict[str, Any]:
+    """Figures over the documents of batches.
+
+    Args:
+      batches: finite, of `RowBatcher`, this process's rows; as many on every process.
+      mesh: over which rows are put.
+
+    Returns:
+      text_perplexity, text_perplexity_after_image and text_perplexity_without_image (targets with and without an image
+      earlier in their document); image_bits (per code), image_bits_by_position and image_accuracy_by_position [K];
+      image_bits_shuffled: the same documents, the codes of each image in a random order, and the difference to
+      image_bits as image_bits_lost_by_shuffling: how much the order of codes tells. A figure of which there is no
+      target is left out. tokens: how many targets were counted.
+    """
+    program = jax.jit(lambda params, extra, batch: _rows(model, params, extra, batch))
+    by_rows, num_tokens = meshes.batch_sharding(mesh), model.config.image.num_tokens
+    sums: dict[str, np.ndarray] = {}
+
+    def score(batch):
+        put = meshes.put_batch({name: batch[name] for name in model.inputs}, mesh)
+        return [gather.local_rows(x, by_rows) for x in program(params, extra, put)]
+
+    def add(name, values):
+        sums[name] = sums.get(name, 0) + np.asarray(values, np.float64)
+
+    for number, batch in enumerate(batches):
+        nll_BR, right_BR = score(batch)
+        place_BR, after_BR = _kinds(batch, num_tokens)
+        text = (batch["rows"] >= 0) & (place_BR < 0)
+        for name, chosen in (("all", text), ("after", text & after_BR), ("without", text & ~after_BR)):
+            add(name, (nll_BR[chosen].sum(), chosen.sum()))
+        add("codes", _by_place(place_BR, nll_BR, right_BR, num_tokens))
+        nll_BR, right_BR = score(batch | {"tokens": _shuffled(batch, num_tokens, number)})
+        add("shuffled", _by_place(place_BR, nll_BR, right_BR, num_tokens))
+    sums = gather.added(sums)
+
+    results: dict[str, Any] = {"tokens": int(sums["all"][1] + sums["codes"][2].sum())}
+    for name, key in (("", "all"), ("_after_image", "after"), ("_without_image", "without")):
+        nll, count = sums[key]
+        if count:
+            results[f"text_perplexity{name}"] = math.exp(nll / count)
+    nll_K, right_K, count_K = sums["codes"]
+    if count_K.sum():
+        results["image_bits"] = float(nll_K.sum() / count_K.sum() / math.log(2))
+        results["image_bits_by_position"] = (nll_K / count_K / math.log(2)).tolist()
+        results["image_accuracy_by_position"] = (right_K / count_K).tolist()
+        shuffled = sums["shuffled"][0].sum() / count_K.sum() / math.log(2)
+        results["image_bits_shuffled"] = float(shuffled)
+        results["image_bits_lost_by_shuffling"] = float(shuffled - results["image_bits"])
+    return results
+
+
+def _rows(model, params, extra, batch):
+    _, rows, _ = model.score(params, extra, batch)
+    return rows.nll, rows.right
+
+
+def _kinds(batch, num_tokens):
+    """Of each target: which code of its image it is (-1: none, or no target), and whether an image is before it in its
+    document."""
+    place_BS = np.full(batch["tokens"].shape, -1)
+    after_BS = np.zeros(batch["tokens"].shape, bool)
+    for row, starts in enumerate(batch["image_start"]):
+        for at, document in zip(starts, batch["image_document"][row], strict=True):
+            if at < 0:
+                continue
+            place_BS[row, at : at + num_tokens] = np.arange(num_tokens)
+            after_BS[row, at + num_tokens :] |= batch["document"][row, at + num_tokens :] == document
+    at_BR = np.maximum(batch["rows"], 0) + 1
+    real_BR = batch["rows"] >= 0
+    return (
+        np.where(real_BR, np.take_along_axis(place_BS, at_BR, axis=1), -1),
+        real_BR & np.take_along_axis(after_BS, at_BR, axis=1),
+    )
+
+
+def _by_place(place_BR, nll_BR, right_BR, num_tokens):
+    """Sums of nll and of right answers, and counts, by place. [3, K]"""
+    chosen = place_BR >= 0
+    weights = (np.asarray(nll_BR)[chosen], np.asarray(right_BR)[chosen], None)
+    return [np.bincount(place_BR[chosen], w, minlength=num_tokens) for w in weights]
+
+
+def _shuffled(batch, num_tokens, number):
+    """Tokens with the codes of each image in a random order."""
+    tokens_BS = batch["tokens"].copy()
+    for row, starts in enumerate(batch["image_start"]):
+        for at in starts[starts >= 0]:
+            rng = keyed_generator("language", number, int(batch["slot"][row]), int(at))
+            tokens_BS[row, at : at + num_tokens] = rng.permutation(tokens_BS[row, at : at + num_tokens])
+    return tokens_BS

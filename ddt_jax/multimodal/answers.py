@@ -1,0 +1,123 @@
+"""Answers of a trained transformer to documents that lack one: pictures as codes, or text.
+
+Prompts are filled up to a few lengths, so that a handful of compiled programs serve all of them.
+
+Legend: N prompts, B prompts of a batch, P longest prompt, K codes of an image.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from ddt_jax import settings
+from ddt_jax.errors import UserError
+from ddt_jax.multimodal import backbone, documents, generate, sequence
+from ddt_jax.multimodal.documents import Document, Image
+from ddt_jax.multimodal.model import Multimodal
+from ddt_jax.multimodal.sequence import ImageForm
+from ddt_jax.multimodal.vocabulary import Vocabulary
+
+_STEP = 16  # prompts are as long as a multiple of this
+
+
+class Answerer:
+    """See the module's docstring.
+
+    Args:
+      params, extra: of the run.
+      context: positions that prompt and answer may take together.
+      batch: prompts that are answered at once.
+    """
+
+    def __init__(
+        self, model: Multimodal, params, extra, vocabulary: Vocabulary, form: ImageForm, *, context: int, batch: int
+    ):
+        c = model.config.transformer
+        self.config, self.params = backbone.for_decoding(c, model.all_params(params, extra))
+        self.vocabulary, self.form = vocabulary, form
+        self.context, self.batch = context, batch
+        first = vocabulary.codes_start
+        self._whole_images = generate.WholeImages(
+            vocabulary.size, vocabulary["BOV"], vocabulary["EOV"], first, vocabulary.num_codes, form.rows
+        )
+
+    def images(self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int], done=None) -> np.ndarray:
+        """Codes int32 [N, K] of the images that answer documents, in the order in which the sequence writes them.
+
+        Args:
+          given: documents; what comes before the last answer is the prompt.
+          seeds: N; a picture depends on its prompt and its seed alone.
+          done: told how many prompts have been answered.
+
+        Raises:
+          UserError: a prompt does not fit the context, or as `sequence.lay_out`.
+        """
+        layouts = [self._prompt(document, force_image=True) for document in given]
+        empty = self._prompt(documents.image_only(Image()), force_image=True)
+        parts = []
+        for prompts, lengths, some in self._batches(layouts, seeds):
+            unconditional = (empty.tokens[None], np.array([len(empty)], np.int32)) if s.guidance != 1 else None
+            sampling = replace(s, tokens=self.form.rows)
+            found = self._run(prompts, lengths, some, sampling, (), unconditional)
+            parts.append(np.asarray(found.tokens_BN))
+            if done is not None:
+                done(min(len(parts) * self.batch, len(layouts)))
+        ids = np.concatenate([*parts, np.zeros((0, self.form.rows), np.int32)])[: len(layouts)]
+        return self.vocabulary.id_to_code(ids)
+
+    def texts(
+        self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int], decode: Callable, done=None
+    ) -> list[str]:
+        """Texts that answer documents, up to the end of text. decode: ids → text; the rest as `images`."""
+        layouts = [self._prompt(document, force_image=False) for document in given]
+        end = self.vocabulary["EOS"]
+        texts = []
+        for prompts, lengths, some in self._batches(layouts, seeds):
+            found = self._run(prompts, lengths, some, replace(s, guidance=1.0), (end,), None)
+            for ids, length in zip(np.asarray(found.tokens_BN), np.asarray(found.lengths_B), strict=True):
+                ids = ids[:length]
+                texts.append(decode(ids[self.vocabulary.is_text(ids)]))
+            texts = texts[: len(layouts)]
+            if done is not None:
+                done(len(texts))
+        return texts
+
+    def _prompt(self, document, force_image):
+        return sequence.lay_out_prompt(
+            document, self.vocabulary, self.form, force_image=force_image, context=self.context
+        )
+
+    def _batches(self, layouts, seeds) -> Iterator[tuple]:
+        """(ids [B, P], lengths [B], seeds [B]), the last batch filled up with its first prompt."""
+        pad = self.vocabulary["PAD"]
+        longest = max(map(len, layouts), default=0)
+        width = -(-longest // _STEP) * _STEP
+        for at in range(0, len(layouts), self.batch):
+            some = list(range(at, min(at + self.batch, len(layouts))))
+            some += some[:1] * (self.batch - len(some))
+            prompts = np.full((self.batch, width), pad, np.int32)
+            for row, i in enumerate(some):
+                prompts[row, : len(layouts[i])] = layouts[i].tokens
+            lengths = np.array([len(layouts[i]) for i in some], np.int32)
+            yield prompts, lengths, np.array([seeds[i] for i in some], np.int32)
+
+    def _run(self, prompts, lengths, seeds, sampling, stop, unconditional):
+        if not sampling.tokens:
+            raise UserError("generate: tokens=0 leaves nothing to write; set how many a text may have")
+        pad = self.vocabulary["PAD"]
+        program = _program(self.config, sampling, self._whole_images, stop, pad)
+        return program(self.params, prompts, lengths, seeds, unconditional)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(c, sampling, constraint, stop, pad):
+    """`generate` compiled for settings; jit adds the shapes."""
+
+    def run(params, prompts, lengths, seeds, unconditional):
+        options = {"constraint": constraint, "stop": stop, "pad": pad, "unconditional": unconditional}
+        return generate.generate(c, params, prompts, lengths, seeds, sampling, **options)
+
+    return jax.jit(run)

@@ -1,0 +1,120 @@
+"""The multimodal transformer as the train step sees it: next-token loss over packed rows of text and image codes.
+
+It offers what `tokenizers.base.ImageModel` asks of a model, over batches of `batches.RowBatcher`. Images that are not
+codes add a term to `loss_weights` and arrays to `inputs`; nothing else in a run knows how an image enters a sequence.
+
+Legend: B rows, S positions, R positions before a target, D width.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddt_jax import settings
+from ddt_jax.errors import UserError
+from ddt_jax.multimodal import backbone
+from ddt_jax.nn import lora, spans
+
+FROZEN = "frozen"  # in `extra`: what does not move where LoRA is trained
+
+
+class Multimodal:
+    """Loss and state of a transformer whose images are codes.
+
+    Args:
+      config: with every size filled in (`training.corpus.resolve`).
+
+    Attributes:
+      inputs: arrays of a batch that the step takes: tokens, position, start int32 [B, S]; rows int32 [B, R], the
+        positions before targets, -1 where there is none; slot int32 [B].
+    """
+
+    cross_example_terms = ()
+    image_loss = None
+    inherited = ()
+    inputs = ("tokens", "position", "start", "rows", "slot")
+
+    def __init__(self, config: settings.Multimodal):
+        c = config.transformer
+        if not c.vocab_size or not config.image.num_tokens:
+            raise UserError(
+                "config: the sizes of the vocabulary and of images are not known yet; name codes in sequences.sources"
+            )
+        backbone.check(c)
+        self.config = config
+        self.module = backbone.Backbone(c)
+        self.first_code = c.vocab_size - config.image.codebook_size  # codes are the last ids
+        self.loss_weights = {"next_token": 1.0}
+
+    def init(self, rng):
+        """Fresh (params, extra): with LoRA only its updates are parameters."""
+        params = backbone.init(self.config.transformer, rng)
+        if not self.config.transformer.lora.rank:
+            return params, {}
+        updates, others = lora.split(params)
+        return updates, {FROZEN: others}
+
+    def check_trainable(self) -> None:
+        return
+
+    def all_params(self, params, extra) -> Any:
+        """The backbone's parameters."""
+        return lora.join(params, extra[FROZEN]) if FROZEN in extra else params
+
+    def loss_fn(self, params, extra, batch, rng):
+        """See `ImageModel.loss_fn`. The terms:
+
+        next_token: nats per target, z-loss included: the loss, with one weight for every target of the global batch.
+        text_nll: nats per target that is no image code, special tokens among them; image_bits: bits per image code.
+        text_accuracy, image_accuracy: shares of targets that no other id beats.
+        targets_used: share of the R places for targets that hold one.
+        """
+        slots_B = batch["slot"]
+        keys_B = jax.vmap(lambda slot: jax.random.fold_in(rng, slot))(slots_B)
+        total, rows, image_BR = self.score(params, extra, batch, keys_B if self.config.transformer.dropout else None)
+        some_BR = (batch["rows"] >= 0).astype(jnp.float32)
+        image_BR = image_BR * some_BR
+        text_BR = some_BR - image_BR
+        count, of_text, of_image = (jnp.sum(x, dtype=jnp.float32) for x in (some_BR, text_BR, image_BR))
+        sums = {
+            "next_token": total,
+            "text_nll": jnp.sum(rows.nll * text_BR),
+            "image_bits": jnp.sum(rows.nll * image_BR) / math.log(2),
+            "text_accuracy": jnp.sum(rows.right * text_BR),
+            "image_accuracy": jnp.sum(rows.right * image_BR),
+            "targets_used": count,
+        }
+        places = jnp.float32(image_BR.size)
+        counts = dict(zip(sums, (count, of_text, of_image, of_text, of_image, places), strict=True))
+        return sums, counts, {}
+
+    def score(self, params, extra, batch, dropout_keys_B=None):
+        """How likely each target is.
+
+        Returns:
+          (summed loss, z-loss included; `cross_entropy.Rows` [B, R], of which those without a target mean nothing;
+          bool [B, R], whether the target is an image code).
+        """
+        rows_BR, tokens_BS = batch["rows"], batch["tokens"]
+        visible = spans.causal(tokens_BS.shape[1], start=batch["start"])
+        at_BR = jnp.maximum(rows_BR, 0)
+        targets_BR = jnp.take_along_axis(tokens_BS, at_BR + 1, axis=1)
+        weights_BR = (rows_BR >= 0).astype(jnp.float32)
+
+        def run(module):
+            h_BSD, _ = module(module.embed(tokens_BS), batch["position"], visible, dropout_keys_B=dropout_keys_B)
+            h_BRD = jnp.take_along_axis(h_BSD, at_BR[..., None], axis=1)
+            return module.loss(h_BRD, targets_BR, weights_BR)
+
+        total, rows = self.module.apply({"params": self.all_params(params, extra)}, method=run)
+        return total, rows, targets_BR >= self.first_code
+
+    def update_extra(self, extra, stats, rng):
+        del stats, rng
+        return extra
+
+    def extra_metrics(self, extra):
+        del extra
+        return {}

@@ -1,0 +1,154 @@
+"""What a multimodal run reads: its text tokenizer, its vocabulary, and the mixture of documents that fills its rows.
+
+    WORKDIR/text/tokenizer.model (or .json)   the text tokenizer, byte for byte
+    WORKDIR/text/vocabulary.json              what each id means
+
+They are written when a run begins, and from then on the run needs no other file to say what its ids mean.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import jax
+from etils import epath
+
+from ddt_jax import settings
+from ddt_jax.data.codes import CodesSource
+from ddt_jax.errors import UserError
+from ddt_jax.io import atomic
+from ddt_jax.multimodal.batches import RowBatcher, RowLimits, RowLoader
+from ddt_jax.multimodal.records import RecordDocuments
+from ddt_jax.multimodal.sequence import ImageForm
+from ddt_jax.multimodal.vocabulary import Vocabulary
+from ddt_jax.tokenizers.text import TextTokenizer, open_text_tokenizer, train_sentencepiece
+
+_FOLDER, _VOCABULARY = "text", "vocabulary.json"
+_CAPTIONS = 20_000  # of which a text tokenizer is made
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What ids mean and how an image stands among them."""
+
+    text: TextTokenizer
+    vocabulary: Vocabulary
+    form: ImageForm
+
+
+def resolve(s: settings.Experiment, workdir: str = "") -> tuple[settings.Experiment, Corpus]:
+    """The settings with every size that text and codes decide filled in, and the corpus.
+
+    Args:
+      workdir: whose text tokenizer is taken if it holds a run already.
+
+    Raises:
+      UserError: there is no source, they are of different tokenizers, or sizes that are set are not theirs.
+    """
+    q, image = s.sequences, s.model.image
+    if not q.sources:
+        raise UserError("config: sequences.sources is empty; name a folder that `ddt-jax tokenize` has written")
+    folders = {
+        part.folder: CodesSource(part.folder, cache_dir=s.data.cache_dir) for part in (*q.sources, *q.eval_sources)
+    }
+    codes = list(folders.values())
+    plan = codes[0].plan
+    for other in codes[1:]:
+        if (other.plan.tokenizer, other.plan.order) != (plan.tokenizer, plan.order):
+            raise UserError(
+                f"config: {other.name} and {codes[0].name} were made by different tokenizers, or in different orders; "
+                "use codes of one"
+            )
+    found = settings.CodeImages(
+        num_tokens=plan.num_tokens,
+        codebook_size=plan.codebook_size,
+        tokenizer=plan.tokenizer,
+        reversed=plan.reversed,
+    )
+    for name in ("num_tokens", "codebook_size", "tokenizer"):
+        if getattr(image, name) not in (0, "", getattr(found, name)):
+            raise UserError(
+                f"config: model.image.{name}={getattr(image, name)}, but {codes[0].name} has {getattr(found, name)}; "
+                "leave it out"
+            )
+    text = _text_tokenizer(q, workdir, (folders[part.folder] for part in q.sources))
+    vocabulary = Vocabulary.extend(
+        text.vocab_size,
+        plan.codebook_size,
+        existing=text.special,
+        multiple=q.vocab_multiple,
+        text_fingerprint=text.fingerprint,
+    )
+    size = s.model.transformer.vocab_size
+    if size not in (0, vocabulary.size):
+        raise UserError(
+            f"config: model.transformer.vocab_size={size}, but text and codes need {vocabulary.size}; leave it 0"
+        )
+    transformer = replace(s.model.transformer, vocab_size=vocabulary.size)
+    model = replace(s.model, transformer=transformer, image=found)
+    return replace(s, model=model), Corpus(text, vocabulary, ImageForm("codes", plan.num_tokens))
+
+
+def load(workdir: str, s: settings.Experiment) -> Corpus:
+    """The corpus of the run in `workdir`; its codes are not needed. Raises UserError if files are missing."""
+    folder = epath.Path(workdir) / _FOLDER
+    if not (folder / _VOCABULARY).exists():
+        raise UserError(f"workdir: {folder} holds no {_VOCABULARY}; name the workdir of a multimodal run")
+    vocabulary = Vocabulary.from_json((folder / _VOCABULARY).read_text())
+    return Corpus(open_text_tokenizer(folder), vocabulary, ImageForm("codes", s.model.image.num_tokens))
+
+
+def save(workdir, corpus: Corpus) -> None:
+    """Writes what `load` reads."""
+    folder = epath.Path(workdir) / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "tokenizer.json" if corpus.text.data[:1] == b"{" else "tokenizer.model"
+    atomic.write_bytes(folder / name, corpus.text.data)
+    atomic.write_text(folder / _VOCABULARY, corpus.vocabulary.to_json())
+
+
+def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[settings.CodesFolder]) -> RowLoader:
+    """Batches of this process, of a mixture of folders. Raises UserError if they do not fit the settings."""
+    q = s.sequences
+    documents, weights = {}, {}
+    for number, part in enumerate(parts):
+        records = CodesSource(part.folder, cache_dir=s.data.cache_dir)
+        formats = {name: share for name, share in vars(part.formats).items() if share}
+        documents[str(number)] = RecordDocuments(records, corpus.text, formats, s.seed)
+        weights[str(number)] = part.weight
+    batcher = RowBatcher(
+        documents,
+        weights,
+        corpus.vocabulary,
+        corpus.form,
+        RowLimits(q.context, q.images, q.targets, q.truncate),
+        seed=s.seed,
+        batch_size=s.train.batch_size,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
+    return RowLoader(batcher, s.data)
+
+
+def target_places(s: settings.Experiment) -> int:
+    """R, the places for targets in a row."""
+    return s.sequences.targets or s.sequences.context
+
+
+def _text_tokenizer(q: settings.Sequences, workdir, sources: Iterable[CodesSource]) -> TextTokenizer:
+    kept = epath.Path(workdir) / _FOLDER if workdir else None
+    if kept is not None and (kept / _VOCABULARY).exists():
+        return open_text_tokenizer(kept)
+    if q.text:
+        return open_text_tokenizer(q.text)
+    captions = list(itertools.islice(_captions(sources), _CAPTIONS))
+    if not captions:
+        raise UserError("config: the sources have no caption to make a text tokenizer of; set sequences.text")
+    return train_sentencepiece(captions, q.text_vocab_size)
+
+
+def _captions(sources: Iterable[CodesSource]) -> Iterator[str]:
+    for source in sources:
+        for i in range(len(source)):
+            if caption := source[i].get("caption"):
+                yield caption

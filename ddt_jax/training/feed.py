@@ -1,0 +1,116 @@
+"""What a run trains on, behind one interface: images or latents for a tokenizer, packed rows for a transformer."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from ddt_jax import settings
+from ddt_jax.data.base import open_source
+from ddt_jax.data.loader import BatchLoader, Loader
+from ddt_jax.training import corpus, latents
+from ddt_jax.training.tokenizer_step import STOP
+
+
+class Feed(Protocol):
+    """Batches of a run.
+
+    Attributes:
+      settings: of the run, with what the data decides filled in.
+      loader: makes this process's part of each batch.
+      description: what and how much there is, for the opening lines.
+    """
+
+    settings: settings.Experiment
+    loader: BatchLoader
+    description: str
+
+    def check(self, model, codec_params: Callable[[], Any]) -> None:
+        """Raises UserError if the data was made for another model. codec_params: makes the arrays of its codec."""
+
+    def save(self, workdir) -> None:
+        """Keeps with a new run what its data must not change under it."""
+
+
+@dataclass(frozen=True)
+class ImageFeed:
+    settings: settings.Experiment
+    loader: Loader
+
+    @property
+    def description(self):
+        return f"{len(self.loader.source):,} images from {self.loader.source.name}"
+
+    def check(self, model, codec_params):
+        latents.check(self.loader.source, model, self.settings.data, codec_params)
+
+    def save(self, workdir):
+        return
+
+
+@dataclass(frozen=True)
+class RowFeed:
+    settings: settings.Experiment
+    loader: BatchLoader
+    corpus: corpus.Corpus
+
+    @property
+    def description(self):
+        parts = self.settings.sequences.sources
+        return f"rows of {self.settings.sequences.context:,} positions from {', '.join(p.folder for p in parts)}"
+
+    def check(self, model, codec_params):
+        return
+
+    def save(self, workdir):
+        corpus.save(workdir, self.corpus)
+
+
+def open_feed(s: settings.Experiment, workdir: str) -> Feed:
+    """The feed of a run. Raises UserError if its data cannot be opened, or does not fit the settings."""
+    if isinstance(s.model, settings.Multimodal):
+        s, found = corpus.resolve(s, workdir)
+        return RowFeed(s, corpus.open_rows(s, found, s.sequences.sources), found)
+    return ImageFeed(s, open_images(s, s.data.source))
+
+
+def open_images(s: settings.Experiment, spec: str, batch_size: int = 0) -> Loader:
+    """The loader of a source of images for this process.
+
+    Args:
+      batch_size: over all processes; 0: train.batch_size.
+
+    Raises:
+      UserError: if the source cannot be opened, or the batch does not divide among the processes.
+    """
+    return Loader(
+        open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir),
+        s.data,
+        batch_size=batch_size or s.train.batch_size,
+        seed=s.seed,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
+
+
+def batch_shapes(s: settings.Experiment, model) -> dict:
+    """Arrays of a global batch that the step takes: name → (shape, dtype). Needs no data."""
+    n = s.train.batch_size
+    if isinstance(s.model, settings.Multimodal):
+        places = {"tokens": s.sequences.context, "position": s.sequences.context, "start": s.sequences.context}
+        places["rows"] = corpus.target_places(s)
+        shapes = {name: ((n, length), jnp.int32) for name, length in places.items()}
+    elif s.data.source.startswith("latents:"):
+        shape, dtype = latents.layout(model.codec, s.data.image_size)
+        shapes = dict.fromkeys(("latent_mean", "latent_logvar"), ((n, *shape), jnp.dtype(dtype)))
+    else:
+        shapes = {"image": ((n, s.data.image_size, s.data.image_size, 3), jnp.uint8)}
+    return shapes | {"slot": ((n,), jnp.int32), STOP: ((n,), jnp.int32)}
+
+
+def step_inputs(batches: Iterator[dict], names) -> Iterator[dict]:
+    """Batches without what the step does not take."""
+    for batch in batches:
+        yield {name: batch[name] for name in names if name != STOP}

@@ -1,0 +1,76 @@
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddt_jax import mesh as meshes
+from ddt_jax import settings
+from ddt_jax.evaluation import language
+from ddt_jax.multimodal import documents, sequence
+from ddt_jax.multimodal.documents import Image, Text
+from ddt_jax.multimodal.sequence import ImageForm
+from ddt_jax.multimodal.vocabulary import Vocabulary
+from ddt_jax.nn.cross_entropy import Rows
+
+K = 4
+FORM, VOCABULARY = ImageForm("codes", K), Vocabulary.extend(20, 8)
+
+
+class Knowing:
+    """Predicts code c at place p of an image right if c == p, with p + 1 nats; text costs 1 nat, after an image 2."""
+
+    inputs = ("tokens", "position", "start", "rows", "slot")
+    config = SimpleNamespace(image=settings.CodeImages(num_tokens=K, codebook_size=8))
+
+    def score(self, params, extra, batch):
+        at = jnp.maximum(batch["rows"], 0) + 1
+        token = jnp.take_along_axis(batch["tokens"], at, axis=1)
+        code = token - VOCABULARY.codes_start
+        seen = jnp.cumsum(batch["tokens"] == VOCABULARY["EOV"], axis=1)
+        seen -= jnp.take_along_axis(seen, batch["start"], axis=1)
+        after = jnp.take_along_axis(seen, at - 1, axis=1) > 0
+        nll = jnp.where(code >= 0, code + 1.0, 1.0 + after)
+        return 0.0, Rows(nll, code == 2), code >= 0
+
+
+@pytest.fixture(scope="module")
+def batch():
+    text, codes = np.arange(3), np.arange(K)
+    rows = [
+        [documents.text_to_image(text, Image(codes)), documents.image_to_text(text, Image(codes))],
+        [documents.text_only(text), documents.interleaved([Text(text), Image(codes), Text(text), Image(codes)])],
+    ]
+    packed = []
+    for row in rows:
+        layouts = [sequence.lay_out(d, VOCABULARY, FORM) for d in row]
+        one = sequence.pack_row(layouts, 40, 4, VOCABULARY["PAD"], FORM)
+        packed.append(one | {"rows": sequence.target_rows(one["target"], 40)})
+    batch = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+    return batch | {"slot": np.arange(2, dtype=np.int32)}
+
+
+def test_text_is_told_apart_by_images_before_it_and_codes_by_their_place(batch):
+    mesh = meshes.make_mesh(settings.Mesh(data=2, fsdp=1), jax.devices()[:2])
+    found = language.held_out(Knowing(), {}, {}, [batch, batch], mesh=mesh)
+    # After an image: EOS of the first; text and EOS of the second; in the last text, BOV, EOV and EOS. EOV itself is
+    # predicted from inside its image.
+    assert found["text_perplexity_after_image"] == pytest.approx(np.exp(2.0), rel=0.2)
+    assert found["text_perplexity_without_image"] == pytest.approx(np.exp(1.0))
+    assert found["text_perplexity_without_image"] < found["text_perplexity"] < found["text_perplexity_after_image"]
+    np.testing.assert_allclose(found["image_bits_by_position"], np.arange(1, K + 1) / np.log(2), rtol=1e-6)
+    assert found["image_accuracy_by_position"] == [0, 0, 1, 0]
+    assert found["image_bits"] == pytest.approx(np.arange(1, K + 1).mean() / np.log(2))
+    # This model looks at the code alone: an order tells it nothing, and the mean stays.
+    assert found["image_bits_lost_by_shuffling"] == pytest.approx(0, abs=1e-6)
+    assert found["tokens"] == 2 * batch["target"].sum()
+
+
+def test_figures_of_what_is_not_there_are_left_out(batch):
+    only = {name: value[1:] for name, value in batch.items()}
+    only["rows"] = np.where(only["rows"] < 4, only["rows"], -1)  # the document of text alone
+    mesh = meshes.make_mesh(settings.Mesh(data=1, fsdp=1), jax.devices()[:1])
+    found = language.held_out(Knowing(), {}, {}, [only], mesh=mesh)
+    assert "image_bits" not in found and "text_perplexity_after_image" not in found
+    assert found["text_perplexity"] == pytest.approx(np.exp(1.0))

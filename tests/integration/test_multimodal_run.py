@@ -1,0 +1,133 @@
+"""The whole way through the verbs: tokenizer, codes, transformer, pictures from text, captions of pictures."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddt_jax import cli
+from ddt_jax.data import scenes
+from ddt_jax.data.codes import CodesSource
+from tests.integration.test_survival import command, finish, spawn
+
+pytestmark = pytest.mark.slow
+SMALL = ["--config.model.transformer.width=32", "--config.model.transformer.depth=2", "--config.train.batch_size=8"]
+SMALL += ["--config.train.steps=30", "--config.train.log_every=5", "--config.sequences.context=128"]
+
+
+def run(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    picture = ["--config.data.source=scenes:train", "--config.data.eval_source=scenes:heldout"]
+    picture += ["--config.data.image_size=32", "--config.train.steps=4"]
+    assert run("train", "--config", "configs/smoke.py", "--workdir", root / "tokenizer", *picture) == 0
+    for split, records in (("train", 2000), ("heldout", 300)):
+        to = ["--to", root / "codes" / split, "--source", f"scenes:{split}", "--records", records]
+        assert run("tokenize", "--workdir", root / "tokenizer", *to) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(root):
+    config = f"configs/llama_scenes.py:{root}"
+    assert run("train", "--config", config, "--workdir", root / "transformer", *SMALL) == 0
+    return root / "transformer"
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_is_evaluated_and_draws(root, trained, capsys):
+    curve = losses(trained)
+    assert curve[-1] < 0.8 * curve[0]
+    assert run("evaluate", "--workdir", trained, "--config.evaluate.prompts=9", "--config.evaluate.images=40") == 0
+    results = json.loads((trained / "results.json").read_text())
+    assert 0 <= results["t2i_all_correct"] <= 1 and results["prompts"] == 9 and results["caption_parsed"] >= 0
+    assert results["text_perplexity"] < 500 and results["image_bits"] > 0
+    for name in ("text_to_image.png", "image_to_text.png", "loss.png"):
+        with Image.open(trained / name) as picture:
+            assert picture.width > 100
+    assert "pictures of captions" in (trained / "results.md").read_text().lower()
+
+    scene = scenes.sample_scene("heldout", 0)
+    Image.fromarray(scenes.render(scene)).save(root / "a.png")
+    more = ["--prompt", "a small red circle", "--caption", root / "a.png", "--edit", root / "a.png", "make it blue"]
+    out = ["--out", root / "g.png", "--json", root / "g.json", "--samples", 2]
+    assert run("generate", "--workdir", trained, *more, *out) == 0
+    said = json.loads((root / "g.json").read_text())
+    assert len(said["drawn"]) == 4 and list(said["captions"]) == [str(root / "a.png")]
+    first = (root / "g.png").read_bytes()
+    assert run("generate", "--workdir", trained, *more, *out) == 0 and (root / "g.png").read_bytes() == first
+
+
+def test_a_run_that_was_stopped_ends_like_an_undisturbed_one(root, trained):
+    config, workdir = f"configs/llama_scenes.py:{root}", root / "again"
+    more = [*SMALL, "--config.train.checkpoint_every=5"]
+    process = spawn(command(config, workdir, *more), devices=8)
+    try:
+        while not (workdir / "checkpoints" / "5").exists():
+            assert process.poll() is None, process.communicate()
+        process.kill()
+    finally:
+        process.kill()
+        process.communicate()
+    finish(spawn(command(config, workdir, *more), devices=8))
+    assert losses(workdir) == losses(trained)
+
+
+def test_two_processes_read_the_same_rows_and_learn_the_same(root, trained):
+    from tests.integration.test_survival import free_port
+
+    config, workdir = f"configs/llama_scenes.py:{root}", root / "hosts"
+    where = ["--num-processes", 2, "--coordinator", f"127.0.0.1:{free_port()}"]
+    both = [spawn(command(config, workdir, *SMALL, *where, "--process-id", i), devices=4) for i in range(2)]
+    try:
+        for process in both:
+            finish(process)
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    np.testing.assert_allclose(losses(workdir), losses(trained), rtol=1e-4)
+
+
+def test_mistakes_are_one_line_before_anything_is_written(root, trained, tmp_path, capsys):
+    config = f"configs/llama_scenes.py:{root}"
+    other = tmp_path / "other"
+    seed = ["--config.seed=9", "--config.data.image_size=32", "--config.data.source=scenes:train"]
+    seed += ["--config.data.eval_source=scenes:heldout", "--config.train.steps=2"]
+    assert run("train", "--config", "configs/smoke.py", "--workdir", other, *seed) == 0
+    for arguments, message in (
+        (["generate", "--workdir", trained], "there is nothing to do"),
+        (["generate", "--workdir", root / "tokenizer", "--prompt", "x"], "is a run of kind"),
+        (["generate", "--workdir", trained, "--prompt", "red " * 500], "leaves no room"),
+        (["generate", "--workdir", trained, "--caption", tmp_path / "none.png"], "does not exist"),
+        (
+            ["generate", "--workdir", trained, "--prompt", "x", f"--config.sequences.tokenizer={other}"],
+            "codes were made by",
+        ),
+        (["train", "--config", f"{config}/none", "--workdir", tmp_path / "run"], "holds no codes"),
+        (
+            ["train", "--config", config, "--workdir", tmp_path / "run", "--config.sequences.context=16"],
+            "take a longer context",
+        ),
+    ):
+        assert run(*arguments) == cli.EXIT_USER, arguments
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in error and error.startswith("ddt-jax: "), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_codes_on_disk_are_those_of_the_tokenizer(root):
+    from ddt_jax import speaking
+
+    speaker = speaking.open_speaker(str(root / "transformer"))
+    records = CodesSource(str(root / "codes" / "heldout"))
+    images = np.stack([scenes.render(scenes.sample_scene("heldout", records[i]["index"])) for i in range(6)])
+    np.testing.assert_array_equal(speaker.eyes.encode(images), [records[i]["codes"][0] for i in range(6)])

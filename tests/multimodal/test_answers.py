@@ -1,0 +1,96 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddt_jax import settings
+from ddt_jax.errors import UserError
+from ddt_jax.multimodal import documents, sequence
+from ddt_jax.multimodal.answers import Answerer
+from ddt_jax.multimodal.documents import Image
+from ddt_jax.multimodal.model import Multimodal
+from ddt_jax.multimodal.sequence import ImageForm
+from ddt_jax.multimodal.vocabulary import Vocabulary
+from ddt_jax.nn import spans
+from ddt_jax.nn.params import split
+
+FORM = ImageForm("codes", 5)
+VOCABULARY = Vocabulary.extend(40, 16)
+GREEDY = settings.Sampling(tokens=6, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    sizes = settings.Transformer(vocab_size=VOCABULARY.size, width=32, depth=2, heads=2, kv_heads=1, mlp_width=64)
+    image = settings.CodeImages(num_tokens=FORM.rows, codebook_size=16)
+    return Multimodal(settings.Multimodal(transformer=sizes, image=image))
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    # Larger than at initialisation, so that the likeliest token is clearly so.
+    return jax.tree.map(lambda x: 5 * x, split(model.init(jax.random.key(3))[0])[0])
+
+
+@pytest.fixture(scope="module")
+def answerer(model, params):
+    return Answerer(model, params, {}, VOCABULARY, FORM, context=64, batch=4)
+
+
+def prompts(lengths):
+    return [documents.text_to_image(np.arange(n) % 40, Image()) for n in lengths]
+
+
+def logits(model, params, ids):
+    ids = jnp.asarray(ids, jnp.int32)[None]
+    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    visible = spans.causal(ids.shape[1])
+    return np.asarray(model.module.apply({"params": params}, ids, positions, visible, method="everything"))[0]
+
+
+def test_pictures_are_the_likeliest_codes_one_after_another(model, params, answerer):
+    given = prompts([3, 20, 1, 9, 7])
+    codes = answerer.images(given, GREEDY, range(5))
+    assert codes.shape == (5, 5)
+    for document, found in zip(given, codes, strict=True):
+        ids = sequence.lay_out_prompt(document, VOCABULARY, FORM, force_image=True).tokens.tolist()
+        for code in found:
+            assert code == logits(model, params, ids)[-1, VOCABULARY.codes_start :].argmax()
+            ids.append(VOCABULARY.codes_start + int(code))
+
+
+def test_guidance_moves_away_from_what_comes_without_a_caption(model, params, answerer):
+    (document,) = prompts([4])
+    codes = answerer.images([document], replace(GREEDY, guidance=3.0), [0])[0]
+    ids = sequence.lay_out_prompt(document, VOCABULARY, FORM, force_image=True).tokens.tolist()
+    empty = [VOCABULARY["BOS"], VOCABULARY["BOV"]]
+    for code in codes:
+        with_text, without = (logits(model, params, x)[-1, VOCABULARY.codes_start :] for x in (ids, empty))
+        assert code == (without + 3 * (with_text - without)).argmax()
+        ids.append(VOCABULARY.codes_start + int(code))
+        empty.append(VOCABULARY.codes_start + int(code))
+
+
+def test_an_answer_depends_on_prompt_and_seed_alone(answerer):
+    drawn = replace(GREEDY, temperature=1.0)
+    given = prompts([3, 6, 2, 4, 5])
+    together = answerer.images(given, drawn, [7, 8, 9, 7, 8])
+    np.testing.assert_array_equal(answerer.images(given[4:], drawn, [8])[0], together[4])
+    assert (answerer.images(given[4:], drawn, [9])[0] != together[4]).any()
+
+
+def test_texts_end_and_hold_text_only(answerer):
+    given = [documents.image_to_text([], Image(np.arange(5))), documents.image_to_text([], Image(np.arange(5)[::-1]))]
+    texts = answerer.texts(given, replace(GREEDY, tokens=12), [0, 1], lambda ids: ids.tolist())
+    assert len(texts) == 2 and all(set(ids) <= set(range(40)) for ids in texts)
+
+
+def test_what_does_not_fit_is_one_line(answerer):
+    with pytest.raises(UserError, match="leaves no room for an answer"):
+        answerer.images(prompts([60]), GREEDY, [0])
+    with pytest.raises(UserError, match="is not an image code"):
+        answerer.texts([documents.image_to_text([], Image(np.full(5, 99)))], GREEDY, [0], str)
+    with pytest.raises(UserError, match="tokens=0"):
+        answerer.texts(prompts([2]), replace(GREEDY, tokens=0), [0], str)

@@ -1,0 +1,83 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ddt_jax import settings
+from ddt_jax.data.codes import CodesWriter, Plan
+from ddt_jax.errors import UserError
+from ddt_jax.tokenizers.text import train_sentencepiece
+from ddt_jax.training import corpus
+
+CAPTIONS = ["a red circle", "two blue squares", "a small green cross", "one large ring"]
+
+
+def write(folder, tokenizer="f" * 64, codebook=64, tokens=4, captions=CAPTIONS):
+    plan = Plan(tokenizer, tokens, codebook, 32, "coarse_to_fine", False, "scenes:train", 40, 40)
+    writer = CodesWriter(str(folder), plan)
+    rng = np.random.default_rng(0)
+    records = (
+        {"codes": rng.integers(0, codebook, (1, tokens)), "index": i}
+        | ({"caption": captions[i % len(captions)]} if captions else {})
+        for i in range(40)
+    )
+    writer.write(0, records)
+    writer.complete()
+    return str(folder)
+
+
+def experiment(*folders, **sequences):
+    parts = tuple(settings.CodesFolder(folder=folder) for folder in folders)
+    s = settings.Sequences(sources=parts, context=64, text_vocab_size=320, **sequences)
+    return settings.Experiment(
+        model=settings.Multimodal(), sequences=s, train=settings.Train(batch_size=4), data=settings.Data()
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("codes") / "a")
+
+
+def test_sizes_are_filled_in_from_text_and_codes(folder):
+    s, found = corpus.resolve(experiment(folder, vocab_multiple=64))
+    assert s.model.image == settings.CodeImages(num_tokens=4, codebook_size=64, tokenizer="f" * 64)
+    assert s.model.transformer.vocab_size == found.vocabulary.size and found.vocabulary.size % 64 == 0
+    assert found.text.decode(found.text.encode(CAPTIONS[0])) == CAPTIONS[0]
+    assert corpus.resolve(s)[0] == s
+    batch = corpus.open_rows(s, found, s.sequences.sources).batch_at(3)
+    assert batch["rows"].shape == (4, 64) and batch["tokens"].max() < found.vocabulary.size
+
+
+def test_a_run_keeps_the_text_tokenizer_that_it_began_with(folder, tmp_path):
+    s, found = corpus.resolve(experiment(folder))
+    corpus.save(tmp_path, found)
+    other = tmp_path / "other.model"
+    train_sentencepiece(["other words altogether, said again"], 300, other)
+    again = corpus.resolve(experiment(folder, text=str(other)), str(tmp_path))[1]
+    assert again.text.fingerprint == found.text.fingerprint != corpus.resolve(experiment(folder, text=str(other)))[1]
+    loaded = corpus.load(str(tmp_path), s)
+    assert loaded.vocabulary == found.vocabulary and loaded.text.data == found.text.data and loaded.form == found.form
+
+
+def test_mistakes_are_one_line(folder, tmp_path):
+    other = write(tmp_path / "b", tokenizer="e" * 64)
+    silent = write(tmp_path / "c", captions=())
+    right = experiment(folder)
+    model = right.model
+    for s, message in (
+        (experiment(), "sequences.sources is empty"),
+        (experiment(str(tmp_path / "none")), "holds no codes"),
+        (experiment(folder, other), "made by different tokenizers"),
+        (experiment(silent), "set sequences.text"),
+        (replace(right, model=replace(model, image=settings.CodeImages(num_tokens=9))), "num_tokens=9, but codes:"),
+        (
+            replace(right, model=replace(model, transformer=settings.Transformer(vocab_size=7))),
+            "vocab_size=7, but text and codes need",
+        ),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            corpus.resolve(s)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="name the workdir of a multimodal run"):
+        corpus.load(str(tmp_path), right)
