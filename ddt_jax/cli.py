@@ -20,11 +20,13 @@ _WORKDIR_HELP = "directory of the run: its config, log, checkpoints and results"
 _IMPORTS = {
     "selftok": "a published Selftok tokenizer, .pth",
     "sd3": "SD3-medium, .safetensors or diffusers' folder, for the image stream of a new run with model.kind='selftok'",
+    "llama": "a LLaMA, Hugging Face's folder with config.json; makes no run but weights that a run starts from",
 }
 _EXPORTS = {
     "selftok": "the layout of the published Selftok tokenizers, one .pth; the codec is not part of it",
     "vae": "of a run that trains an autoencoder: diffusers' folder, its latents' scale measured",
     "torch": "a folder for PyTorch users: weights with the codec, config, and one Python file that needs PyTorch only",
+    "llama": "Hugging Face's folder, of imported weights or of a multimodal run",
 }
 
 
@@ -154,12 +156,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     p = verb(
         "import",
-        "make a run out of a published checkpoint",
+        "make a run, or weights to start one from, out of a published checkpoint",
         workdir=True,
         report=True,
         more="The workdir gets a config and a checkpoint at step 0, for evaluate, reconstruct, export and train. "
         "The published Selftok tokenizers work on latents of SD3's autoencoder, which is not in their files: "
-        "--config.model.codec.weights=FILE.safetensors.",
+        "--config.model.codec.weights=FILE.safetensors. Of a LLaMA, which brings its settings along, the workdir "
+        "gets weights only.",
     )
     p.add_argument("kind", choices=_IMPORTS, help=_choices(_IMPORTS))
     p.add_argument("--from", required=True, dest="file", metavar="PATH", help="what to read")
@@ -167,6 +170,13 @@ def _parser() -> argparse.ArgumentParser:
         "--config",
         metavar="FILE",
         help=f"{_CONFIG_HELP} (default for selftok: the released model with 512 tokens at 256 px, without an average)",
+    )
+    p.add_argument(
+        "--vocab-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="llama: a vocabulary of N, the new rows drawn from the distribution of the others (default: its own)",
     )
     p = verb(
         "export",
@@ -352,11 +362,18 @@ def _checkpoint(args, overrides) -> int:
 def _import(args, overrides) -> int:
     from ddt_jax import config, exchange
 
-    kind = exchange.IMPORTS[args.kind]
-    if not args.config and not kind.default:
-        raise UserError(f"import {args.kind}: needs --config FILE, the config of the run to make")
-    s = config.load(args.config, overrides) if args.config else kind.default(overrides)
-    result = kind.run(s, args.file, args.workdir)
+    if args.kind in exchange.WEIGHT_IMPORTS:
+        if args.config or overrides:
+            raise UserError(f"import {args.kind}: takes no --config, its settings are in --from; leave it out")
+        result = exchange.WEIGHT_IMPORTS[args.kind](args.file, args.workdir, args.vocab_size)
+    else:
+        kind = exchange.IMPORTS[args.kind]
+        if args.vocab_size:
+            raise UserError(f"import {args.kind}: takes no --vocab-size, only llama does; leave it out")
+        if not args.config and not kind.default:
+            raise UserError(f"import {args.kind}: needs --config FILE, the config of the run to make")
+        s = config.load(args.config, overrides) if args.config else kind.default(overrides)
+        result = kind.run(s, args.file, args.workdir)
     _report(args, result, result.pop("summary"))
     return 0
 

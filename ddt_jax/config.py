@@ -59,6 +59,11 @@ def from_dict(tree: dict) -> settings.Experiment:
     return experiment
 
 
+def typed(cls, tree: dict, name: str):
+    """Settings of one class from plain dicts. name: what a message calls them; raises as `from_dict`."""
+    return _parse(cls, tree, name)
+
+
 def load(path: str, overrides: tuple[tuple[str, str], ...] = ()) -> settings.Experiment:
     """Reads `FILE.py` or `FILE.py:VARIANT`, lays `(dotted key, text)` overrides over it, and types the result.
 

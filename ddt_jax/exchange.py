@@ -1,9 +1,11 @@
 """Checkpoints of other projects: what `ddt-jax import` and `ddt-jax export` do, one function and one row per kind.
 
-It lies above `experiment`, whose runs it makes and reads: nothing there needs it. Every import writes an ordinary run
-that has taken no step, with a config and a checkpoint at step 0, so that all other verbs work on it.
+It lies above `experiment`, whose runs it makes and reads: nothing there needs it. An import writes an ordinary run that
+has taken no step, with a config and a checkpoint at step 0, so that all other verbs work on it; or, of a model that a
+run is only a part of, weights alone (`training/weights.py`).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +17,9 @@ from etils import epath
 from ddt_jax import config, experiment, settings
 from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
-from ddt_jax.interop import diffusers_vae, sd3, selftok, torch_export
+from ddt_jax.interop import diffusers_vae, llama, sd3, selftok, torch_export
 from ddt_jax.io import torch_file
-from ddt_jax.training import checkpoint
+from ddt_jax.training import checkpoint, weights
 from ddt_jax.training.state import TrainState
 
 
@@ -88,6 +90,65 @@ def import_sd3(s: settings.Experiment, file: str, workdir: str) -> dict[str, Any
     return {"step": 0, **copied, "workdir": str(workdir), "summary": summary}
 
 
+def import_llama(folder: str, workdir: str, vocab_size: int = 0) -> dict[str, Any]:
+    """Writes LLaMA's weights where a multimodal run will start from them, see `interop.llama.import_folder`.
+
+    Args:
+      vocab_size: at least theirs; 0 for theirs.
+
+    Returns:
+      "tensors", "parameters", "bytes", "dtype", "vocab_size", "vocab_size_before", "workdir", "summary".
+
+    Raises:
+      UserError: if the folder holds no LLaMA, or the workdir something else already.
+    """
+    _check_empty(workdir, "workdir")
+    try:
+        c = llama.import_folder(folder, workdir, vocab_size=vocab_size)
+    except OSError as error:
+        raise UserError(f"import: {error.filename or workdir}: {error.strerror or error}") from error
+    about, text = _sizes(llama.load(workdir)[0])
+    before = llama.read_settings(folder).vocab_size
+    grown = f"{before:,}" if c.vocab_size == before else f"{before:,} → {c.vocab_size:,}"
+    summary = f"{text}, width {c.width:,}, depth {c.depth}, vocabulary {grown}: {workdir}"
+    about |= {"vocab_size": c.vocab_size, "vocab_size_before": before}
+    return {**about, "workdir": str(workdir), "summary": summary}
+
+
+def export_llama(workdir: str, folder: str) -> dict[str, Any]:
+    """Writes imported weights, or the newest checkpoint of a multimodal run, as a folder that transformers opens.
+
+    Returns:
+      of imported weights "tensors", "parameters", "bytes", "dtype", "written", "summary"; of a run as `export_selftok`.
+
+    Raises:
+      UserError: if the workdir holds neither, or the folder something already, or it cannot be written.
+    """
+    _check_empty(folder, "--to")
+    if not weights.holds(workdir):
+        return _export_trained_llama(workdir, folder)
+    arrays, c = llama.load(workdir)
+    try:
+        llama.export_folder(arrays, c, folder, beside=workdir)
+    except OSError as error:
+        raise UserError(f"export: cannot write {folder}: {error.strerror or error}") from error
+    about, text = _sizes(arrays)
+    return {**about, "written": str(folder), "summary": f"imported weights, {text}: {folder}"}
+
+
+def _export_trained_llama(workdir, folder):
+    kind = experiment.saved_settings(workdir).model.kind
+    if kind != "multimodal":
+        raise UserError(f"export: {workdir} holds a model of kind {kind!r}, neither 'multimodal' nor imported weights")
+
+    def write(built, state, params, about):
+        arrays = weights.unrolled_arrays(params)
+        llama.export_folder(arrays, built.settings.model.transformer, folder)
+        return {"tensors": len(arrays)}
+
+    return _export(workdir, folder, write)
+
+
 def export_selftok(workdir: str, file: str) -> dict[str, Any]:
     """Writes the newest checkpoint as a file in the layout of published Selftok checkpoints.
 
@@ -149,7 +210,8 @@ def export_vae(workdir: str, folder: str) -> dict[str, Any]:
 
 # What the command line offers; its texts are in cli.py, which imports nothing heavy.
 IMPORTS = {"selftok": Importer(import_selftok, released_settings), "sd3": Importer(import_sd3)}
-EXPORTS = {"selftok": export_selftok, "vae": export_vae, "torch": export_torch}
+WEIGHT_IMPORTS = {"llama": import_llama}  # whose settings come with them
+EXPORTS = {"selftok": export_selftok, "vae": export_vae, "torch": export_torch, "llama": export_llama}
 
 
 def _on_one_device(s: settings.Experiment) -> experiment.Built:
@@ -181,6 +243,28 @@ def _start(built: experiment.Built, s: settings.Experiment, workdir: str, fill: 
             points.save(state, tree)
     finally:
         points.close()
+
+
+def _check_empty(path: str, what: str) -> None:
+    """Raises UserError if something is there already. what: how the user has named it."""
+    folder = epath.Path(path)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{what}: {path} is a file; name a new folder")
+    names = sorted(p.name for p in folder.iterdir())
+    if names:
+        what_is_there = "imported weights" if weights.holds(path) else "a run" if "checkpoints" in names else names[0]
+        raise UserError(f"{what}: {path} holds {what_is_there} already; use another folder")
+
+
+def _sizes(arrays: dict) -> tuple[dict[str, Any], str]:
+    """What a user is told of weights, as data and as text. arrays: by name, looked at from outside only."""
+    count = sum(math.prod(x.shape) for x in arrays.values())
+    size = sum(x.nbytes for x in arrays.values())
+    dtype = ", ".join(sorted({str(np.dtype(x.dtype)) for x in arrays.values()}))
+    text = f"{len(arrays):,} tensors, {count:,} parameters in {dtype} ({size / 1e9:,.2f} GB)"
+    return {"tensors": len(arrays), "parameters": count, "bytes": size, "dtype": dtype}, text
 
 
 def _export(workdir: str, path: str, write: Callable) -> dict[str, Any]:

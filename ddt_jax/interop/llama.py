@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddt_jax import settings
+from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 from ddt_jax.io import atomic, weights_folder
 from ddt_jax.io.weights_folder import Lazy
@@ -24,6 +24,7 @@ from ddt_jax.nn.params import split
 from ddt_jax.training import weights
 
 CONFIG = "config.json"
+KIND = "llama"  # of the weights that an import writes
 _BESIDE = "source"  # folder beside imported weights with what of theirs is not weights
 _COPIED = ("*token*", "*vocab*", "merges.txt", "generation_config.json", "chat_template*", CONFIG)
 _SIZES = {
@@ -67,6 +68,10 @@ def read_settings(folder) -> settings.Transformer:
       UserError: if there is none, or it describes something that our backbone is not.
     """
     path = epath.Path(folder) / CONFIG
+    if not path.parent.is_dir():
+        raise UserError(f"llama: {folder} is no folder; download the model and name its folder")
+    if not path.exists():
+        raise UserError(f"llama: {folder} holds no {CONFIG}; name a folder in the format of Hugging Face")
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -124,15 +129,27 @@ def import_folder(folder, out, *, vocab_size: int = 0, seed: int = 0) -> setting
             arrays[name] = extended(arrays[name], vocab_size, seed + i)
         c = replace(c, vocab_size=vocab_size)
     _copy_beside(folder, out / _BESIDE)
-    weights.save(out, arrays, {"kind": "llama", "settings": asdict(c)})
+    weights.save(out, arrays, {"kind": KIND, "settings": asdict(c)})
     return c
+
+
+def load(folder) -> tuple[dict[str, Lazy], settings.Transformer]:
+    """What `import_folder` has written: arrays by unrolled path, and settings.
+
+    Raises:
+      UserError: if there is nothing, or it is another kind of model.
+    """
+    arrays, about = weights.load(folder)
+    if about["kind"] != KIND:
+        raise UserError(f"llama: {folder} holds weights of kind {about['kind']!r}, not {KIND!r}")
+    return arrays, config.typed(settings.Transformer, about["settings"], f"{folder}: settings")
 
 
 def export_folder(arrays: dict, c: settings.Transformer, out, *, beside=None, file_bytes=weights_folder.FILE_BYTES):
     """Writes a folder that transformers opens.
 
     Args:
-      arrays: by unrolled path: `weights.load(folder)[0]` or `weights.unrolled_arrays(params)`.
+      arrays: by unrolled path: `load(folder)[0]` or `weights.unrolled_arrays(params)`.
       beside: folder of imported weights whose tokenizer and other settings go along; None for none.
 
     Raises:

@@ -23,12 +23,16 @@ def save(folder, arrays: dict[str, Lazy], config: dict, file_bytes: int = weight
     atomic.write_text(epath.Path(folder) / _CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def holds(folder) -> bool:
+    """Whether `save` has finished there."""
+    return (epath.Path(folder) / _CONFIG).exists()
+
+
 def load(folder) -> tuple[dict[str, Lazy], dict]:
     """(arrays by path, config). Raises UserError if the folder holds none."""
-    path = epath.Path(folder) / _CONFIG
-    if not path.exists():
+    if not holds(folder):
         raise UserError(f"weights: {folder} holds no imported weights ({_CONFIG}); write them with `ddt-jax import`")
-    return weights_folder.load(folder, _STEM), json.loads(path.read_text())
+    return weights_folder.load(folder, _STEM), json.loads((epath.Path(folder) / _CONFIG).read_text())
 
 
 def restore(arrays: dict, abstract):

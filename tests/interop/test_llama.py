@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ddt_jax import cli, config, experiment, settings
 from ddt_jax import mesh as meshes
-from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.interop import llama
 from ddt_jax.io import weights_folder
@@ -152,6 +153,7 @@ def test_a_longer_vocabulary_reaches_embeddings_head_and_export(tmp_path):
 
 
 def test_what_does_not_fit_is_named_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         llama.read_settings(tmp_path)
     write_model(tmp_path, TINY)
@@ -173,11 +175,111 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path):
         weights.load(tmp_path)
 
 
+def run(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("c", [LLAMA3, replace(TINY, tied_head=True)], ids=["llama3", "tied"])
+def test_the_verbs_take_a_model_in_and_out_bit_by_bit(tmp_path, capsys, c):
+    theirs, ours, again = tmp_path / "theirs", tmp_path / "ours", tmp_path / "again"
+    write_model(theirs, c)
+    report = ["--json", tmp_path / "report.json"]
+    assert run("import", "llama", "--from", theirs, "--workdir", ours, *report) == 0
+    count = sum(x.size for x in tensors(c).values())
+    expected = f"{len(tensors(c))} tensors, {count:,} parameters in bfloat16 (0.00 GB)"
+    assert capsys.readouterr().out == f"{expected}, width 16, depth 2, vocabulary 24: {ours}\n"
+    assert json.loads((tmp_path / "report.json").read_text())["parameters"] == count
+    assert run("export", "llama", "--workdir", ours, "--to", again, *report) == 0
+    assert capsys.readouterr().out == f"imported weights, {expected}: {again}\n"
+    assert_same_bits(weights_folder.load(again), tensors(c))
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (theirs, again)]
+    assert {name: configs[1][name] for name in configs[0]} == configs[0]
+    assert (again / "tokenizer.json").read_text() == "{}"
+    arrays, read = llama.load(ours)
+    assert replace(read, head_dim=4) == c and arrays["embed"].shape == (24, 16)
+
+
+def test_a_longer_vocabulary_keeps_its_first_rows_through_the_verbs(tmp_path, capsys):
+    write_model(tmp_path / "theirs", TINY)
+    start = ["import", "llama", "--from", tmp_path / "theirs", "--workdir", tmp_path / "ours"]
+    assert run(*start, "--vocab-size", 8) == cli.EXIT_USER
+    assert "smaller than the model's own, 24" in capsys.readouterr().err
+    assert run(*start, "--vocab-size", 40) == 0
+    assert "vocabulary 24 → 40: " in capsys.readouterr().out
+    assert run("export", "llama", "--workdir", tmp_path / "ours", "--to", tmp_path / "again") == 0
+    again = {name: np.asarray(x) for name, x in weights_folder.load(tmp_path / "again").items()}
+    longer = ("model.embed_tokens.weight", "lm_head.weight")
+    assert {again[name].shape for name in longer} == {(40, 16)}
+    assert_same_bits(again | {name: again[name][:24] for name in longer}, tensors(TINY))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A model, the same imported, the same damaged, and what is left of two runs of other models."""
+    root = tmp_path_factory.mktemp("places")
+    write_model(root / "theirs", TINY)
+    write_model(root / "damaged", TINY)
+    min((root / "damaged").glob("*.safetensors")).write_bytes(b"cut")
+    llama.import_folder(root / "theirs", root / "ours")
+    (root / "run" / "checkpoints").mkdir(parents=True)
+    (root / "other").mkdir()
+    tree = config.dump(settings.Experiment(model=settings.LinearTokenizer()))
+    (root / "other" / "config.json").write_text(json.dumps(tree))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("import llama --from none --workdir new", "none is no folder; download the model"),
+        ("import llama --from run/checkpoints --workdir new", "holds no config.json; name a folder in the format of"),
+        ("import llama --from theirs/config.json --workdir new", "is no folder"),
+        ("import llama --from damaged --workdir new", "damaged"),
+        ("import llama --from theirs --workdir ours", "workdir: ours holds imported weights already; use another"),
+        ("import llama --from theirs --workdir run", "workdir: run holds a run already; use another"),
+        ("import llama --from theirs --workdir other", "workdir: other holds config.json already; use another"),
+        ("import llama --from theirs --workdir theirs/config.json", "config.json is a file; name a new folder"),
+        ("import llama --from theirs --workdir /proc/none/new", "import: /proc/none"),
+        ("import llama --from theirs --workdir new --config x.py", "takes no --config, its settings are in --from"),
+        ("import llama --from theirs --workdir new --config.model.width=8", "takes no --config"),
+        ("import llama --from theirs --workdir new --vocab-size -1", "smaller than the model's own, 24"),
+        ("import selftok --from theirs --workdir new --vocab-size 40", "import selftok: takes no --vocab-size"),
+        ("export llama --workdir none --to new", "none holds no run"),
+        ("export llama --workdir other --to new", "holds a model of kind 'linear', neither 'multimodal' nor imported"),
+        ("export llama --workdir ours --to theirs", "--to: theirs holds config.json already; use another folder"),
+        ("export llama --workdir ours --to ours", "--to: ours holds imported weights already; use another folder"),
+        ("export llama --workdir ours --to /proc/none/new", "export: cannot write /proc/none/new"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_trace(places, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(places)
+    before = {path: path.stat().st_mtime_ns for path in places.rglob("*")}
+    assert run(*arguments.split()) == cli.EXIT_USER
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ddt-jax: ") and message in line
+    assert {path: path.stat().st_mtime_ns for path in places.rglob("*")} == before
+
+
+def test_the_weights_of_a_multimodal_run_are_exported_too(tmp_path, monkeypatch, capsys):
+    c = replace(TINY, scan_layers=True)
+    write_model(tmp_path / "theirs", TINY, np.float32)
+    params = llama.read(tmp_path / "theirs", c)
+    s = SimpleNamespace(name="run", model=SimpleNamespace(kind="multimodal", transformer=c))
+    state = SimpleNamespace(step=7, params=params, ema=None)
+    monkeypatch.setattr(experiment, "saved_settings", lambda workdir: s)
+    monkeypatch.setattr(experiment, "restore", lambda workdir: (SimpleNamespace(settings=s), state))
+    assert run("export", "llama", "--workdir", tmp_path / "run", "--to", tmp_path / "again") == 0
+    assert capsys.readouterr().out == f"step 7, parameters, 21 tensors: {tmp_path / 'again'}\n"
+    assert_same_bits(weights_folder.load(tmp_path / "again"), tensors(TINY, np.float32))
+
+
+# getrusage would count what the process of these tests held when it forked.
 _MEASURED = """
-import resource, sys
+import sys
 from ddt_jax.interop import llama
 from ddt_jax.training import weights
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 small, big, out = sys.argv[1:]
 def both(folder, out):
     c = llama.import_folder(folder, out + "/ours")

@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,20 @@ def test_decoding_is_held_against_one_pass_of_the_same_batch(bench, capsys):
     seconds = found["seconds"]
     assert found["decode_in_forwards"] == pytest.approx(seconds["decode"] / seconds["forward"], rel=0.05)
     assert found["with_encoder_in_forwards"] > found["decode_in_forwards"]
+
+
+@pytest.mark.slow
+def test_the_verbs_for_llama_are_measured_in_processes_of_their_own(bench, capsys, monkeypatch, tmp_path):
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4}
+    monkeypatch.setattr(bench, "LLAMA", bench.LLAMA | tiny | {"vocab_size": 1024, "num_key_value_heads": 2})
+    held = np.ones(1_000_000_000, np.uint8)  # what this process holds must not count
+    assert bench.main(["llama", "--gigabytes", "0.002", "--folder", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert held.all() and found["identical"] and found["within_limits"] and found["files"] >= 8
+    assert found["model_gb"] == 0.002 and found["tensors"] % 9 == 3
+    assert found["baseline_gb"].keys() == {"import", "export", "import_longer"}
+    assert all(0.05 < x < 1 for x in found["baseline_gb"].values())
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_first_call_is_not_timed_and_the_least_of_the_others_counts(bench):
