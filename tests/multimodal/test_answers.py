@@ -43,31 +43,37 @@ def prompts(lengths):
     return [documents.text_to_image(np.arange(n) % 40, Image()) for n in lengths]
 
 
-def logits(model, params, ids):
-    ids = jnp.asarray(ids, jnp.int32)[None]
-    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    visible = spans.causal(ids.shape[1])
-    return np.asarray(model.module.apply({"params": params}, ids, positions, visible, method="everything"))[0]
+@pytest.fixture(scope="module")
+def logits(model, params):
+    """ids → logits of each of them, from the whole sequence at once, without a cache."""
+    n = 32
+
+    @jax.jit
+    def run(ids):
+        positions = jnp.arange(n, dtype=jnp.int32)[None]
+        return model.module.apply({"params": params}, ids, positions, spans.causal(n), method="everything")[0]
+
+    return lambda ids: np.asarray(run(np.array([ids + [0] * (n - len(ids))], np.int32)))[: len(ids)]
 
 
-def test_pictures_are_the_likeliest_codes_one_after_another(model, params, answerer):
+def test_pictures_are_the_likeliest_codes_one_after_another(answerer, logits):
     given = prompts([3, 20, 1, 9, 7])
     codes = answerer.images(given, GREEDY, range(5))
     assert codes.shape == (5, 5)
     for document, found in zip(given, codes, strict=True):
         ids = sequence.lay_out_prompt(document, VOCABULARY, FORM, force_image=True).tokens.tolist()
         for code in found:
-            assert code == logits(model, params, ids)[-1, VOCABULARY.codes_start :].argmax()
+            assert code == logits(ids)[-1, VOCABULARY.codes_start :].argmax()
             ids.append(VOCABULARY.codes_start + int(code))
 
 
-def test_guidance_moves_away_from_what_comes_without_a_caption(model, params, answerer):
+def test_guidance_moves_away_from_what_comes_without_a_caption(answerer, logits):
     (document,) = prompts([4])
     codes = answerer.images([document], replace(GREEDY, guidance=3.0), [0])[0]
     ids = sequence.lay_out_prompt(document, VOCABULARY, FORM, force_image=True).tokens.tolist()
     empty = [VOCABULARY["BOS"], VOCABULARY["BOV"]]
     for code in codes:
-        with_text, without = (logits(model, params, x)[-1, VOCABULARY.codes_start :] for x in (ids, empty))
+        with_text, without = (logits(x)[-1, VOCABULARY.codes_start :] for x in (ids, empty))
         assert code == (without + 3 * (with_text - without)).argmax()
         ids.append(VOCABULARY.codes_start + int(code))
         empty.append(VOCABULARY.codes_start + int(code))

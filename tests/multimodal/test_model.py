@@ -12,6 +12,7 @@ from ddt_jax.multimodal.model import FROZEN, Multimodal
 from ddt_jax.multimodal.records import RecordDocuments
 from ddt_jax.multimodal.sequence import ImageForm
 from ddt_jax.multimodal.vocabulary import Vocabulary
+from ddt_jax.nn import spans
 from ddt_jax.nn.params import split
 
 SIZES = settings.Transformer(vocab_size=0, width=32, depth=2, heads=2, kv_heads=1, mlp_width=64, loss_chunk=64)
@@ -52,18 +53,16 @@ def test_terms_are_those_of_logits_over_every_target(vocabulary, batch):
     params, extra = state(model)
     sums, counts, stats = model.loss_fn(params, extra, given(model, batch), jax.random.key(1))
     # Document by document, so that nothing of packing is shared with what is tested.
-    nll, right, codes = [], [], []
+    nll, right, codes, logits = [], [], [], plain_logits(model, params)
     for row in range(8):
         for document in range(batch["document"][row].max() + 1):
             here = batch["document"][row] == document
-            ids = batch["tokens"][row][here][None]
-            visible = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool))
-            logits = plain_logits(model, params, ids, visible)[0]
-            logp = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+            ids = batch["tokens"][row][here]
+            logp = np.asarray(jax.nn.log_softmax(logits(ids), axis=-1))
             for i in np.flatnonzero(batch["target"][row][here]):
-                nll.append(-logp[i - 1, ids[0, i]])
-                right.append(logp[i - 1].argmax() == ids[0, i])
-                codes.append(ids[0, i] >= vocabulary.codes_start)
+                nll.append(-logp[i - 1, ids[i]])
+                right.append(logp[i - 1].argmax() == ids[i])
+                codes.append(ids[i] >= vocabulary.codes_start)
     nll, right, codes = map(np.array, (nll, right, codes))
     assert codes.sum() > 100 and (~codes).sum() > 100 and stats == {}
     ratio = {name: float(sums[name] / counts[name]) for name in sums}
@@ -75,14 +74,15 @@ def test_terms_are_those_of_logits_over_every_target(vocabulary, batch):
     np.testing.assert_allclose(ratio["targets_used"], len(nll) / (8 * 128), rtol=1e-6)
 
 
-def plain_logits(model, params, ids, visible):
-    """Without packing: positions from 0, a triangular mask."""
-    from ddt_jax.nn import spans
+def plain_logits(model, params, length=64):
+    """ids [N] → logits [N, V] without packing: positions from 0, causal."""
 
-    assert visible.all() or not bool(visible[0, -1])
-    n = ids.shape[1]
-    positions = jnp.arange(n, dtype=jnp.int32)[None]
-    return model.module.apply({"params": params}, jnp.asarray(ids), positions, spans.causal(n), method="everything")
+    @jax.jit
+    def run(ids):
+        positions = jnp.arange(length, dtype=jnp.int32)[None]
+        return model.module.apply({"params": params}, ids, positions, spans.causal(length), method="everything")[0]
+
+    return lambda ids: np.asarray(run(np.pad(ids, (0, length - len(ids)))[None]))[: len(ids)]
 
 
 def test_parts_of_a_batch_add_up_to_it(vocabulary, batch):
