@@ -43,7 +43,7 @@ test: ## quick tests (at most 15 minutes on 2 cores)
 
 test-slow: ## oracles, several processes, kills; then test-tpu
 	@$(INSTALL) $(VENV) test,oracle $(PYTHON)
-	$(PYTEST) -m "slow and not tpu_compile"
+	$(PYTEST) -m "slow and not tpu_compile" -n $(WORKERS)
 	@$(MAKE) --no-print-directory test-tpu
 
 test-tpu: ## compile the small configs' train steps for a TPU, in .venv-tpu

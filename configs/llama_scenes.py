@@ -12,6 +12,9 @@ def get_config(root="runs/quickstart"):
     c.name = "llama_scenes"
     c.model = config.defaults(settings.Multimodal)
     c.model.transformer.qk_norm = True
+    c.model.transformer.width, c.model.transformer.mlp_width = 96, 256
+    c.model.transformer.depth, c.model.transformer.heads, c.model.transformer.kv_heads = 3, 3, 3
+    c.model.transformer.scan_layers = False
     c.sequences.tokenizer = f"{root}/tokenizer"
     formats = settings.Formats(text_to_image=0.55, image_to_text=0.35, image_only=0.1)
     c.sequences.sources = (config.dump(settings.CodesFolder(folder=f"{root}/codes/train", formats=formats)),)
@@ -22,6 +25,6 @@ def get_config(root="runs/quickstart"):
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
     c.train.batch_size = 16
-    c.train.steps = 1600
+    c.train.steps = 1500
     c.evaluate.verifier = True
     return c

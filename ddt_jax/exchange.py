@@ -19,7 +19,8 @@ from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
 from ddt_jax.interop import diffusers_vae, llama, sd3, selftok, torch_export
 from ddt_jax.io import torch_file
-from ddt_jax.training import checkpoint, weights
+from ddt_jax.multimodal import backbone
+from ddt_jax.training import checkpoint, corpus, weights
 from ddt_jax.training.state import TrainState
 
 
@@ -142,8 +143,12 @@ def _export_trained_llama(workdir, folder):
         raise UserError(f"export: {workdir} holds a model of kind {kind!r}, neither 'multimodal' nor imported weights")
 
     def write(built, state, params, about):
+        sizes = built.settings.model.transformer
+        c, params = backbone.for_decoding(sizes, built.model.all_params(params, state.extra))
         arrays = weights.unrolled_arrays(params)
-        llama.export_folder(arrays, built.settings.model.transformer, folder)
+        start = built.settings.init_from
+        llama.export_folder(arrays, c, folder, beside=start if start and weights.holds(start) else None)
+        corpus.copy_text(workdir, folder)
         return {"tensors": len(arrays)}
 
     return _export(workdir, folder, write)

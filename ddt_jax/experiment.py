@@ -27,6 +27,7 @@ from ddt_jax.tokenizers.image_loss import LPIPS
 from ddt_jax.training import checkpoint, corpus, latents, loop, warm_start, writers
 from ddt_jax.training import feed as feeds
 from ddt_jax.training import optimizer as optimizers
+from ddt_jax.training import weights as weights_lib
 from ddt_jax.training.progress import Progress
 from ddt_jax.training.state import TrainState, abstract_state, init_state
 from ddt_jax.training.tokenizer_step import compile_step, make_step
@@ -347,6 +348,8 @@ def claim(root, tree: dict, check) -> None:
             raise UserError(
                 f"workdir: {root} holds a run with other settings ({names}); use another --workdir or its settings"
             )
+    elif weights_lib.holds(root):
+        raise UserError(f"workdir: {root} holds imported weights; train in another one, with init_from={root}")
     else:
         check()
     if jax.process_index() == 0:

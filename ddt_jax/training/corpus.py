@@ -107,6 +107,12 @@ def save(workdir, corpus: Corpus) -> None:
     atomic.write_text(folder / _VOCABULARY, corpus.vocabulary.to_json())
 
 
+def copy_text(workdir, folder) -> None:
+    """Puts the text tokenizer and the vocabulary of a run beside weights that leave it."""
+    for path in (epath.Path(workdir) / _FOLDER).iterdir():
+        path.copy(epath.Path(folder) / path.name, overwrite=True)
+
+
 def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[settings.CodesFolder]) -> RowLoader:
     """Batches of this process, of a mixture of folders. Raises UserError if they do not fit the settings."""
     q = s.sequences

@@ -4,6 +4,7 @@ What is copied, what stays fresh and what is left behind is decided from shapes 
 optimizer and counters are the new run's own.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
-from ddt_jax.training import checkpoint
+from ddt_jax.multimodal.model import FROZEN
+from ddt_jax.training import checkpoint, weights
 from ddt_jax.training.state import TrainState, abstract_state
 
 _LISTED = 6  # names in one line
@@ -76,8 +78,46 @@ class FirstStage:
         return state.replace(**new, ema=ema)
 
 
-def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) -> FirstStage | None:
-    """The run in `init_from`; None where none is named and none is needed.
+@dataclass(frozen=True)
+class Imported:
+    """Imported weights that a multimodal run begins with: all of its transformer.
+
+    Attributes:
+      folder: where they are.
+      arrays: by unrolled path.
+    """
+
+    folder: str
+    arrays: dict
+
+    def give(self, state: TrainState, note: Callable[[str], None]) -> TrainState:
+        """See `FirstStage.give`. What LoRA trains stays as it is; the rest lies in `extra` then."""
+        frozen = FROZEN in state.extra
+        new = weights.restore(self.arrays, state.extra[FROZEN] if frozen else state.params)
+        note(f"init_from: {len(self.arrays)} arrays of {self.folder}")
+        if frozen:
+            return state.replace(extra=state.extra | {FROZEN: new})
+        return state.replace(params=new, ema=None if state.ema is None else jax.tree.map(jnp.copy, new))
+
+
+# What may differ between imported settings and a run's: nothing of it changes what the weights compute.
+_LAYOUT = ("scan_layers", "remat", "attention", "loss_chunk", "dtype", "dropout", "z_loss", "lora")
+
+
+def _imported(s: settings.Experiment) -> Imported:
+    arrays, about = weights.load(s.init_from)
+    ours, theirs = config.dump(s.model.transformer), about["settings"]
+    theirs = json.loads(json.dumps(theirs))  # tuples as lists, as in ours
+    differing = [k for k in ours if k not in _LAYOUT and ours[k] != theirs.get(k)]
+    if differing:
+        named = ", ".join(f"{k}={theirs.get(k)!r} there, {ours[k]!r} here" for k in differing[:4])
+        hint = "; import it with --vocab-size" if "vocab_size" in differing else "; set model.transformer as there"
+        raise UserError(f"init_from: {s.init_from} has other settings ({named}){hint}")
+    return Imported(s.init_from, arrays)
+
+
+def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) -> FirstStage | Imported | None:
+    """The run, or imported weights, in `init_from`; None where none is named and none is needed.
 
     Args:
       s, model, mesh, abstract: of the run that begins.
@@ -93,6 +133,8 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) 
                 "set init_from to the workdir of the run that made them"
             )
         return None
+    if isinstance(s.model, settings.Multimodal) and weights.holds(s.init_from):
+        return _imported(s)
     theirs = config.from_dict(checkpoint.saved_config(s.init_from, "init_from"))
     if not checkpoint.saved_steps(s.init_from):
         raise UserError(f"init_from: {s.init_from} has no checkpoint yet; train that run first")

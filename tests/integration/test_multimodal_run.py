@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddt_jax import cli
+from ddt_jax import cli, speaking
 from ddt_jax.data import scenes
 from ddt_jax.data.codes import CodesSource
-from tests.integration.test_survival import command, finish, spawn
+from ddt_jax.multimodal.backbone import Backbone
+from ddt_jax.nn import spans
+from tests.integration.test_survival import command, finish, free_port, spawn
 
 pytestmark = pytest.mark.slow
 SMALL = ["--config.model.transformer.width=32", "--config.model.transformer.depth=2", "--config.train.batch_size=8"]
@@ -82,8 +84,6 @@ def test_a_run_that_was_stopped_ends_like_an_undisturbed_one(root, trained):
 
 
 def test_two_processes_read_the_same_rows_and_learn_the_same(root, trained):
-    from tests.integration.test_survival import free_port
-
     config, workdir = f"configs/llama_scenes.py:{root}", root / "hosts"
     where = ["--num-processes", 2, "--coordinator", f"127.0.0.1:{free_port()}"]
     both = [spawn(command(config, workdir, *SMALL, *where, "--process-id", i), devices=4) for i in range(2)]
@@ -124,9 +124,21 @@ def test_mistakes_are_one_line_before_anything_is_written(root, trained, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_codes_on_disk_are_those_of_the_tokenizer(root):
-    from ddt_jax import speaking
+def test_transformers_opens_what_is_exported(root, trained, oracle):
+    torch, transformers = oracle("torch"), oracle("transformers")
+    assert run("export", "llama", "--workdir", trained, "--to", root / "theirs") == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(root / "theirs").eval()
+    speaker = speaking.open_speaker(str(trained))
+    c, params = speaker.answerer.config, speaker.answerer.params
+    ids = np.random.default_rng(0).integers(0, c.vocab_size, (2, 24))
+    positions = np.arange(24, dtype=np.int32)[None]
+    ours = Backbone(c).apply({"params": params}, ids, positions, spans.causal(24), method="everything")
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(ours, wanted, atol=1e-4)
 
+
+def test_codes_on_disk_are_those_of_the_tokenizer(root):
     speaker = speaking.open_speaker(str(root / "transformer"))
     records = CodesSource(str(root / "codes" / "heldout"))
     images = np.stack([scenes.render(scenes.sample_scene("heldout", records[i]["index"])) for i in range(6)])

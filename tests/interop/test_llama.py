@@ -265,13 +265,17 @@ def test_the_weights_of_a_multimodal_run_are_exported_too(tmp_path, monkeypatch,
     c = replace(TINY, scan_layers=True)
     write_model(tmp_path / "theirs", TINY, np.float32)
     params = llama.read(tmp_path / "theirs", c)
-    s = SimpleNamespace(name="run", model=SimpleNamespace(kind="multimodal", transformer=c))
-    state = SimpleNamespace(step=7, params=params, ema=None)
+    s = SimpleNamespace(name="run", init_from="", model=SimpleNamespace(kind="multimodal", transformer=c))
+    state = SimpleNamespace(step=7, params=params, extra={}, ema=None)
+    model = SimpleNamespace(all_params=lambda params, extra: params)
+    (tmp_path / "run" / "text").mkdir(parents=True)
+    (tmp_path / "run" / "text" / "vocabulary.json").write_text("{}")
     monkeypatch.setattr(experiment, "saved_settings", lambda workdir: s)
-    monkeypatch.setattr(experiment, "restore", lambda workdir: (SimpleNamespace(settings=s), state))
+    monkeypatch.setattr(experiment, "restore", lambda workdir: (SimpleNamespace(settings=s, model=model), state))
     assert run("export", "llama", "--workdir", tmp_path / "run", "--to", tmp_path / "again") == 0
     assert capsys.readouterr().out == f"step 7, parameters, 21 tensors: {tmp_path / 'again'}\n"
     assert_same_bits(weights_folder.load(tmp_path / "again"), tensors(TINY, np.float32))
+    assert (tmp_path / "again" / "vocabulary.json").exists()
 
 
 # getrusage would count what the process of these tests held when it forked.

@@ -140,3 +140,34 @@ def test_a_part_that_is_not_trained_has_to_be_there():
     plan = warm_start.plan(state("a", "b"), state("b", *(f"c{i}" for i in range(8))))
     assert (plan.copied, plan.left) == (("params/b",), ("params/a",))
     assert str(plan).endswith("params/c5 and 2 more\n  left behind: params/a")
+
+
+def test_a_transformer_begins_with_imported_weights(tmp_path):
+    from ddt_jax.multimodal import backbone
+    from ddt_jax.multimodal.model import FROZEN
+    from ddt_jax.nn.params import split
+    from ddt_jax.training import weights
+
+    sizes = settings.Transformer(vocab_size=40, width=16, depth=2, heads=2, kv_heads=1, mlp_width=32)
+    theirs = split(backbone.init(replace(sizes, scan_layers=False), jax.random.key(7)))[0]
+    about = {"kind": "llama", "settings": config.dump(replace(sizes, scan_layers=False))}
+    weights.save(tmp_path / "w", weights.unrolled_arrays(theirs), about)
+
+    def begin(transformer):
+        image = settings.CodeImages(num_tokens=4, codebook_size=8)
+        model = settings.Multimodal(transformer=transformer, image=image)
+        s = settings.Experiment(model=model, init_from=str(tmp_path / "w"))
+        built = experiment.build(s, jax.devices()[:1])
+        found = warm_start.find(s, built.model, built.mesh, built.abstract, experiment.make_model)
+        with jax.set_mesh(built.mesh):
+            return found.give(built.init(), lambda line: None)
+
+    state = begin(sizes)
+    wanted = np.stack([theirs["blocks"][f"block_{i}"]["query"]["kernel"] for i in range(2)])
+    for tree in (state.params, state.ema, begin(replace(sizes, lora=settings.LoRA(rank=2))).extra[FROZEN]):
+        np.testing.assert_array_equal(tree["blocks"]["scanned"]["block"]["query"]["kernel"], wanted)
+        np.testing.assert_array_equal(tree["embed"], theirs["embed"])
+    with pytest.raises(UserError, match="vocab_size=40 there, 48 here.*--vocab-size"):
+        begin(replace(sizes, vocab_size=48))
+    with pytest.raises(UserError, match="rope_theta=500000.0 there, 1.0 here"):
+        begin(replace(sizes, rope_theta=1.0))
