@@ -1,6 +1,6 @@
 """Long measurements, run by hand; each leaves its figures in docs/soak/NAME.json for good.
 
-    python tools/soak.py quickstart               configs/quickstart.py for seeds 0, 1, 2, against its gates
+    python tools/soak.py quickstart               all of `make quickstart` for seeds 0, 1, 2, against its gates
     python tools/soak.py scenes                   configs/ddt_scenes.py, then its renderer, against the gates
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
@@ -12,62 +12,23 @@ Nothing else should run on the machine meanwhile. Ctrl-C stops the measurement a
 """
 
 import argparse
-import contextlib
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout, whatever else is installed
-PATIENCE = 10  # seconds in which the children of a run may follow it
-POLL = 0.01  # seconds between two looks at what a run has written
+sys.path.insert(0, str(ROOT / "tools"))
+from soak_runs import Failed, Outcome, git, machine, must, run  # noqa: E402
+
 SAVED = 75  # exit code of a run that was asked to stop and has saved
-
-
-class Failed(Exception):
-    """A run that should have worked did not: the measurement has no figures."""
-
-
-# ---------------------------------------------------------------- what a record says about where it was made
-
-
-def git(*args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def machine() -> dict:
-    """CPU, memory and versions."""
-    cpu, memory = platform.processor() or platform.machine(), None
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    with contextlib.suppress(OSError, ValueError):
-        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {
-        "cpu": cpu,
-        "cores": usable,
-        "memory_gb": memory,
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "load_before": round(os.getloadavg()[0], 2),
-    }
 
 
 # ---------------------------------------------------------------- running the command line program
@@ -75,78 +36,6 @@ def machine() -> dict:
 
 def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "ddt_jax.cli", *args]
-
-
-@dataclass
-class Outcome:
-    code: int
-    stdout: str
-    seconds: float
-    complaints: list[str]  # warnings and tracebacks that it printed
-    leftover: int  # processes of its session that outlived it
-    session: int
-
-
-def run(
-    args: list[str], *, after: float | Callable[[], bool] | None = None, send: signal.Signals = signal.SIGKILL
-) -> Outcome:
-    """Runs a command in a session of its own and shows what it says.
-
-    Args:
-      after: send it a signal after so many seconds, or once this is true, if it still runs then.
-    """
-    start, complaints = time.monotonic(), []
-    child = subprocess.Popen(
-        args, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
-    )
-
-    def follow():
-        for line in child.stderr:
-            print(f"    {line.rstrip()}", file=sys.stderr, flush=True)
-            if "Warning" in line or "Traceback" in line:
-                complaints.append(line.rstrip())
-
-    said = []
-    readers = [threading.Thread(target=follow), threading.Thread(target=lambda: said.extend(child.stdout))]
-    for reader in readers:
-        reader.start()
-    try:
-        if callable(after):
-            while child.poll() is None and not after():
-                time.sleep(POLL)
-        else:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(after)
-        if child.poll() is None:
-            child.send_signal(send)
-        code = child.wait()
-        seconds = time.monotonic() - start
-        leftover = session_members(child.pid, patience=PATIENCE)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # on Ctrl-C the child, else what it left behind
-        child.wait()
-        for reader, pipe in zip(readers, (child.stderr, child.stdout), strict=True):
-            reader.join()
-            pipe.close()
-    return Outcome(code, "".join(said), seconds, complaints, leftover, child.pid)
-
-
-def session_members(session: int, patience: float) -> int:
-    """How many processes of a session are still there after some seconds of patience."""
-    end = time.monotonic() + patience
-    while True:
-        done = subprocess.run(["ps", "-o", "stat=", "-s", str(session)], capture_output=True, text=True)
-        count = sum(not line.startswith("Z") for line in done.stdout.split())
-        if not count or time.monotonic() > end:
-            return count
-        time.sleep(0.2)
-
-
-def must(outcome: Outcome, what: str, codes: tuple[int, ...] = (0,)) -> Outcome:
-    if outcome.code not in codes:
-        raise Failed(f"{what} ended with code {outcome.code}; its output is above")
-    return outcome
 
 
 def digest(workdir: Path) -> str:
@@ -200,13 +89,23 @@ def quiet(outcomes: list[Outcome]) -> list[dict]:
 
 
 def quickstart(options, folder: Path) -> dict:
-    """Seeds, one after the other: train, evaluate, check the gates of the quickstart."""
+    """Seeds, one after the other: the whole way of `make quickstart`, and its gates."""
     runs, gates, began = {}, [], time.monotonic()
     for done, seed in enumerate(options.seeds):
         left = (time.monotonic() - began) / done * (len(options.seeds) - done) / 60 if done else None
         note(f"seed {seed}, {done + 1} of {len(options.seeds)}" + (f", about {left:.0f} min left" if left else ""))
-        results, outcomes = train_and_evaluate("configs/quickstart.py", folder / f"seed{seed}", seed, options)
-        runs[str(seed)] = results
+        root = folder / f"seed{seed}"
+        without = ("--config.evaluate.probe_images=0",)
+        results, outcomes = train_and_evaluate(
+            "configs/quickstart.py", root / "tokenizer", seed, options, to_evaluate=without
+        )
+        tokenize = ("tokenize", "--workdir", str(root / "tokenizer"), "--to")
+        for split, count in (("train", 80_000), ("heldout", 2048)):
+            more = (str(root / "codes" / split), "--source", f"scenes:{split}", "--records", str(count))
+            outcomes.append(must(run(command(*tokenize, *more)), "tokenize"))
+        spoken, more = train_and_evaluate(f"configs/llama_scenes.py:{root}", root / "transformer", seed, options)
+        outcomes += more
+        runs[str(seed)] = {"tokenizer": results, "transformer": spoken}
         rungs = ladder(results)[-3:]  # 1/4, 1/2 and all tokens
         checks = [
             at_least("PSNR, all tokens", results["psnr"], 28.0),
@@ -214,9 +113,12 @@ def quickstart(options, folder: Path) -> dict:
             at_least("PSNR from 1/2 to all tokens", rungs[2] - rungs[1], 1.5),
             at_least("scenes read fully right", results.get("scenes_all_correct"), 0.75),
             at_least("codebook perplexity", results["codebook_perplexity"], 400),
-            at_most("seconds of training", results.get("train_seconds"), 300),
-            at_most("seconds in all", round(sum(o.seconds for o in outcomes), 1), 600),
+            at_most("seconds of training, tokenizer", results.get("train_seconds"), 300),
             *tokens_carry_the_image(results),
+            at_least("pictures of captions, right count", spoken["t2i_count"], 0.95),
+            at_least("pictures of captions, fully right", spoken["t2i_all_correct"], 0.45),
+            at_least("captions of pictures, fully right", spoken["caption_all_correct"], 0.6),
+            at_most("seconds in all", round(sum(o.seconds for o in outcomes), 1), 900),
             *quiet(outcomes),
         ]
         gates += [{"seed": seed, **check} for check in checks]
@@ -399,18 +301,24 @@ def logged_step(workdir: Path) -> int:
 
 
 def train_and_evaluate(
-    config: str, workdir: Path, seed: int, options, minutes: float | None = None, also: tuple[str, ...] = ()
+    config: str,
+    workdir: Path,
+    seed: int,
+    options,
+    minutes: float | None = None,
+    also: tuple[str, ...] = (),
+    to_evaluate: tuple[str, ...] = (),
 ):
     """The figures of `evaluate`, and the outcomes of both commands; after `minutes` training is asked to stop.
 
-    also: more arguments of the training.
+    also, to_evaluate: more arguments of the training and of the evaluation.
     """
     overrides = (f"--config.seed={seed}", *also, *options.overrides)
     args = command("train", "--config", config, "--workdir", str(workdir), *overrides)
     trained = run(args, after=minutes and minutes * 60, send=signal.SIGTERM)
     must(trained, "train", (0, SAVED) if minutes else (0,))
     path = workdir / "soak.json"
-    evaluated = must(run(command("evaluate", "--workdir", str(workdir), "--json", str(path))), "evaluate")
+    evaluated = must(run(command("evaluate", "--workdir", str(workdir), "--json", str(path), *to_evaluate)), "evaluate")
     return json.loads(path.read_text()), [trained, evaluated]
 
 

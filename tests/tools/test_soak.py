@@ -157,8 +157,9 @@ import subprocess, sys, warnings
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 warnings.warn("look", UserWarning)
 """
-    monkeypatch.setattr(soak, "PATIENCE", 0.5)
+    runs = importlib.import_module("soak_runs")
+    monkeypatch.setattr(runs, "PATIENCE", 0.5)
     outcome = soak.run([sys.executable, "-c", code])
     assert outcome.leftover == 1
     assert any("UserWarning" in line for line in outcome.complaints)
-    assert soak.session_members(outcome.session, patience=5) == 0
+    assert runs.session_members(outcome.session, patience=5) == 0

@@ -1,0 +1,120 @@
+"""What a long measurement runs and where: the machine, the checkout, and programs that are watched while they run."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 10  # seconds in which the children of a run may follow it
+POLL = 0.01  # seconds between two looks at what a run has written
+
+
+class Failed(Exception):
+    """A run that should have worked did not: the measurement has no figures."""
+
+
+def git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def machine() -> dict:
+    """CPU, memory and versions."""
+    cpu, memory = platform.processor() or platform.machine(), None
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    with contextlib.suppress(OSError, ValueError):
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "cpu": cpu,
+        "cores": usable,
+        "memory_gb": memory,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+@dataclass
+class Outcome:
+    code: int
+    stdout: str
+    seconds: float
+    complaints: list[str]  # warnings and tracebacks that it printed
+    leftover: int  # processes of its session that outlived it
+    session: int
+
+
+def run(
+    args: list[str], *, after: float | Callable[[], bool] | None = None, send: signal.Signals = signal.SIGKILL
+) -> Outcome:
+    """Runs a command in a session of its own and shows what it says.
+
+    Args:
+      after: send it a signal after so many seconds, or once this is true, if it still runs then.
+    """
+    start, complaints = time.monotonic(), []
+    child = subprocess.Popen(
+        args, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+
+    def follow():
+        for line in child.stderr:
+            print(f"    {line.rstrip()}", file=sys.stderr, flush=True)
+            if "Warning" in line or "Traceback" in line:
+                complaints.append(line.rstrip())
+
+    said = []
+    readers = [threading.Thread(target=follow), threading.Thread(target=lambda: said.extend(child.stdout))]
+    for reader in readers:
+        reader.start()
+    try:
+        if callable(after):
+            while child.poll() is None and not after():
+                time.sleep(POLL)
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(after)
+        if child.poll() is None:
+            child.send_signal(send)
+        code = child.wait()
+        seconds = time.monotonic() - start
+        leftover = session_members(child.pid, patience=PATIENCE)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # on Ctrl-C the child, else what it left behind
+        child.wait()
+        for reader, pipe in zip(readers, (child.stderr, child.stdout), strict=True):
+            reader.join()
+            pipe.close()
+    return Outcome(code, "".join(said), seconds, complaints, leftover, child.pid)
+
+
+def session_members(session: int, patience: float) -> int:
+    """How many processes of a session are still there after some seconds of patience."""
+    end = time.monotonic() + patience
+    while True:
+        done = subprocess.run(["ps", "-o", "stat=", "-s", str(session)], capture_output=True, text=True)
+        count = sum(not line.startswith("Z") for line in done.stdout.split())
+        if not count or time.monotonic() > end:
+            return count
+        time.sleep(0.2)
+
+
+def must(outcome: Outcome, what: str, codes: tuple[int, ...] = (0,)) -> Outcome:
+    if outcome.code not in codes:
+        raise Failed(f"{what} ended with code {outcome.code}; its output is above")
+    return outcome
