@@ -1,17 +1,16 @@
-"""A small LLaMA on text and the codes of scenes: the second half of `make quickstart`. Hardware: 2 CPU cores.
+"""A small LLaMA on text and the codes of scenes: the second half of `make whole-way`. Hardware: 2 CPU cores.
 
-It reads the folders codes/train and codes/heldout beside its workdir's parent, as the quickstart lays them out: `:ROOT`
-names another folder that holds tokenizer/ and codes/ ("configs/llama_scenes.py:runs/mine").
+It reads tokenizer/, codes/train and codes/heldout in runs/whole, where `make whole-way` puts them, or in another
+folder: "configs/llama_scenes.py:runs/mine". Expect little: docs/transformer.md.
 """
 
 from ddt_jax import config, settings
 
 
-def get_config(root="runs/quickstart"):
+def get_config(root="runs/whole"):
     c = config.defaults()
     c.name = "llama_scenes"
     c.model = config.defaults(settings.Multimodal)
-    c.model.transformer.qk_norm = True
     c.model.transformer.width, c.model.transformer.mlp_width = 96, 256
     c.model.transformer.depth, c.model.transformer.heads, c.model.transformer.kv_heads = 3, 3, 3
     c.model.transformer.scan_layers = False
@@ -25,6 +24,6 @@ def get_config(root="runs/quickstart"):
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
     c.train.batch_size = 16
-    c.train.steps = 1500
+    c.train.steps = 1200
     c.evaluate.verifier = True
     return c

@@ -62,7 +62,7 @@ class RowFeed:
         return f"rows of {self.settings.sequences.context:,} positions from {', '.join(p.folder for p in parts)}"
 
     def check(self, model, codec_params):
-        return
+        self.loader.batch_at(0)  # raises what is wrong with documents, before a run begins
 
     def save(self, workdir):
         corpus.save(workdir, self.corpus)
