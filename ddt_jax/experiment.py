@@ -139,10 +139,11 @@ def train(s: settings.Experiment, workdir: str) -> dict:
         mesh and checkpoints raise.
     """
     begun = time.perf_counter()
+    if not isinstance(s.model, settings.Multimodal):  # whose sizes its data decides
+        make_model(s).check_trainable()
     feed = feeds.open_feed(s, workdir)
     s, loader = feed.settings, feed.loader
     built, tree = build(s), config.dump(s)
-    built.model.check_trainable()
     first = jax.process_index() == 0
     root = epath.Path(workdir)
     new = not (root / "config.json").exists()
@@ -292,7 +293,7 @@ def measure(built: Built, state: TrainState, progress=None):
 
 def measure_rows(built: Built, state: TrainState, found: corpus.Corpus) -> dict[str, Any]:
     """`language.held_out` of a state's weights on sequences.eval_sources: evaluate.images documents, or a few more."""
-    from ddt_jax.evaluation import language
+    from ddt_jax.evaluation import gather, language
 
     s = built.settings
     loader = corpus.open_rows(s, found, s.sequences.eval_sources)
@@ -300,6 +301,8 @@ def measure_rows(built: Built, state: TrainState, found: corpus.Corpus) -> dict[
     while seen < s.evaluate.images:
         batches.append(loader.batch_at(len(batches)))
         seen += int((batches[-1]["document"].max(axis=1) + 1).sum()) * jax.process_count()
+    count = gather.agreed(len(batches))  # rows of other processes may hold more documents, or fewer
+    batches = [*batches[:count], *(loader.batch_at(i) for i in range(len(batches), count))]
     with jax.set_mesh(built.mesh):
         return language.held_out(built.model, weights(state), state.extra, batches, mesh=built.mesh)
 

@@ -207,6 +207,8 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
       UserError: as `open_speaker`, or there is nothing held out.
     """
     begun = time.perf_counter()
+    if jax.process_count() > 1:
+        raise UserError("evaluate: a transformer is evaluated by one process; leave out --num-processes")
     speaker = open_speaker(workdir, overrides)
     s, root = speaker.built.settings, epath.Path(workdir)
     if not s.sequences.eval_sources:

@@ -3,6 +3,7 @@
 Legend: B rows, S positions, R places for targets, K codes of an image.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -30,7 +31,7 @@ def held_out(model: Multimodal, params, extra, batches: Iterable[dict], *, mesh)
       image_bits as image_bits_lost_by_shuffling: how much the order of codes tells. A figure of which there is no
       target is left out. tokens: how many targets were counted.
     """
-    program = jax.jit(lambda params, extra, batch: _rows(model, params, extra, batch))
+    program = _program(model)
     by_rows, num_tokens = meshes.batch_sharding(mesh), model.config.image.num_tokens
     sums: dict[str, np.ndarray] = {}
 
@@ -68,9 +69,15 @@ def held_out(model: Multimodal, params, extra, batches: Iterable[dict], *, mesh)
     return results
 
 
-def _rows(model, params, extra, batch):
-    _, rows, _ = model.score(params, extra, batch)
-    return rows.nll, rows.right
+@functools.lru_cache(maxsize=4)
+def _program(model):
+    """Compiled once per model, so that evaluating again during a run costs no compilation."""
+
+    def rows(params, extra, batch):
+        _, found, _ = model.score(params, extra, batch)
+        return found.nll, found.right
+
+    return jax.jit(rows)
 
 
 def _kinds(batch, num_tokens):

@@ -56,9 +56,6 @@ class Multimodal:
         updates, others = lora.split(params)
         return updates, {FROZEN: others}
 
-    def check_trainable(self) -> None:
-        return
-
     def all_params(self, params, extra) -> Any:
         """The backbone's parameters."""
         return lora.join(params, extra[FROZEN]) if FROZEN in extra else params
