@@ -248,6 +248,9 @@ def _check(e: settings.Experiment):
         "model.quantizer.code_dim": quantizer.code_dim,
         "evaluate.images": e.evaluate.images,
         "evaluate.batch_size": e.evaluate.batch_size,
+        "evaluate.prompts": e.evaluate.prompts,
+        "sequences.context": e.sequences.context,
+        "sequences.vocab_multiple": e.sequences.vocab_multiple,
     }.items():
         need(value >= 1, f"{key} must be at least 1, got {value}")
     for key, value in {
@@ -259,6 +262,9 @@ def _check(e: settings.Experiment):
         "evaluate.counterfactuals": e.evaluate.counterfactuals,
     }.items():
         need(value >= 0, f"{key} must not be negative, got {value}")
+    for key, s in {"text_to_image": e.evaluate.text_to_image, "image_to_text": e.evaluate.image_to_text}.items():
+        fits = s.tokens >= 0 and s.temperature >= 0 and s.top_k >= 0 and 0 < s.top_p <= 1 and 0 <= s.min_p <= 1
+        need(fits, f"evaluate.{key} needs tokens, temperature and top_k of 0 or more, top_p in (0, 1], min_p in [0, 1]")
     need(
         t.batch_size % t.accumulate == 0,
         f"train.batch_size={t.batch_size} does not divide into train.accumulate={t.accumulate} parts",

@@ -11,7 +11,6 @@ from etils import epath
 
 from ddt_jax import experiment, settings, speaking
 from ddt_jax.data import images
-from ddt_jax.data.base import BadRecord
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation import autoencoding, pictures, plots, reconstruction, suite, tables
 from ddt_jax.io import atomic
@@ -77,18 +76,11 @@ def reconstruct(
     Raises:
       UserError: for a file that is missing or no image.
     """
+    if isinstance(experiment.saved_settings(workdir, overrides).model, settings.Multimodal):
+        raise UserError(f"reconstruct: {workdir} holds a transformer; name the workdir of its image tokenizer")
     built, state = experiment.restore(workdir, overrides)
     s, params = built.settings, experiment.weights(state)
-    found = []
-    for file in files:
-        path = epath.Path(file)
-        if not path.is_file():
-            raise UserError(f"reconstruct: {file} does not exist")
-        try:
-            found.append(images.prepare(path.read_bytes(), s.data))
-        except BadRecord as error:
-            raise UserError(f"reconstruct: {file} cannot be read: {error}") from error
-    originals = np.stack(found)
+    originals = np.stack([images.read_file(file, s.data) for file in files])
     with jax.set_mesh(built.mesh):
         if isinstance(built.model, ImageTokenizer):
             how = (built.model, params, state.extra, originals, s.evaluate)

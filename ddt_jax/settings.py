@@ -422,7 +422,7 @@ class CodeImages:
     num_tokens: int = 0  # codes of an image
     codebook_size: int = 0
     tokenizer: str = ""  # fingerprint of the tokenizer that made the codes
-    reversed: bool = False  # the codes were turned round when they were written
+    order: str = ""  # in which codes stand in a sequence
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
 """A trained transformer with the image tokenizer that draws for it: `ddt-jax generate`, and `evaluate` of its run."""
 
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from ddt_jax import experiment, settings
-from ddt_jax.data import images as image_files
+from ddt_jax.data import images
 from ddt_jax.data.base import BadRecord
 from ddt_jax.data.codes import CodesSource
 from ddt_jax.errors import UserError
@@ -36,58 +37,49 @@ class Eyes:
       UserError: none is named, or it is not the one that made the run's codes.
     """
 
-    def __init__(self, s: settings.Experiment, devices=None):
+    def __init__(self, s: settings.Experiment):
         workdir, image = s.sequences.tokenizer, s.model.image
         if not workdir:
             raise UserError(
                 "config: sequences.tokenizer is empty; name the workdir of the image tokenizer: "
                 "--config.sequences.tokenizer=DIR"
             )
-        built, state = experiment.restore(workdir, devices=devices)
-        self.data, self._mesh = built.settings.data, built.mesh
+        built, state = experiment.restore(workdir)
+        self._data, self._mesh = built.settings.data, built.mesh
         if not isinstance(built.model, ImageTokenizer):
             raise UserError(f"config: sequences.tokenizer={workdir} is a run of kind {built.settings.model.kind}")
         self._arrays = experiment.weights(state), state.extra
-        order = built.model.token_order
-        other = {"coarse_to_fine": "fine_to_coarse", "fine_to_coarse": "coarse_to_fine"}
-        order = other.get(order, order) if image.reversed else order
-        found = fingerprint(built.settings, built.model, *self._arrays, order)
+        found = fingerprint(built.settings, built.model, *self._arrays, image.order)
         if found != image.tokenizer:
             raise UserError(
                 f"config: sequences.tokenizer={workdir} is tokenizer {found[:8]}…, the run's codes were made by "
                 f"{image.tokenizer[:8]}…; name the workdir of that one"
             )
         self._model, self._run = built.model, reconstruction.programs(built.model)
-        self._step = -1 if image.reversed else 1
+        self._step = 1 if image.order == built.model.token_order else -1
 
-    def encode(self, images) -> np.ndarray:
+    def encode(self, images_BHWC) -> np.ndarray:
         """uint8 [N, H, W, 3] → int32 [N, K]."""
         with jax.set_mesh(self._mesh):
-            return np.asarray(self._run.encode(*self._arrays, np.asarray(images)))[:, :: self._step]
+            return np.asarray(self._run.encode(*self._arrays, np.asarray(images_BHWC)))[:, :: self._step]
 
-    def decode(self, codes, seed: int, batch: int = _BATCH) -> np.ndarray:
-        """int32 [N, K] → uint8 [N, H, W, 3]; the noise of image n is keyed by (seed, n)."""
-        codes, found = np.asarray(codes)[:, :: self._step], []
+    def decode(self, codes, seeds: Sequence[int], batch: int = _BATCH) -> np.ndarray:
+        """int32 [N, K] → uint8 [N, H, W, 3]; an image's noise is keyed by its own seed."""
+        codes, seeds, found = np.asarray(codes)[:, :: self._step], np.asarray(seeds, np.int32), []
         all_visible = np.int32(self._model.num_tokens)
         with jax.set_mesh(self._mesh):
             for at in range(0, len(codes), batch):
-                some = codes[at : at + batch]
-                filled = np.concatenate([some, np.repeat(some[:1], batch - len(some), axis=0)])
-                index = np.arange(at, at + batch, dtype=np.int32)
-                drawn = self._run.decode(*self._arrays, filled, index, np.uint32(seed), all_visible)
+                some, keys = codes[at : at + batch], seeds[at : at + batch]
+                missing = batch - len(some)
+                filled, keys = (np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in (some, keys))
+                drawn = self._run.decode(*self._arrays, filled, keys, np.uint32(0), all_visible)
                 found.append(np.asarray(drawn)[: len(some)])
-        size = self.data.image_size
+        size = self._data.image_size
         return np.concatenate([*found, np.zeros((0, size, size, 3), np.uint8)])
 
     def read(self, file: str) -> np.ndarray:
         """A picture from a file, cropped and resized as in training. Raises UserError if it is none."""
-        path = epath.Path(file)
-        if not path.is_file():
-            raise UserError(f"generate: {file} does not exist")
-        try:
-            return image_files.prepare(path.read_bytes(), replace(self.data, flip=False))
-        except BadRecord as error:
-            raise UserError(f"generate: {file} cannot be read: {error}") from error
+        return images.read_file(file, self._data)
 
 
 @dataclass(frozen=True)
@@ -102,8 +94,8 @@ class Speaker:
 
     def draw(self, given: Sequence[documents.Document], seeds: Sequence[int], done=None) -> np.ndarray:
         """Pictures uint8 [N, H, W, 3] that answer documents; see `Answerer.images`."""
-        e = self.built.settings.evaluate
-        return self.eyes.decode(self.answerer.images(given, e.text_to_image, seeds, done), e.seed)
+        codes = self.answerer.images(given, self.built.settings.evaluate.text_to_image, seeds, done)
+        return self.eyes.decode(codes, seeds)
 
     def say(self, given: Sequence[documents.Document], seeds: Sequence[int], done=None) -> list[str]:
         """Texts that answer documents; see `Answerer.texts`."""
@@ -213,12 +205,13 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     s, root = speaker.built.settings, epath.Path(workdir)
     if not s.sequences.eval_sources:
         raise UserError("config: sequences.eval_sources is empty; name a folder of held-out codes")
+    chosen = _captioned(s, s.evaluate.prompts)
+    captions, codes = [r["caption"] for r in chosen], np.stack([r["codes"][0] for r in chosen])
+    if s.evaluate.verifier:
+        compositional.captions(captions, captions)  # raises for those that it cannot judge, before they are drawn
+    seeds = [s.evaluate.seed + n for n in range(len(chosen))]
     results: dict[str, Any] = {"step": int(speaker.state.step)}
     results |= experiment.measure_rows(speaker.built, speaker.state, speaker.corpus)
-    records = CodesSource(s.sequences.eval_sources[0].folder, cache_dir=s.data.cache_dir)
-    chosen = [r for r in (records[i] for i in range(len(records))) if r.get("caption")][: s.evaluate.prompts]
-    captions, codes = [r["caption"] for r in chosen], np.stack([r["codes"][0] for r in chosen])
-    seeds = [s.evaluate.seed + n for n in range(len(chosen))]
     with jax.set_mesh(speaker.built.mesh), Progress(2 * len(chosen), stream=sys.stderr, unit="answer") as progress:
         asked = [documents.text_to_image(speaker.encode_text(text), Image()) for text in captions]
         drawn = speaker.draw(asked, seeds, progress.update)
@@ -235,16 +228,33 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         results["image_tokenizer"] = json.loads(theirs.read_text())
     results |= {**experiment.timing(root), "evaluate_seconds": round(time.perf_counter() - begun, 2)}
     count = min(4 * s.evaluate.pictures, len(chosen))
-    shown = speaker.eyes.decode(codes[:count], s.evaluate.seed)
+    shown = speaker.eyes.decode(codes[:count], seeds[:count])
     table = "\n".join(tables)
     written = [
         atomic.write_text(root / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n"),
         atomic.write_text(root / "results.md", table),
         pictures.save_png(pictures.grid(drawn[:count], captions[:count]), root / "text_to_image.png"),
         pictures.save_png(pictures.grid(shown, said[:count]), root / "image_to_text.png"),
-        plots.loss_curve(root / "metrics.jsonl", root / "loss.png"),
     ]
+    if (root / "metrics.jsonl").exists():
+        written.append(plots.loss_curve(root / "metrics.jsonl", root / "loss.png"))
     return {"results": results, "table": table, "written": [str(p) for p in written]}
+
+
+def _captioned(s: settings.Experiment, most: int) -> list[dict]:
+    """The first records of sequences.eval_sources that have a caption. Raises UserError if none has."""
+    found = []
+    for part in s.sequences.eval_sources:
+        records = CodesSource(part.folder, cache_dir=s.data.cache_dir)
+        for i in range(len(records)):
+            if len(found) == most:
+                return found
+            with contextlib.suppress(BadRecord):
+                record = records[i]
+                found += [record] if record.get("caption") else []
+    if not found:
+        raise UserError("evaluate: no record of sequences.eval_sources has a caption; name a folder of which some have")
+    return found
 
 
 def _language_table(results) -> str:

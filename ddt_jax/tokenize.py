@@ -110,13 +110,6 @@ def tokenize(
     }
 
 
-def check_codes(codes: CodesSource, workdir: str) -> None:
-    """Raises UserError unless the codes were made by the tokenizer of a run, by its newest checkpoint."""
-    built, state = experiment.restore(workdir)
-    s = built.settings
-    codes.check_made_by(fingerprint(s, built.model, experiment.weights(state), state.extra, codes.plan.order))
-
-
 def _check_arguments(order, records, shard_records, part):
     if order and order not in ORDERS:
         raise UserError(f"tokenize: --order {order} is not one of {', '.join(ORDERS)}")

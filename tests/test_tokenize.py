@@ -2,13 +2,14 @@
 
 import json
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddt_jax import cli, experiment, settings, tokenize
+from ddt_jax import cli, experiment, settings, speaking, tokenize
 from ddt_jax.data.base import open_source
 from ddt_jax.data.codes import CodesSource
 from ddt_jax.errors import UserError
@@ -153,15 +154,19 @@ def test_turned_round_codes_are_the_same_backwards(workdir, made, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_training_refuses_codes_of_another_tokenizer(workdir, made, tmp_path):
-    codes = CodesSource(made[0])
-    tokenize.check_codes(codes, str(workdir))
+def test_codes_of_another_tokenizer_are_not_drawn(workdir, made, tmp_path):
+    plan = CodesSource(made[0]).plan
+    image = settings.CodeImages(tokenizer=plan.tokenizer, order=plan.order)
+
+    def eyes(folder):
+        s = settings.Experiment(model=settings.Multimodal(image=image))
+        return speaking.Eyes(replace(s, sequences=settings.Sequences(tokenizer=str(folder))))
+
+    eyes(workdir)
     other = ["--config.train.steps=2", "--config.train.checkpoint_every=2", "--config.seed=1"]
     assert run("train", *SMOKE, *other, "--workdir", tmp_path) == 0
-    with pytest.raises(
-        UserError, match="made by tokenizer .*, the run's tokenizer is .*; run `ddt-jax tokenize` again"
-    ):
-        tokenize.check_codes(codes, str(tmp_path))
+    with pytest.raises(UserError, match="the run's codes were made by .*; name the workdir of that one"):
+        eyes(tmp_path)
 
 
 def test_an_autoencoder_makes_no_codes(monkeypatch, tmp_path):

@@ -111,7 +111,10 @@ class CodesWriter:
 
     def _check(self, found):
         if found.tokenizer != self.plan.tokenizer:
-            _refuse(found.tokenizer, self.plan.tokenizer, f"use another folder than {self.folder}, or remove it")
+            raise UserError(
+                f"tokenize: these codes were made by tokenizer {found.tokenizer[:_SHOWN]}…, the run's tokenizer is "
+                f"{self.plan.tokenizer[:_SHOWN]}…; use another folder than {self.folder}, or remove it"
+            )
         for name, value in asdict(found).items():
             if value != getattr(self.plan, name):
                 raise UserError(
@@ -212,18 +215,6 @@ class CodesSource(ArrayRecordSource):
         if not codes.size or codes.max() >= self.plan.codebook_size:
             raise BadRecord(f"codes outside [0, {self.plan.codebook_size})")
         return record | {"codes": codes}
-
-    def check_made_by(self, tokenizer: str) -> None:
-        """Raises UserError unless the codes were made by the tokenizer with this fingerprint."""
-        if self.plan.tokenizer != tokenizer:
-            _refuse(self.plan.tokenizer, tokenizer, "run `ddt-jax tokenize` again or set data.codes")
-
-
-def _refuse(codes, run, way_out):
-    raise UserError(
-        f"tokenize: these codes were made by tokenizer {codes[:_SHOWN]}…, the run's tokenizer is {run[:_SHOWN]}…; "
-        f"{way_out}"
-    )
 
 
 def _read_index(folder):

@@ -9,13 +9,26 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord
+from ddt_jax.errors import UserError
 from ddt_jax.settings import Data
 
 # The formats that training data come in. Pillow knows more, some of which start other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "GIF", "TIFF")
 # Sizes are checked against data.max_pixels before decoding; Pillow's second opinion at half of it is noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def read_file(file: str, data: Data) -> np.ndarray:
+    """A picture of a user as the model takes it; see `prepare`. Raises UserError if it is none."""
+    path = files.path_of(file)
+    if not path.is_file():
+        raise UserError(f"image: {file} does not exist")
+    try:
+        return prepare(path.read_bytes(), data)
+    except BadRecord as error:
+        raise UserError(f"image: {file} cannot be read: {error}") from error
 
 
 def prepare(image, data: Data, rng: np.random.Generator | None = None):

@@ -25,7 +25,6 @@ from ddt_jax.training import weights
 
 CONFIG = "config.json"
 KIND = "llama"  # of the weights that an import writes
-_BESIDE = "source"  # folder beside imported weights with what of theirs is not weights
 _COPIED = ("*token*", "*vocab*", "merges.txt", "generation_config.json", "chat_template*", CONFIG)
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -128,7 +127,7 @@ def import_folder(folder, out, *, vocab_size: int = 0, seed: int = 0) -> setting
         for i, name in enumerate(n for n in ("embed", "head") if n in arrays):
             arrays[name] = extended(arrays[name], vocab_size, seed + i)
         c = replace(c, vocab_size=vocab_size)
-    _copy_beside(folder, out / _BESIDE)
+    _copy_beside(folder, out / weights.BESIDE)
     weights.save(out, arrays, {"kind": KIND, "settings": asdict(c)})
     return c
 
@@ -166,7 +165,7 @@ def export_folder(arrays: dict, c: settings.Transformer, out, *, beside=None, fi
         array = arrays[ours]
         theirs[name] = Lazy(shape, np.dtype(array.dtype), lambda a=array, n=ours, s=shape: _theirs(n, np.asarray(a), s))
     weights_folder.save(out, theirs, file_bytes=file_bytes)
-    source = epath.Path(beside) / _BESIDE if beside is not None else None
+    source = epath.Path(beside) / weights.BESIDE if beside is not None else None
     before = {}
     if source is not None and source.exists():
         before = json.loads((source / CONFIG).read_text())

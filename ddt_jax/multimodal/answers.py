@@ -74,9 +74,11 @@ class Answerer:
         """Texts that answer documents, up to the end of text. decode: ids → text; the rest as `images`."""
         layouts = [self._prompt(document, force_image=False) for document in given]
         end = self.vocabulary["EOS"]
+        room = self.context - max(map(len, layouts), default=0)
+        s = replace(s, guidance=1.0, tokens=min(s.tokens, room))
         texts = []
         for prompts, lengths, some in self._batches(layouts, seeds):
-            found = self._run(prompts, lengths, some, replace(s, guidance=1.0), (end,), None)
+            found = self._run(prompts, lengths, some, s, (end,), None)
             for ids, length in zip(np.asarray(found.tokens_BN), np.asarray(found.lengths_B), strict=True):
                 ids = ids[:length]
                 texts.append(decode(ids[self.vocabulary.is_text(ids)]))

@@ -22,6 +22,7 @@ from ddt_jax.multimodal.records import RecordDocuments
 from ddt_jax.multimodal.sequence import ImageForm
 from ddt_jax.multimodal.vocabulary import Vocabulary
 from ddt_jax.tokenizers.text import TextTokenizer, open_text_tokenizer, train_sentencepiece
+from ddt_jax.training import weights
 
 _FOLDER, _VOCABULARY = "text", "vocabulary.json"
 _CAPTIONS = 20_000  # of which a text tokenizer is made
@@ -59,19 +60,13 @@ def resolve(s: settings.Experiment, workdir: str = "") -> tuple[settings.Experim
                 f"config: {other.name} and {codes[0].name} were made by different tokenizers, or in different orders; "
                 "use codes of one"
             )
-    found = settings.CodeImages(
-        num_tokens=plan.num_tokens,
-        codebook_size=plan.codebook_size,
-        tokenizer=plan.tokenizer,
-        reversed=plan.reversed,
-    )
-    for name in ("num_tokens", "codebook_size", "tokenizer"):
-        if getattr(image, name) not in (0, "", getattr(found, name)):
+    decided = {name: getattr(plan, name) for name in ("num_tokens", "codebook_size", "tokenizer", "order")}
+    for name, value in decided.items():
+        if getattr(image, name) not in (0, "", value):
             raise UserError(
-                f"config: model.image.{name}={getattr(image, name)}, but {codes[0].name} has {getattr(found, name)}; "
-                "leave it out"
+                f"config: model.image.{name}={getattr(image, name)}, but {codes[0].name} has {value}; leave it out"
             )
-    text = _text_tokenizer(q, workdir, (folders[part.folder] for part in q.sources))
+    text = _text_tokenizer(s, workdir, (folders[part.folder] for part in q.sources))
     vocabulary = Vocabulary.extend(
         text.vocab_size,
         plan.codebook_size,
@@ -85,7 +80,7 @@ def resolve(s: settings.Experiment, workdir: str = "") -> tuple[settings.Experim
             f"config: model.transformer.vocab_size={size}, but text and codes need {vocabulary.size}; leave it 0"
         )
     transformer = replace(s.model.transformer, vocab_size=vocabulary.size)
-    model = replace(s.model, transformer=transformer, image=found)
+    model = replace(s.model, transformer=transformer, image=replace(image, **decided))
     return replace(s, model=model), Corpus(text, vocabulary, ImageForm("codes", plan.num_tokens))
 
 
@@ -136,21 +131,33 @@ def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[settings.C
     return RowLoader(batcher, s.data)
 
 
-def target_places(s: settings.Experiment) -> int:
-    """R, the places for targets in a row."""
-    return s.sequences.targets or s.sequences.context
-
-
-def _text_tokenizer(q: settings.Sequences, workdir, sources: Iterable[CodesSource]) -> TextTokenizer:
+def _text_tokenizer(s: settings.Experiment, workdir, sources: Iterable[CodesSource]) -> TextTokenizer:
+    """That of the run, of the weights that it begins with, of the settings, or one made of captions."""
+    q = s.sequences
     kept = epath.Path(workdir) / _FOLDER if workdir else None
     if kept is not None and (kept / _VOCABULARY).exists():
         return open_text_tokenizer(kept)
-    if q.text:
-        return open_text_tokenizer(q.text)
+    named, begun = open_text_tokenizer(q.text) if q.text else None, _of_weights(s.init_from)
+    if named and begun and named.fingerprint != begun.fingerprint:
+        raise UserError(
+            f"config: sequences.text={q.text} is another text tokenizer than that of init_from={s.init_from}; "
+            "leave it out"
+        )
+    if named or begun:
+        return named or begun
     captions = list(itertools.islice(_captions(sources), _CAPTIONS))
     if not captions:
         raise UserError("config: the sources have no caption to make a text tokenizer of; set sequences.text")
     return train_sentencepiece(captions, q.text_vocab_size)
+
+
+def _of_weights(init_from: str) -> TextTokenizer | None:
+    """The text tokenizer that lies with a multimodal run or with imported weights; None: there is none."""
+    for name in (_FOLDER, weights.BESIDE) if init_from else ():
+        folder = epath.Path(init_from) / name
+        if any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
+            return open_text_tokenizer(folder)
+    return None
 
 
 def _captions(sources: Iterable[CodesSource]) -> Iterator[str]:

@@ -99,8 +99,8 @@ def batch_shapes(s: settings.Experiment, model) -> dict:
     """Arrays of a global batch that the step takes: name → (shape, dtype). Needs no data."""
     n = s.train.batch_size
     if isinstance(s.model, settings.Multimodal):
-        places = {"tokens": s.sequences.context, "position": s.sequences.context, "start": s.sequences.context}
-        places["rows"] = corpus.target_places(s)
+        lengths = {"rows": s.sequences.targets or s.sequences.context}
+        places = {name: lengths.get(name, s.sequences.context) for name in model.inputs if name != "slot"}
         shapes = {name: ((n, length), jnp.int32) for name, length in places.items()}
     elif s.data.source.startswith("latents:"):
         shape, dtype = latents.layout(model.codec, s.data.image_size)

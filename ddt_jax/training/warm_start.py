@@ -4,7 +4,6 @@ What is copied, what stays fresh and what is left behind is decided from shapes 
 optimizer and counters are the new run's own.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +106,6 @@ _LAYOUT = ("scan_layers", "remat", "attention", "loss_chunk", "dtype", "dropout"
 def _imported(s: settings.Experiment) -> Imported:
     arrays, about = weights.load(s.init_from)
     ours, theirs = config.dump(s.model.transformer), about["settings"]
-    theirs = json.loads(json.dumps(theirs))  # tuples as lists, as in ours
     differing = [k for k in ours if k not in _LAYOUT and ours[k] != theirs.get(k)]
     if differing:
         named = ", ".join(f"{k}={theirs.get(k)!r} there, {ours[k]!r} here" for k in differing[:4])
@@ -143,6 +141,8 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) 
         raise UserError(
             f"init_from: {s.init_from} makes other codes than this run would; set as there: {', '.join(differing)}"
         )
+    if isinstance(s.model, settings.Multimodal) and getattr(theirs.model, "image", None) != s.model.image:
+        raise UserError(f"init_from: {s.init_from} was trained on other codes than sequences.sources; use those of one")
     source = abstract_state(theirs, make_model(theirs), mesh)[2]
     return FirstStage(s.init_from, theirs, source, plan(source, abstract, model.inherited))
 

@@ -14,6 +14,7 @@ from ddt_jax.errors import UserError
 from ddt_jax.io import atomic, weights_folder
 from ddt_jax.io.weights_folder import Lazy
 
+BESIDE = "source"  # folder beside imported weights with what of theirs is not weights
 _STEM, _CONFIG = "weights", "weights.json"
 
 

@@ -65,19 +65,6 @@ def test_an_interrupted_shard_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_codes_of_another_tokenizer_are_refused(tmp_path):
-    write(tmp_path)
-    source = CodesSource(tmp_path)
-    source.check_made_by("ab" * 32)
-    expected = (
-        "tokenize: these codes were made by tokenizer abababab…, the run's tokenizer is cdcdcdcd…; "
-        "run `ddt-jax tokenize` again or set data.codes"
-    )
-    with pytest.raises(UserError) as error:
-        source.check_made_by("cd" * 32)
-    assert str(error.value) == expected
-
-
 def damage(path, text):
     path.write_text(text)
 

@@ -9,6 +9,7 @@ from PIL import Image
 from ddt_jax import cli, speaking
 from ddt_jax.data import scenes
 from ddt_jax.data.codes import CodesSource
+from ddt_jax.multimodal import documents
 from ddt_jax.multimodal.backbone import Backbone
 from ddt_jax.nn import spans
 from tests.integration.test_survival import command, finish, free_port, spawn
@@ -69,6 +70,15 @@ def test_it_learns_and_is_evaluated_and_draws(root, trained, capsys):
     assert run("generate", "--workdir", trained, *more, *out) == 0 and (root / "g.png").read_bytes() == first
 
 
+def test_a_picture_depends_on_its_prompt_and_seed_alone(trained):
+    speaker = speaking.open_speaker(str(trained))
+    texts = [speaker.encode_text(text) for text in ("a small red disc at the top left", "a large blue bar")]
+    given = [documents.text_to_image(ids, documents.Image()) for ids in texts]
+    both = speaker.draw(given, [3, 4])
+    np.testing.assert_array_equal(speaker.draw(given[1:], [4])[0], both[1])
+    assert (speaker.draw(given[1:], [5])[0] != both[1]).any()
+
+
 def test_a_run_that_was_stopped_ends_like_an_undisturbed_one(root, trained):
     config, workdir = f"configs/llama_scenes.py:{root}", root / "again"
     more = [*SMALL, "--config.train.checkpoint_every=5"]
@@ -106,6 +116,8 @@ def test_mistakes_are_one_line_before_anything_is_written(root, trained, tmp_pat
     assert run("train", "--config", "configs/smoke.py", "--workdir", other, *seed) == 0
     for arguments, message in (
         (["generate", "--workdir", trained], "there is nothing to do"),
+        (["reconstruct", "--workdir", trained, "x.png"], "name the workdir of its image tokenizer"),
+        (["evaluate", "--workdir", trained, "--config.evaluate.text_to_image.top_p=0"], "top_p in (0, 1]"),
         (["generate", "--workdir", root / "tokenizer", "--prompt", "x"], "is a run of kind"),
         (["generate", "--workdir", trained, "--prompt", "red " * 500], "leaves no room"),
         (["generate", "--workdir", trained, "--caption", tmp_path / "none.png"], "does not exist"),

@@ -41,7 +41,9 @@ def folder(tmp_path_factory):
 
 def test_sizes_are_filled_in_from_text_and_codes(folder):
     s, found = corpus.resolve(experiment(folder, vocab_multiple=64))
-    assert s.model.image == settings.CodeImages(num_tokens=4, codebook_size=64, tokenizer="f" * 64)
+    assert s.model.image == settings.CodeImages(
+        num_tokens=4, codebook_size=64, tokenizer="f" * 64, order="coarse_to_fine"
+    )
     assert s.model.transformer.vocab_size == found.vocabulary.size and found.vocabulary.size % 64 == 0
     assert found.text.decode(found.text.encode(CAPTIONS[0])) == CAPTIONS[0]
     assert corpus.resolve(s)[0] == s
@@ -58,6 +60,20 @@ def test_a_run_keeps_the_text_tokenizer_that_it_began_with(folder, tmp_path):
     assert again.text.fingerprint == found.text.fingerprint != corpus.resolve(experiment(folder, text=str(other)))[1]
     loaded = corpus.load(str(tmp_path), s)
     assert loaded.vocabulary == found.vocabulary and loaded.text.data == found.text.data and loaded.form == found.form
+
+
+@pytest.mark.parametrize("beside", ["text", "source"])
+def test_a_run_that_begins_with_weights_reads_as_they_did(folder, tmp_path, beside):
+    model = train_sentencepiece(["words of the weights, said before"], 300)
+    (tmp_path / beside).mkdir()
+    (tmp_path / beside / "tokenizer.model").write_bytes(model.data)
+    s = replace(experiment(folder), init_from=str(tmp_path))
+    assert corpus.resolve(s)[1].text.fingerprint == model.fingerprint
+    other = tmp_path / "other.model"
+    train_sentencepiece(["other words altogether, said again"], 300, other)
+    s = replace(s, sequences=replace(s.sequences, text=str(other)))
+    with pytest.raises(UserError, match="another text tokenizer than that of init_from"):
+        corpus.resolve(s)
 
 
 def test_mistakes_are_one_line(folder, tmp_path):
