@@ -138,9 +138,16 @@ def export_llama(workdir: str, folder: str) -> dict[str, Any]:
 
 
 def _export_trained_llama(workdir, folder):
-    kind = experiment.saved_settings(workdir).model.kind
-    if kind != "multimodal":
-        raise UserError(f"export: {workdir} holds a model of kind {kind!r}, neither 'multimodal' nor imported weights")
+    model = experiment.saved_settings(workdir).model
+    if model.kind != "multimodal":
+        raise UserError(
+            f"export: {workdir} holds a model of kind {model.kind!r}, neither 'multimodal' nor imported weights"
+        )
+    if model.image.code_places:
+        raise UserError(
+            f"export: {workdir} was trained with model.image.code_places=True, which LLaMA's files have no place for; "
+            "train without it to export"
+        )
 
     def write(built, state, params, about):
         sizes = built.settings.model.transformer

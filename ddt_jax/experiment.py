@@ -21,6 +21,7 @@ from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
 from ddt_jax.interop import diffusers_vae
 from ddt_jax.io import atomic
+from ddt_jax.multimodal.code_embedding import VECTORS
 from ddt_jax.multimodal.model import Multimodal
 from ddt_jax.tokenizers.base import make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
@@ -58,6 +59,8 @@ class Built:
             found["codec"] = diffusers_vae.read(file, codec.sizes)
         if image_loss and image_loss.has_lpips:
             found[LPIPS] = image_loss.read_lpips()
+        if isinstance(self.model, Multimodal) and self.settings.model.image.code_vectors:
+            found[VECTORS] = corpus.code_vectors(self.settings)
         return found
 
     def init(self) -> TrainState:

@@ -423,6 +423,9 @@ class CodeImages:
     codebook_size: int = 0
     tokenizer: str = ""  # fingerprint of the tokenizer that made the codes
     order: str = ""  # in which codes stand in a sequence
+    code_vectors: bool = False  # embedding and head also see the tokenizer's vectors (multimodal/code_embedding.py)
+    code_places: bool = False  # embeddings also say which code of its image each is
+    code_width: int = 0  # of those vectors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
     DIR/plan.json                which tokenizer, which records, cut into which shards: written first
     DIR/shard-00000.array_record one shard; DIR/shard-00000.json stands beside it once it is whole, with its SHA-256
+    DIR/code_vectors.npy         float32 [codebook_size, d]: what the tokenizer's decoder is given for each code
     DIR/index.json               plan and shards, written when all shards are there; without it nothing is read
 
 A record holds `codes` (one row for each of its images), `index` (its number in the source it was made from) and, where
@@ -28,7 +29,7 @@ from ddt_jax.io import atomic
 from ddt_jax.settings import Data
 
 FORMAT = 1
-_PLAN, _INDEX = "plan.json", "index.json"
+_PLAN, _INDEX, _VECTORS = "plan.json", "index.json", "code_vectors.npy"
 _SHOWN = 8  # characters of a fingerprint in messages
 DOCUMENT_FIELDS = ("turns", "parts")
 
@@ -122,6 +123,14 @@ class CodesWriter:
                     "use another folder, or what it was begun with"
                 )
 
+    def write_vectors(self, vectors_VD) -> None:
+        """What the decoder is given for each code, float32 [codebook_size, d]."""
+        try:
+            with atomic.replacing(self.folder / _VECTORS) as file:
+                np.save(file, np.asarray(vectors_VD, np.float32))
+        except OSError as error:
+            raise UserError(f"tokenize: cannot write to {self.folder}: {error.strerror or error}") from error
+
     def finished(self, shard: int) -> Shard | None:
         """A shard that is whole and unchanged; None if it has to be made."""
         report, path = self._report(shard), self._path(shard)
@@ -203,6 +212,18 @@ class CodesSource(ArrayRecordSource):
                     f"{shard.records:,}; run the same `ddt-jax tokenize` again"
                 )
         self.records_before = np.cumsum([0, *(shard.records for shard in self.shards)])
+
+    def code_vectors(self) -> np.ndarray:
+        """Float32 [codebook_size, d]; see the module. Raises UserError if they are not there."""
+        path = files.path_of(self.folder) / _VECTORS
+        try:
+            with path.open("rb") as file:
+                vectors = np.load(file)
+        except (OSError, ValueError):
+            vectors = np.zeros((0, 0))
+        if vectors.ndim != 2 or len(vectors) != self.plan.codebook_size:
+            raise UserError(f"data: {path} does not hold the vectors of codes; run the same `ddt-jax tokenize` again")
+        return vectors
 
     def __getitem__(self, index):
         import msgpack

@@ -37,6 +37,7 @@ class Answerer:
     ):
         c = model.config.transformer
         self.config, self.params = backbone.for_decoding(c, model.all_params(params, extra))
+        self.places = model.places(params)
         self.vocabulary, self.form = vocabulary, form
         self.context, self.batch = context, batch
         first = vocabulary.codes_start
@@ -111,15 +112,15 @@ class Answerer:
             raise UserError("generate: tokens=0 leaves nothing to write; set how many a text may have")
         pad = self.vocabulary["PAD"]
         program = _program(self.config, sampling, self._whole_images, stop, pad)
-        return program(self.params, prompts, lengths, seeds, unconditional)
+        return program(self.params, self.places, prompts, lengths, seeds, unconditional)
 
 
 @functools.lru_cache(maxsize=16)
 def _program(c, sampling, constraint, stop, pad):
     """`generate` compiled for settings; jit adds the shapes."""
 
-    def run(params, prompts, lengths, seeds, unconditional):
-        options = {"constraint": constraint, "stop": stop, "pad": pad, "unconditional": unconditional}
+    def run(params, places, prompts, lengths, seeds, unconditional):
+        options = {"constraint": constraint, "stop": stop, "pad": pad, "unconditional": unconditional, "places": places}
         return generate.generate(c, params, prompts, lengths, seeds, sampling, **options)
 
     return jax.jit(run)

@@ -123,21 +123,21 @@ class RowBatcher:
         """Documents of a global row, laid out, and what was wrong with others."""
         number, rank = self.source_of(row)
         source, layouts, errors = self._sources[number], [], []
-        for index, place in zip(*self._streams[number].row(rank), strict=True):
+        indices, places = self._streams[number].row(rank)
+        planned = source.counts(indices, places)
+        excess = SizesOf(source, self.form, self.limits).excess(planned)
+        for index, place, counts, cut in zip(indices, places, planned.tolist(), excess, strict=True):
             try:
-                layouts.append(self._lay_out(source, index, place))
+                layouts.append(self._lay_out(source.document(int(index), int(place)), counts, int(cut)))
             except BadRecord as error:
                 errors.append((f"{source.name} record {index}", str(error)))
         return layouts, errors
 
-    def _lay_out(self, source, index, place):
-        document = source.document(int(index), int(place))
-        planned = source.counts(np.array([index]), np.array([place]))
-        if documents.count(document) != tuple(planned[0].tolist()):
+    def _lay_out(self, document, planned, excess):
+        if documents.count(document) != tuple(planned):
             raise BadRecord("it has not the length that was stored")
-        (excess,) = SizesOf(source, self.form, self.limits).excess(planned)
         if excess:
-            document = documents.truncate_text(document, int(excess))
+            document = documents.truncate_text(document, excess)
         return sequence.lay_out(document, self.vocabulary, self.form)
 
     def make(self, step: int):

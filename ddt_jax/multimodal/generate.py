@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ddt_jax import settings
 from ddt_jax.multimodal import backbone
+from ddt_jax.multimodal.code_embedding import Places
 from ddt_jax.nn import spans
 
 
@@ -80,6 +81,7 @@ def generate(
     stop: tuple[int, ...] = (),
     pad: int = 0,
     unconditional=None,
+    places: Places | None = None,
 ) -> Generated:
     """Tokens that follow the prompts. Pure: to be jitted with all but the arrays fixed, one compilation for a shape.
 
@@ -91,6 +93,7 @@ def generate(
       constraint: what may be drawn; everything without.
       stop: ids behind which a row ends.
       unconditional: (int32 [B or 1, P'], lengths) for guidance; one row is computed once and shared.
+      places: of the model.
     """
     model = backbone.Backbone(c)
     guided = s.guidance != 1.0
@@ -99,10 +102,15 @@ def generate(
     b = prompts_BP.shape[0]
     width = max(prompts_BP.shape[1], unconditional[0].shape[1] if guided else 0)
 
-    def forward(ids_BS, positions_BS, visible, cache):
+    def forward(ids_BS, positions_BS, visible, cache, before_B=0):
+        """Logits behind the last ids, the cache, and the last ids' places. before_B: place of the ids in front."""
+        places_BS = jnp.zeros_like(ids_BS) if places is None else places.of(ids_BS, before_B)
+
         def run(m, ids_BS):
-            h_BSD, new = m(m.embed(ids_BS), positions_BS, visible, cache)
-            return m.logits(h_BSD[:, -1]), new
+            x_BSD = m.embed(ids_BS)
+            x_BSD = x_BSD if places is None else places.add(x_BSD, places_BS)
+            h_BSD, new = m(x_BSD, positions_BS, visible, cache)
+            return m.logits(h_BSD[:, -1]), new, places_BS[:, -1]
 
         return model.apply({"params": params}, ids_BS, method=run)
 
@@ -111,10 +119,10 @@ def generate(
         cache = backbone.empty_cache(c, ids.shape[0], width + s.tokens)
         return forward(ids, positions, spans.causal(width, start=start), cache), start
 
-    (logits_BV, cache), start_B = prefill(prompts_BP, lengths_B)
+    (logits_BV, cache, place_B), start_B = prefill(prompts_BP, lengths_B)
     if guided:
         other, other_start = prefill(*unconditional)
-        (logits_BV, cache), start_B = _beside(((logits_BV, cache), start_B), (other, other_start), b)
+        (logits_BV, cache, place_B), start_B = _beside(((logits_BV, cache, place_B), start_B), (other, other_start), b)
 
     keys_B = jax.vmap(jax.random.key)(jnp.asarray(seeds_B))
 
@@ -148,17 +156,17 @@ def generate(
         return (n < s.tokens) & ~jnp.all(done_B)
 
     def step(carry):
-        n, token_B, state, done_B, counts_B, tokens_BN, cache = carry
+        n, token_B, state, done_B, counts_B, tokens_BN, cache, place_B = carry
         ids_B = jnp.concatenate([token_B, token_B]) if guided else token_B
         slot = cache.length
         visible = spans.causal(1, offset=slot, start=start_B)
-        logits_BV, cache = forward(ids_B[:, None], (slot - start_B)[:, None], visible, cache)
+        logits_BV, cache, place_B = forward(ids_B[:, None], (slot - start_B)[:, None], visible, cache, place_B)
         token_B = draw(logits_BV, n, allowed(state))
         token_B, state, before_B, done_B, tokens_BN = emit(n, token_B, state, done_B, tokens_BN)
-        return n + 1, token_B, state, done_B, counts_B + ~before_B, tokens_BN, cache
+        return n + 1, token_B, state, done_B, counts_B + ~before_B, tokens_BN, cache, place_B
 
-    first = (jnp.int32(1), token_B, state, done_B, jnp.ones((b,), jnp.int32), tokens_BN, cache)
-    _, _, _, _, counts_B, tokens_BN, _ = jax.lax.while_loop(unfinished, step, first)
+    first = (jnp.int32(1), token_B, state, done_B, jnp.ones((b,), jnp.int32), tokens_BN, cache, place_B)
+    _, _, _, _, counts_B, tokens_BN, *_ = jax.lax.while_loop(unfinished, step, first)
     return Generated(tokens_BN, counts_B)
 
 

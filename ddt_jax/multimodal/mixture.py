@@ -57,6 +57,7 @@ class Proportions:
         self.names = tuple(weights)
         self._weights = np.cumsum([0, *whole_weights(weights, what)])
         self._key = key
+        self._phases: dict[tuple[int, int], int] = {}
 
     def __call__(self, index) -> tuple[np.ndarray, np.ndarray]:
         """(choice, rank): the option of each number, and how many before it had the same. int64 like index."""
@@ -74,11 +75,17 @@ class Proportions:
             return
         middle = (low + high) // 2
         left, whole = self._weights[middle] - self._weights[low], self._weights[high] - self._weights[low]
-        (phase,) = keyed_integers(1, "proportions", *self._key, low, high)
-        phase %= int(whole)
+        phase = self._phase(low, high, int(whole))
         m = rank[members]
         before = (m * left + phase) // whole
         goes_left = (m * left + left + phase) // whole > before
         rank[members] = np.where(goes_left, before, m - before)
         self._descend(low, middle, members[goes_left], choice, rank)
         self._descend(middle, high, members[~goes_left], choice, rank)
+
+    def _phase(self, low, high, whole):
+        """Of a node. Kept: single documents ask for it again and again."""
+        if (low, high) not in self._phases:
+            (phase,) = keyed_integers(1, "proportions", *self._key, low, high)
+            self._phases[low, high] = int(phase) % whole
+        return self._phases[low, high]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ddt_jax import settings
 from ddt_jax.errors import UserError
-from ddt_jax.multimodal import backbone
+from ddt_jax.multimodal import backbone, code_embedding
 from ddt_jax.nn import lora, spans
 
 FROZEN = "frozen"  # in `extra`: what does not move where LoRA is trained
@@ -49,16 +49,22 @@ class Multimodal:
         self.loss_weights = {"next_token": 1.0}
 
     def init(self, rng):
-        """Fresh (params, extra): with LoRA only its updates are parameters."""
-        params = backbone.init(self.config.transformer, rng)
-        if not self.config.transformer.lora.rank:
-            return params, {}
-        updates, others = lora.split(params)
-        return updates, {FROZEN: others}
+        """Fresh (params, extra): with LoRA only its updates, and what is learned about codes, are parameters."""
+        params, extra = backbone.init(self.config.transformer, rng), {}
+        if self.config.transformer.lora.rank:
+            params, extra[FROZEN] = lora.split(params)
+        of_codes, vectors = code_embedding.init(self.config, jax.random.fold_in(rng, 1))
+        return params | of_codes, extra | vectors
 
     def all_params(self, params, extra) -> Any:
-        """The backbone's parameters."""
-        return lora.join(params, extra[FROZEN]) if FROZEN in extra else params
+        """The backbone's parameters, as they generate or are exported."""
+        own = {name: value for name, value in params.items() if name != code_embedding.PARAMS}
+        joined = lora.join(own, extra[FROZEN]) if FROZEN in extra else own
+        return code_embedding.plain(joined, params.get(code_embedding.PARAMS, {}), extra)
+
+    def places(self, params) -> code_embedding.Places | None:
+        """What is added to embeddings of codes beside the backbone's; None: nothing."""
+        return code_embedding.places(params.get(code_embedding.PARAMS, {}), self.first_code)
 
     def loss_fn(self, params, extra, batch, rng):
         """See `ImageModel.loss_fn`. The terms:
@@ -100,8 +106,13 @@ class Multimodal:
         targets_BR = jnp.take_along_axis(tokens_BS, at_BR + 1, axis=1)
         weights_BR = (rows_BR >= 0).astype(jnp.float32)
 
+        places = self.places(params)
+
         def run(module):
-            h_BSD, _ = module(module.embed(tokens_BS), batch["position"], visible, dropout_keys_B=dropout_keys_B)
+            x_BSD = module.embed(tokens_BS)
+            if places is not None:
+                x_BSD = places.add(x_BSD, places.of(tokens_BS))
+            h_BSD, _ = module(x_BSD, batch["position"], visible, dropout_keys_B=dropout_keys_B)
             h_BRD = jnp.take_along_axis(h_BSD, at_BR[..., None], axis=1)
             return module.loss(h_BRD, targets_BR, weights_BR)
 

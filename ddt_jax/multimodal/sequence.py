@@ -102,7 +102,7 @@ def lay_out(document: Document, vocabulary: Vocabulary, form: ImageForm) -> Layo
             if not in_codes:
                 contents.append(_content(segment, form))
         tokens.append(np.asarray(piece, np.int32))
-        target.append(np.broadcast_to(learned, len(piece)))
+        target.append(learned if isinstance(learned, np.ndarray) else np.full(len(piece), learned))
         at += len(piece)
     target = np.concatenate([*target, np.zeros(0, bool)])
     target[:1] = False

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import jax
+import numpy as np
 from etils import epath
 
 from ddt_jax import settings
@@ -61,6 +62,8 @@ def resolve(s: settings.Experiment, workdir: str = "") -> tuple[settings.Experim
                 "use codes of one"
             )
     decided = {name: getattr(plan, name) for name in ("num_tokens", "codebook_size", "tokenizer", "order")}
+    if image.code_vectors:
+        decided["code_width"] = codes[0].code_vectors().shape[1]
     for name, value in decided.items():
         if getattr(image, name) not in (0, "", value):
             raise UserError(
@@ -82,6 +85,12 @@ def resolve(s: settings.Experiment, workdir: str = "") -> tuple[settings.Experim
     transformer = replace(s.model.transformer, vocab_size=vocabulary.size)
     model = replace(s.model, transformer=transformer, image=replace(image, **decided))
     return replace(s, model=model), Corpus(text, vocabulary, ImageForm("codes", plan.num_tokens))
+
+
+def code_vectors(s: settings.Experiment) -> np.ndarray:
+    """Vectors of codes by id, float32 [V, C], zeros where an id is none: codes are the last ids of the vocabulary."""
+    found = CodesSource(s.sequences.sources[0].folder, cache_dir=s.data.cache_dir).code_vectors()
+    return np.pad(found, ((s.model.transformer.vocab_size - len(found), 0), (0, 0)))
 
 
 def load(workdir: str, s: settings.Experiment) -> Corpus:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
+from ddt_jax.multimodal.code_embedding import PARAMS
 from ddt_jax.multimodal.model import FROZEN
 from ddt_jax.training import checkpoint, weights
 from ddt_jax.training.state import TrainState, abstract_state
@@ -90,12 +91,18 @@ class Imported:
     arrays: dict
 
     def give(self, state: TrainState, note: Callable[[str], None]) -> TrainState:
-        """See `FirstStage.give`. What LoRA trains stays as it is; the rest lies in `extra` then."""
+        """See `FirstStage.give`. What LoRA trains stays as it is; the rest lies in `extra` then.
+
+        What a model is told about codes beside a transformer is fresh.
+        """
         frozen = FROZEN in state.extra
-        new = weights.restore(self.arrays, state.extra[FROZEN] if frozen else state.params)
+        of_codes = {name: value for name, value in state.params.items() if name == PARAMS}
+        own = {name: value for name, value in state.params.items() if name != PARAMS}
+        new = weights.restore(self.arrays, state.extra[FROZEN] if frozen else own)
         note(f"init_from: {len(self.arrays)} arrays of {self.folder}")
         if frozen:
             return state.replace(extra=state.extra | {FROZEN: new})
+        new |= of_codes
         return state.replace(params=new, ema=None if state.ema is None else jax.tree.map(jnp.copy, new))
 
 

@@ -120,6 +120,7 @@ def test_mistakes_are_one_line_before_anything_is_written(root, trained, tmp_pat
         (["evaluate", "--workdir", trained, "--config.evaluate.text_to_image.top_p=0"], "top_p in (0, 1]"),
         (["generate", "--workdir", root / "tokenizer", "--prompt", "x"], "is a run of kind"),
         (["generate", "--workdir", trained, "--prompt", "red " * 500], "leaves no room"),
+        (["export", "llama", "--workdir", trained, "--to", tmp_path / "x"], "train without it to export"),
         (["generate", "--workdir", trained, "--caption", tmp_path / "none.png"], "does not exist"),
         (
             ["generate", "--workdir", trained, "--prompt", "x", f"--config.sequences.tokenizer={other}"],
@@ -137,8 +138,11 @@ def test_mistakes_are_one_line_before_anything_is_written(root, trained, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_transformers_opens_what_is_exported(root, trained, oracle):
+def test_transformers_opens_what_is_exported(root, oracle):
     torch, transformers = oracle("torch"), oracle("transformers")
+    short = [*SMALL, "--config.train.steps=2", "--config.model.image.code_places=False"]
+    trained = root / "without_places"
+    assert run("train", "--config", f"configs/llama_scenes.py:{root}", "--workdir", trained, *short) == 0
     assert run("export", "llama", "--workdir", trained, "--to", root / "theirs") == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(root / "theirs").eval()
     speaker = speaking.open_speaker(str(trained))

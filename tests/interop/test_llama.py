@@ -265,7 +265,7 @@ def test_the_weights_of_a_multimodal_run_are_exported_too(tmp_path, monkeypatch,
     c = replace(TINY, scan_layers=True)
     write_model(tmp_path / "theirs", TINY, np.float32)
     params = llama.read(tmp_path / "theirs", c)
-    s = SimpleNamespace(name="run", init_from="", model=SimpleNamespace(kind="multimodal", transformer=c))
+    s = SimpleNamespace(name="run", init_from="", model=settings.Multimodal(transformer=c))
     state = SimpleNamespace(step=7, params=params, extra={}, ema=None)
     model = SimpleNamespace(all_params=lambda params, extra: params)
     (tmp_path / "run" / "text").mkdir(parents=True)

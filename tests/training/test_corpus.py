@@ -1,11 +1,14 @@
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 from ddt_jax import settings
 from ddt_jax.data.codes import CodesWriter, Plan
 from ddt_jax.errors import UserError
+from ddt_jax.experiment import build
+from ddt_jax.multimodal.code_embedding import VECTORS
 from ddt_jax.tokenizers.text import train_sentencepiece
 from ddt_jax.training import corpus
 
@@ -22,6 +25,7 @@ def write(folder, tokenizer="f" * 64, codebook=64, tokens=4, captions=CAPTIONS):
         for i in range(40)
     )
     writer.write(0, records)
+    writer.write_vectors(np.arange(3 * codebook).reshape(codebook, 3))
     writer.complete()
     return str(folder)
 
@@ -49,6 +53,24 @@ def test_sizes_are_filled_in_from_text_and_codes(folder):
     assert corpus.resolve(s)[0] == s
     batch = corpus.open_rows(s, found, s.sequences.sources).batch_at(3)
     assert batch["rows"].shape == (4, 64) and batch["tokens"].max() < found.vocabulary.size
+
+
+def test_codes_stand_last_in_the_vocabulary_and_so_do_their_vectors(folder, tmp_path):
+    s = experiment(folder, vocab_multiple=64)
+    s, found = corpus.resolve(replace(s, model=replace(s.model, image=settings.CodeImages(code_vectors=True))))
+    assert s.model.image.code_width == 3
+    vectors = corpus.code_vectors(s)
+    assert vectors.shape == (found.vocabulary.size, 3) and not vectors[:-64].any()
+    np.testing.assert_array_equal(vectors[found.vocabulary.code_to_id(np.array([0, 63]))], [[0, 1, 2], [189, 190, 191]])
+    # A new run gets them before its first step; they are no parameters.
+    built = build(s, jax.devices()[:1])
+    np.testing.assert_array_equal(built.init().extra[VECTORS], vectors)
+
+    bare = write(tmp_path / "bare")
+    (tmp_path / "bare" / "code_vectors.npy").unlink()
+    s = experiment(bare)
+    with pytest.raises(UserError, match="code_vectors.npy does not hold the vectors of codes; run the same"):
+        corpus.resolve(replace(s, model=replace(s.model, image=settings.CodeImages(code_vectors=True))))
 
 
 def test_a_run_keeps_the_text_tokenizer_that_it_began_with(folder, tmp_path):

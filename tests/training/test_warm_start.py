@@ -153,8 +153,8 @@ def test_a_transformer_begins_with_imported_weights(tmp_path):
     about = {"kind": "llama", "settings": config.dump(replace(sizes, scan_layers=False))}
     weights.save(tmp_path / "w", weights.unrolled_arrays(theirs), about)
 
-    def begin(transformer):
-        image = settings.CodeImages(num_tokens=4, codebook_size=8)
+    def begin(transformer, **options):
+        image = settings.CodeImages(num_tokens=4, codebook_size=8, **options)
         model = settings.Multimodal(transformer=transformer, image=image)
         s = settings.Experiment(model=model, init_from=str(tmp_path / "w"))
         built = experiment.build(s, jax.devices()[:1])
@@ -167,6 +167,9 @@ def test_a_transformer_begins_with_imported_weights(tmp_path):
     for tree in (state.params, state.ema, begin(replace(sizes, lora=settings.LoRA(rank=2))).extra[FROZEN]):
         np.testing.assert_array_equal(tree["blocks"]["scanned"]["block"]["query"]["kernel"], wanted)
         np.testing.assert_array_equal(tree["embed"], theirs["embed"])
+    state = begin(sizes, code_places=True)  # which no LLaMA has: it is fresh
+    np.testing.assert_array_equal(state.params["embed"], theirs["embed"])
+    assert equal(state.ema["codes"], state.params["codes"]) and np.any(state.params["codes"]["places"])
     with pytest.raises(UserError, match="vocab_size=40 there, 48 here.*--vocab-size"):
         begin(replace(sizes, vocab_size=48))
     with pytest.raises(UserError, match="rope_theta=500000.0 there, 1.0 here"):

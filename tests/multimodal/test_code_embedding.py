@@ -1,0 +1,131 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from ddt_jax import settings
+from ddt_jax.multimodal import code_embedding, documents, sequence
+from ddt_jax.multimodal.answers import Answerer
+from ddt_jax.multimodal.code_embedding import PARAMS, VECTORS, Places
+from ddt_jax.multimodal.documents import Image
+from ddt_jax.multimodal.model import Multimodal
+from ddt_jax.multimodal.sequence import ImageForm
+from ddt_jax.multimodal.vocabulary import Vocabulary
+from ddt_jax.nn import spans
+from ddt_jax.nn.params import split
+
+FORM = ImageForm("codes", 5)
+VOCABULARY = Vocabulary.extend(40, 16)
+GREEDY = settings.Sampling(tokens=6, temperature=0.0)
+
+
+def make(tied=False, **options):
+    sizes = settings.Transformer(
+        vocab_size=VOCABULARY.size, width=32, depth=2, heads=2, kv_heads=1, mlp_width=64, tied_head=tied
+    )
+    image = settings.CodeImages(num_tokens=FORM.rows, codebook_size=16, code_width=3, **options)
+    return Multimodal(settings.Multimodal(transformer=sizes, image=image))
+
+
+def state(model, seed=3):
+    params, extra = model.init(jax.random.key(seed))
+    # Larger than at initialisation, so that the likeliest token is clearly so.
+    params = jax.tree.map(lambda x: 5 * x, split(params)[0])
+    if VECTORS in extra:
+        vectors = np.random.default_rng(0).normal(size=(16, 3))
+        extra = {VECTORS: jnp.asarray(np.pad(vectors, ((VOCABULARY.size - 16, 0), (0, 0))), jnp.float32)}
+    return params, extra
+
+
+def rows(tokens_BS):
+    """A batch in which every position but the last is followed by a target."""
+    tokens_BS = jnp.asarray(tokens_BS, jnp.int32)
+    b, s = tokens_BS.shape
+    count = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))
+    return {"tokens": tokens_BS, "position": count, "start": jnp.zeros((b, s), jnp.int32), "rows": count[:, :-1]}
+
+
+@examples(deadline=None)  # the first of a shape is compiled
+@given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 12))
+def test_places_count_codes_in_a_row_at_once_or_one_by_one(is_code, cut):
+    places, tokens = Places(np.zeros((4, 2)), 100), np.where(is_code, 105, 7)[None]
+    expected, place = [], 0
+    for code in is_code:
+        place = place + 1 if code else 0
+        expected.append(place)
+    assert places.of(tokens).tolist() == [expected]
+    first = places.of(tokens[:, :cut])
+    before = first[:, -1] if first.size else 0
+    assert np.concatenate([first, places.of(tokens[:, cut:], before)], axis=1).tolist() == [expected]
+
+
+def test_each_code_of_an_image_has_its_own_embedding_and_text_has_none():
+    places = Places(jnp.array([[1.0], [2.0], [3.0]]), 10)
+    tokens = jnp.array([[1, 10, 11, 12, 13, 2, 15, 3]])
+    added = places.add(jnp.zeros((1, 8, 1)), places.of(tokens))
+    assert added[0, :, 0].tolist() == [0, 1, 2, 3, 0, 0, 1, 0]  # there is no fourth place
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_codes_that_are_alike_begin_alike_and_text_is_left_alone(tied):
+    model = make(tied, code_vectors=True)
+    params, extra = state(model)
+    plain = model.all_params(params, extra)
+    assert set(plain) == set(params) - {PARAMS}
+    for name, part in (("embed", "input"),) if tied else (("embed", "input"), ("head", "output")):
+        added = plain[name] - params[name]
+        np.testing.assert_allclose(added, extra[VECTORS] @ params[PARAMS][part], atol=1e-6)
+        assert not added[: VOCABULARY.codes_start].any() and added[VOCABULARY.codes_start :].any()
+
+
+def test_gradients_reach_the_maps_and_not_the_vectors():
+    model = make(code_vectors=True, code_places=True)
+    params, extra = state(model)
+    batch = rows(np.random.default_rng(1).integers(0, VOCABULARY.size, (2, 12))) | {"slot": jnp.arange(2)}
+    loss = lambda params: model.loss_fn(params, extra, batch, jax.random.key(0))[0]["next_token"]  # noqa: E731
+    for name, gradient in jax.grad(loss)(params)[PARAMS].items():
+        assert jnp.abs(gradient).max() > 0, name
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_what_is_generated_is_what_the_whole_sequence_makes_likeliest(guidance):
+    model = make(code_vectors=True, code_places=True)
+    params, extra = state(model)
+    answerer = Answerer(model, params, extra, VOCABULARY, FORM, context=64, batch=3)
+    asked = [documents.text_to_image(np.arange(n), Image()) for n in (3, 9, 1)]
+    # An image before the one that is asked for: places begin anew.
+    asked[2] = documents.interleaved([Image(np.arange(5)), *asked[2].segments[1:2], Image()])
+    asked[2] = replace(asked[2], segments=tuple(replace(s, answer=i == 3) for i, s in enumerate(asked[2].segments)))
+    codes = answerer.images(asked, replace(GREEDY, guidance=guidance), range(3))
+
+    plain, places, length = model.all_params(params, extra), model.places(params), 32
+    empty = [VOCABULARY["BOS"], VOCABULARY["BOV"]]
+
+    @jax.jit
+    def run(tokens_1S):
+        def everything(module):
+            x = places.add(module.embed(tokens_1S), places.of(tokens_1S))
+            return module.logits(module(x, rows(tokens_1S)["position"], spans.causal(length))[0])
+
+        return model.module.apply({"params": plain}, method=everything)[0]
+
+    def logits(ids):
+        return run(jnp.array([ids + [0] * (length - len(ids))]))[len(ids) - 1, VOCABULARY.codes_start :]
+
+    for document, found in zip(asked, codes, strict=True):
+        ids = sequence.lay_out_prompt(document, VOCABULARY, FORM, force_image=True).tokens.tolist()
+        for n, code in enumerate(found):
+            done = [VOCABULARY.codes_start + int(c) for c in found[:n]]
+            with_text, without = logits(ids + done), logits(empty + done)
+            assert code == (without + guidance * (with_text - without)).argmax()
+
+
+def test_what_is_not_asked_for_costs_nothing():
+    params, extra = make().init(jax.random.key(0))
+    assert PARAMS not in params and not extra
+    assert code_embedding.places({}, 3) is None
