@@ -17,7 +17,7 @@ for flag, value in {"--xla_force_host_platform_device_count": 8, "--xla_backend_
 _COMPILED = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="ddt_jax_compiled_")
 if _COMPILED:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 
 # A shell's background jobs ignore Ctrl-C and hand that down; the programs that tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
