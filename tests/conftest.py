@@ -2,9 +2,7 @@
 
 import importlib
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,21 +11,10 @@ for flag, value in {"--xla_force_host_platform_device_count": 8, "--xla_backend_
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 
-# What one test or program of a session has compiled, its others read; the first process here makes the folder.
-_COMPILED = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="ddt_jax_compiled_")
-if _COMPILED:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
-
 # A shell's background jobs ignore Ctrl-C and hand that down; the programs that tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
-
-
-def pytest_unconfigure():
-    if _COMPILED:
-        shutil.rmtree(_COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

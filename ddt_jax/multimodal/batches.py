@@ -187,7 +187,7 @@ def _packing(name, source, sizes, seed):
     some = np.arange(min(_SAMPLE, len(source)))
     mean = sequence.sizes(source.counts(some, some), sizes.form)[:, 0].mean()
     held = sizes.select(np.array([[limits.context, limits.images, limits.targets]]))[0]
-    return Packing(len(source), sizes, tuple(held.tolist()), seed, name, block_size(mean, limits.context))
+    return Packing(len(source), sizes, tuple(held.tolist()), seed, name, block_size(mean, limits.context), source.name)
 
 
 def _check(source, vocabulary, form):

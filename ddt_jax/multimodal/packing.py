@@ -92,6 +92,7 @@ class Packing:
       limits: R numbers, what a row holds.
       seed, name: of the order.
       block: documents of a block.
+      label: the source in messages; "" = name.
     """
 
     count: int
@@ -100,6 +101,7 @@ class Packing:
     seed: int
     name: str
     block: int
+    label: str = ""
 
     def members(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents of a block and their numbers in the series."""
@@ -118,8 +120,9 @@ class Packing:
         if too_large.size:
             worst = sizes[too_large[0]].tolist()
             raise UserError(
-                f"packing: document {documents[too_large[0]]:,} of {self.name} needs {worst} (positions, then what "
-                f"else is limited), a row holds {list(self.limits)}; take a longer context, or let text be cut"
+                f"packing: document {documents[too_large[0]]:,} of {self.label or self.name} needs {worst} (positions, "
+                f"then what else is limited), a row holds {list(self.limits)}; take a longer context, or let text "
+                "be cut"
             )
         rows = best_fit(sizes, self.limits)
         # Best fit leaves the rows in order of length; their own shuffle undoes that.

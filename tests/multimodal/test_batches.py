@@ -172,7 +172,7 @@ def test_limits_on_images_and_targets_are_kept(make):
 
 
 def test_a_document_longer_than_a_row_is_refused_or_its_text_is_cut(make):
-    with pytest.raises(UserError, match="a row holds .40.; take a longer context, or let text be cut"):
+    with pytest.raises(UserError, match="of codes:.* a row holds .40.; take a longer context, or let text be cut"):
         make({"pairs": 1.0}, RowLimits(40)).make(0)
     batch, errors = make({"pairs": 1.0}, RowLimits(40, truncate=True)).make(0)
     assert not errors and (batch["image_length"] % 16 == 0).all() and batch["image_length"].any()
