@@ -37,8 +37,8 @@ class Multimodal:
     inputs = ("tokens", "position", "start", "rows", "slot")
 
     def __init__(self, config: settings.Multimodal):
-        c = config.transformer
-        if not c.vocab_size or not config.image.num_tokens:
+        c, image = config.transformer, config.image
+        if not (c.vocab_size and image.num_tokens and (image.code_width or not image.code_vectors)):
             raise UserError(
                 "config: the sizes of the vocabulary and of images are not known yet; name codes in sequences.sources"
             )

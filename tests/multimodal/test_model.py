@@ -113,3 +113,6 @@ def test_with_lora_only_the_updates_are_parameters(vocabulary, batch):
 def test_sizes_that_are_not_known_are_one_line(vocabulary):
     with pytest.raises(UserError, match="name codes in sequences.sources"):
         Multimodal(settings.Multimodal())
+    image = settings.CodeImages(num_tokens=16, codebook_size=512, code_vectors=True)
+    with pytest.raises(UserError, match="name codes in sequences.sources"):
+        Multimodal(settings.Multimodal(transformer=replace(SIZES, vocab_size=vocabulary.size), image=image))

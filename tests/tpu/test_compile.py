@@ -24,6 +24,7 @@ SIZES = (
     ("model.transformer.vocab_size", "1024"),
     ("model.image.num_tokens", "16"),
     ("model.image.codebook_size", "512"),
+    ("model.image.code_width", "8"),
 )
 OVERRIDES = {"llama_scenes.py": SIZES}
 TOPOLOGY = "v5e:2x2"
