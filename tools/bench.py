@@ -2,6 +2,9 @@
 
     python tools/bench.py decode                       25 steps of decoding 64 images against one pass of the decoder
     python tools/bench.py decode --config configs/ddt_cifar10.py --images 16 --steps 50
+    python tools/bench.py step --config configs/ddt_cifar10.py --config.train.batch_size=256
+                                                       a train step: examples per second, and its share of what the
+                                                       device reaches on one product of matrices in the same type
     python tools/bench.py llama --gigabytes 4          memory for `import llama` and `export llama` against its limit
 
 Prints JSON. Weights are random: they do not matter for time and memory. What is timed is compiled, run once, and then
@@ -36,6 +39,14 @@ def least_seconds(parts: dict, repeats: int) -> dict[str, float]:
     return found
 
 
+def load(options):
+    """The settings of --config with those of the command line laid over them."""
+    from ddt_jax import config
+
+    pairs = [text.removeprefix("--config.").partition("=") for text in options.overrides]
+    return config.load(str(options.config), tuple((key, value) for key, _, value in pairs))
+
+
 def decode(options) -> dict:
     """A whole decoding against one pass of the decoder and one of the encoder, for the same number of images."""
     import dataclasses
@@ -44,10 +55,9 @@ def decode(options) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from ddt_jax import config, experiment, settings
+    from ddt_jax import experiment, settings
 
-    pairs = [text.removeprefix("--config.").partition("=") for text in options.overrides]
-    s = config.load(str(options.config), tuple((key, value) for key, _, value in pairs))
+    s = load(options)
     built = experiment.build(dataclasses.replace(s, mesh=settings.Mesh()), jax.devices()[:1])
     model, state, rows, key = built.model, built.init(), options.images, jax.random.key(0)
     rng = np.random.default_rng(0)
@@ -80,6 +90,80 @@ def decode(options) -> dict:
         "device": jax.devices()[0].device_kind,
         "load": round(os.getloadavg()[0], 2),
     }
+
+
+def step(options) -> dict:
+    """A train step on a batch that lies on the devices already, in rounds of several steps."""
+    import jax
+    import jax.numpy as jnp
+
+    from ddt_jax import experiment
+    from ddt_jax.scaling import flops
+
+    s = load(options)
+    built = experiment.build(s)
+    devices = built.mesh.devices.flatten()
+    side = options.matrix or (2048 if devices[0].platform == "cpu" else 8192)
+    dtype = getattr(s.model, "dtype", "") or getattr(getattr(s.model, "transformer", None), "dtype", "") or "float32"
+    square = jnp.ones((side, side), dtype)
+    product = jax.jit(lambda x: x @ x)
+    peak = 2 * side**3 / least_seconds({"product": lambda: product(square)}, options.repeats)["product"]
+    with jax.set_mesh(built.mesh):
+        batch = random_batch(built)
+        work = flops.count(built.step, built.abstract, batch)
+        begun = time.perf_counter()
+        compiled = built.step.lower(built.abstract, batch).compile()
+        compile_seconds = time.perf_counter() - begun
+        held = [built.init()]  # a step consumes the state that it is given
+
+        def some_steps():
+            for _ in range(options.steps):
+                held[0], metrics = compiled(held[0], batch)
+            return metrics
+
+        seconds = least_seconds({"steps": some_steps}, options.repeats)["steps"] / options.steps
+    memory = devices[0].memory_stats() or {}
+    return {
+        "config": s.name,
+        "settings": [text.removeprefix("--config.") for text in options.overrides],
+        "parameters": sum(x.size for x in jax.tree.leaves(built.abstract.params)),
+        "batch_size": s.train.batch_size,
+        "seconds_per_step": seconds,
+        "examples_per_second": round(s.train.batch_size / seconds, 1),
+        # Products of matrices as written: what is computed again for gradients, and Muon's products, count.
+        "tflop_per_step": work / 1e12,
+        "tflops_per_device": round(work / seconds / len(devices) / 1e12, 4),
+        "tflops_of_one_product": round(peak / 1e12, 4),
+        "share_of_one_product": round(work / seconds / len(devices) / peak, 4),
+        "product": f"{side} x {side} {dtype}",
+        "compile_seconds": round(compile_seconds, 1),
+        "peak_memory_gb": round(memory["peak_bytes_in_use"] / 1e9, 2) if memory else None,
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "jax": jax.__version__,
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def random_batch(built) -> dict:
+    """A batch that a step takes, of no meaning, on the devices."""
+    import jax
+    import numpy as np
+
+    from ddt_jax import experiment
+
+    rng = np.random.default_rng(0)
+
+    def one(name, like):
+        if name in ("position", "slot", "rows"):
+            numbers = np.broadcast_to(np.arange(like.shape[-1]), like.shape)
+            return np.minimum(numbers, built.settings.sequences.context - 2) if name == "rows" else numbers
+        if np.issubdtype(like.dtype, np.floating):
+            return rng.standard_normal(like.shape, np.float32)
+        most = {"image": 256, "tokens": getattr(built.model, "first_code", 1)}.get(name, 1)
+        return rng.integers(0, most, like.shape)
+
+    shapes = experiment.abstract_batch(built)
+    return {name: jax.device_put(one(name, x).astype(x.dtype), x.sharding) for name, x in shapes.items()}
 
 
 # LLaMA 3.2 1B (its config.json), but for a head of its own and a depth that follows from the size that is asked for.
@@ -177,7 +261,7 @@ def _peak(arguments) -> tuple[int, float]:
     return int(done.stderr.splitlines()[-1]) * 1024, time.perf_counter() - begun
 
 
-BENCHMARKS = {"decode": decode, "llama": llama}
+BENCHMARKS = {"decode": decode, "step": step, "llama": llama}
 
 
 def main(argv=None) -> int:
@@ -188,10 +272,13 @@ def main(argv=None) -> int:
         epilog="--config.NAME.NAME=VALUE changes a setting of the config.",
     )
     parser.add_argument("name", choices=BENCHMARKS, help="what is measured")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.py", metavar="FILE")
+    parser.add_argument("--config", default=ROOT / "configs" / "quickstart.py", metavar="FILE")
     parser.add_argument("--images", type=int, default=64, metavar="N", help="images at once (default: 64)")
-    parser.add_argument("--steps", type=int, default=25, metavar="N", help="solver steps (default: 25)")
+    parser.add_argument(
+        "--steps", type=int, default=25, metavar="N", help="solver steps, or train steps of a round (default: 25)"
+    )
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed calls of each part (default: 20)")
+    parser.add_argument("--matrix", type=int, default=0, metavar="N", help="step: side of the product's matrices")
     parser.add_argument(
         "--gigabytes", type=float, default=4.0, metavar="N", help="llama: size of the model (default: 4)"
     )

@@ -4,6 +4,7 @@
     python tools/soak.py whole_way                `make whole-way`, against its gates
     python tools/soak.py scenes                   configs/ddt_scenes.py, then its renderer, against the gates
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
+    python tools/soak.py cifar10_device           the same in bfloat16 on an accelerator, with its speed and a stand-in for rFID
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
     python tools/soak.py schedules --seeds 0,1    token schedules and time samplers against each other
 
@@ -29,6 +30,16 @@ sys.path.insert(0, str(ROOT))  # this checkout, whatever else is installed
 sys.path.insert(0, str(ROOT / "tools"))
 from soak_runs import Failed, Outcome, git, machine, must, run  # noqa: E402
 
+ON_DEVICE = (  # of cifar10_device: four hits per code and step, and an average over as many epochs as on two cores
+    "--config.model.dtype=bfloat16",
+    "--config.model.quantizer.decay=0.9",
+    "--config.data.workers=12",
+    "--config.train.batch_size=256",
+    "--config.train.ema=0.999",
+    "--config.train.steps=20000",
+    "--config.train.log_every=200",
+    "--config.train.checkpoint_every=5000",
+)
 SAVED = 75  # exit code of a run that was asked to stop and has saved
 
 
@@ -188,6 +199,36 @@ def cifar10(options, folder: Path) -> dict:
         "results": {**results, "pca": baseline},
         "gates": gates,
     }
+
+
+def cifar10_device(options, folder: Path) -> dict:
+    """Many more steps of CIFAR-10 than two cores can take, in bfloat16. `--config.train.steps` sets how many."""
+    config, pairs = "configs/ddt_cifar10.py", folder / "pairs"
+    options.overrides = [*ON_DEVICE, *options.overrides]  # the last of two wins
+    bench = [sys.executable, "tools/bench.py", "step", "--config", config, *options.overrides]
+    speed = json.loads(must(run(bench), "bench.py step").stdout)
+    note(f"{speed['examples_per_second']:,.0f} images/s, {speed['tflops_per_device']} TFLOP/s")
+    to_evaluate = ("--config.evaluate.images=10000", f"--config.evaluate.save_images={pairs}")
+    results, outcomes = train_and_evaluate(
+        config, folder / "run", options.seeds[0], options, minutes=options.minutes, to_evaluate=to_evaluate
+    )
+    note("training a classifier on the same images ...")
+    judge = [sys.executable, "tools/cifar_features.py", "--config", config, "--pairs", str(pairs)]
+    features = json.loads(must(run(judge), "cifar_features.py").stdout)
+    gates = [
+        at_least("PSNR, above that of two cores (docs/soak/cifar10.json)", results["psnr"], 22.4),
+        at_least("originals that the classifier names right", features["accuracy"]["originals"], 0.85),
+        at_least("images compared", features["images"], 10_000),
+        *tokens_carry_the_image(results),
+        *quiet(outcomes),
+    ]
+    results |= {
+        "stopped_by_the_clock": outcomes[0].code == SAVED,
+        "wall_seconds_of_training": round(outcomes[0].seconds, 1),
+        "speed": speed,
+        "classifier": features,
+    }
+    return {"config": config, "seeds": options.seeds[:1], "results": results, "gates": gates}
 
 
 def kill(options, folder: Path) -> dict:
@@ -391,6 +432,7 @@ MEASUREMENTS: dict[str, Callable] = {
     "whole_way": whole_way,
     "scenes": scenes,
     "cifar10": cifar10,
+    "cifar10_device": cifar10_device,
     "kill": kill,
     "schedules": schedules,
 }
@@ -404,7 +446,9 @@ def parse(argv=None):
     )
     parser.add_argument("name", choices=MEASUREMENTS, help="which measurement")
     parser.add_argument("--seeds", default="", metavar="N,N", help="seeds of the runs (quickstart: 0,1,2; others: 0)")
-    parser.add_argument("--minutes", type=float, default=10, help="cifar10: wall time of training, start-up included")
+    parser.add_argument(
+        "--minutes", type=float, default=10, help="cifar10, cifar10_device: wall time of training, start-up included"
+    )
     parser.add_argument("--kills", type=int, default=50, help="kill: how many (default: 50)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak", metavar="DIR", help="where NAME.json goes")
     parser.add_argument(

@@ -41,11 +41,21 @@ def machine() -> dict:
         "cpu": cpu,
         "cores": usable,
         "memory_gb": memory,
+        "accelerators": _accelerators(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in names},
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def _accelerators() -> list[str]:
+    """Names of the GPUs, asked of their driver: this process must not take them from those that it starts."""
+    with contextlib.suppress(OSError):
+        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(asked, capture_output=True, text=True)
+        return done.stdout.splitlines() if done.returncode == 0 else []
+    return []
 
 
 @dataclass
