@@ -14,18 +14,18 @@ def get_config(root="runs/whole"):
     c.model.transformer.width, c.model.transformer.mlp_width = 96, 256
     c.model.transformer.depth, c.model.transformer.heads, c.model.transformer.kv_heads = 3, 3, 3
     c.model.transformer.scan_layers = False
-    c.model.image.code_vectors = c.model.image.code_places = True
+    c.model.image.code_vectors = c.model.image.code_places = c.model.whole_prompts = True
     c.sequences.tokenizer = f"{root}/tokenizer"
-    # Images to text also learn images without a caption, which guidance takes.
-    formats = settings.Formats(text_to_image=0.5, image_to_text=0.5)
+    # Images alone are what guidance takes.
+    formats = settings.Formats(text_to_image=0.45, image_to_text=0.45, image_only=0.1)
     train, held_out = (settings.CodesFolder(folder=f"{root}/codes/{x}", formats=formats) for x in ("train", "heldout"))
     c.sequences.sources, c.sequences.eval_sources = (config.dump(train),), (config.dump(held_out),)
     c.sequences.context = 96
     c.sequences.text_vocab_size = 384  # 256 bytes, and the words of scenes
-    c.optimizer.lr = 6e-3
+    c.optimizer.lr = 4e-3
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
     c.train.batch_size = 32
-    c.train.steps = 1900
+    c.train.steps = 3200
     c.evaluate.verifier = True
     return c

@@ -143,10 +143,11 @@ def _export_trained_llama(workdir, folder):
         raise UserError(
             f"export: {workdir} holds a model of kind {model.kind!r}, neither 'multimodal' nor imported weights"
         )
-    if model.image.code_places:
+    beside = {"model.image.code_places": model.image.code_places, "model.whole_prompts": model.whole_prompts}
+    for name in (name for name, is_on in beside.items() if is_on):
         raise UserError(
-            f"export: {workdir} was trained with model.image.code_places=True, which LLaMA's files have no place for; "
-            "train without it to export"
+            f"export: {workdir} was trained with {name}=True, which LLaMA's files have no place for; train without it "
+            "to export"
         )
 
     def write(built, state, params, about):

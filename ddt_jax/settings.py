@@ -435,6 +435,9 @@ class Multimodal:
     kind: Literal["multimodal"] = "multimodal"
     transformer: Transformer = field(default_factory=lambda: Transformer(vocab_size=0))  # 0 = what text and codes need
     image: CodeImages = field(default_factory=CodeImages)
+    # What is given (captions that are drawn, images that are described, turns of a user) sees all of itself, not only
+    # what stands before; the loss counts answers only.
+    whole_prompts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@
     python tools/soak.py whole_way                `make whole-way`, against its gates
     python tools/soak.py scenes                   configs/ddt_scenes.py, then its renderer, against the gates
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
-    python tools/soak.py cifar10_device           the same in bfloat16 on an accelerator, with its speed and a stand-in for rFID
+    python tools/soak.py cifar10_device           the same in bfloat16 on an accelerator, its speed, a stand-in for rFID
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
     python tools/soak.py schedules --seeds 0,1    token schedules and time samplers against each other
 

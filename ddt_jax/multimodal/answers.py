@@ -37,7 +37,7 @@ class Answerer:
     ):
         c = model.config.transformer
         self.config, self.params = backbone.for_decoding(c, model.all_params(params, extra))
-        self.places = model.places(params)
+        self.places, self.whole_prompts = model.places(params, extra), model.config.whole_prompts
         self.vocabulary, self.form = vocabulary, form
         self.context, self.batch = context, batch
         first = vocabulary.codes_start
@@ -59,10 +59,9 @@ class Answerer:
         layouts = [self._prompt(document, force_image=True) for document in given]
         empty = self._prompt(documents.image_only(Image()), force_image=True)
         parts = []
-        for prompts, lengths, some in self._batches(layouts, seeds):
-            unconditional = (empty.tokens[None], np.array([len(empty)], np.int32)) if s.guidance != 1 else None
-            sampling = replace(s, tokens=self.form.rows)
-            found = self._run(prompts, lengths, some, sampling, (), unconditional)
+        unconditional = self._prompts([empty], len(empty)) if s.guidance != 1 else None
+        for prompts, some in self._batches(layouts, seeds):
+            found = self._run(prompts, some, replace(s, tokens=self.form.rows), (), unconditional)
             parts.append(np.asarray(found.tokens_BN))
             if done is not None:
                 done(min(len(parts) * self.batch, len(layouts)))
@@ -78,8 +77,8 @@ class Answerer:
         room = self.context - max(map(len, layouts), default=0)
         s = replace(s, guidance=1.0, tokens=min(s.tokens, room))
         texts = []
-        for prompts, lengths, some in self._batches(layouts, seeds):
-            found = self._run(prompts, lengths, some, s, (end,), None)
+        for prompts, some in self._batches(layouts, seeds):
+            found = self._run(prompts, some, s, (end,), None)
             for ids, length in zip(np.asarray(found.tokens_BN), np.asarray(found.lengths_B), strict=True):
                 ids = ids[:length]
                 texts.append(decode(ids[self.vocabulary.is_text(ids)]))
@@ -94,33 +93,36 @@ class Answerer:
         )
 
     def _batches(self, layouts, seeds) -> Iterator[tuple]:
-        """(ids [B, P], lengths [B], seeds [B]), the last batch filled up with its first prompt."""
-        pad = self.vocabulary["PAD"]
+        """(prompts, seeds int32 [B]), the last batch filled up with its first prompt."""
         longest = max(map(len, layouts), default=0)
         width = -(-longest // _STEP) * _STEP
         for at in range(0, len(layouts), self.batch):
             some = list(range(at, min(at + self.batch, len(layouts))))
             some += some[:1] * (self.batch - len(some))
-            prompts = np.full((self.batch, width), pad, np.int32)
-            for row, i in enumerate(some):
-                prompts[row, : len(layouts[i])] = layouts[i].tokens
-            lengths = np.array([len(layouts[i]) for i in some], np.int32)
-            yield prompts, lengths, np.array([seeds[i] for i in some], np.int32)
+            yield self._prompts([layouts[i] for i in some], width), np.array([seeds[i] for i in some], np.int32)
 
-    def _run(self, prompts, lengths, seeds, sampling, stop, unconditional):
+    def _prompts(self, layouts, width) -> generate.Prompts:
+        ids = np.full((len(layouts), width), self.vocabulary["PAD"], np.int32)
+        given = np.zeros_like(ids)
+        for row, layout in enumerate(layouts):
+            ids[row, : len(layout)], given[row, : len(layout)] = layout.tokens, layout.given
+        lengths = np.array([len(layout) for layout in layouts], np.int32)
+        return generate.Prompts(ids, lengths, given if self.whole_prompts else None)
+
+    def _run(self, prompts, seeds, sampling, stop, unconditional):
         if not sampling.tokens:
             raise UserError("generate: tokens=0 leaves nothing to write; set how many a text may have")
         pad = self.vocabulary["PAD"]
         program = _program(self.config, sampling, self._whole_images, stop, pad)
-        return program(self.params, self.places, prompts, lengths, seeds, unconditional)
+        return program(self.params, self.places, prompts, seeds, unconditional)
 
 
 @functools.lru_cache(maxsize=16)
 def _program(c, sampling, constraint, stop, pad):
     """`generate` compiled for settings; jit adds the shapes."""
 
-    def run(params, places, prompts, lengths, seeds, unconditional):
+    def run(params, places, prompts, seeds, unconditional):
         options = {"constraint": constraint, "stop": stop, "pad": pad, "unconditional": unconditional, "places": places}
-        return generate.generate(c, params, prompts, lengths, seeds, sampling, **options)
+        return generate.generate(c, params, prompts, seeds, sampling, **options)
 
     return jax.jit(run)

@@ -112,21 +112,36 @@ class Backbone(nn.Module):
         """[V, D]."""
         return self.table if self.config.tied_head else self.own_head
 
-    def logits(self, h):
-        """At least fp32 [..., V] of hidden states [..., D]: for the few rows of a decoder, never for a loss."""
+    def logits(self, h, more=None):
+        """At least fp32 [..., V] of hidden states [..., D]: for the few rows of a decoder, never for a loss.
+
+        Args:
+          more: (hidden states [..., C], table [V, C]), further columns; None: there are none.
+        """
         c, wide = self.config, jnp.promote_types(h.dtype, jnp.float32)
-        logits = jnp.matmul(h, self.head().astype(h.dtype).T, preferred_element_type=wide)
+        h, head = _wider(h, self.head(), more)
+        logits = jnp.matmul(h, head.astype(h.dtype).T, preferred_element_type=wide)
         return c.logit_soft_cap * jnp.tanh(logits / c.logit_soft_cap) if c.logit_soft_cap else logits
 
-    def loss(self, h_BRD, targets_BR, weights_BR):
-        """See `cross_entropy`: next-token loss of gathered rows, with the soft-cap and z-loss of the settings."""
+    def loss(self, h_BRD, targets_BR, weights_BR, more=None):
+        """See `cross_entropy`: next-token loss of gathered rows, with the soft-cap and z-loss of the settings. more: as
+        for `logits`.
+        """
         c = self.config
+        h_BRD, head = _wider(h_BRD, self.head(), more)
         options = {"z_loss": c.z_loss, "soft_cap": c.logit_soft_cap, "chunk": c.loss_chunk}
-        return cross_entropy(h_BRD, self.head(), targets_BR, weights_BR, **options)
+        return cross_entropy(h_BRD, head, targets_BR, weights_BR, **options)
 
     def everything(self, ids_BS, positions_BS, visible):
         """Logits of every row; declares all parameters."""
         return self.logits(self(self.embed(ids_BS), positions_BS, visible)[0])
+
+
+def _wider(h, head, more):
+    """Hidden states and head with further columns."""
+    if more is None:
+        return h, head
+    return tuple(jnp.concatenate([x, y.astype(x.dtype)], axis=-1) for x, y in zip((h, head), more, strict=True))
 
 
 def init(c: settings.Transformer, rng) -> Any:

@@ -5,7 +5,8 @@ both from data in time; small runs have no such time. With `image.code_vectors` 
 learned linear map of the vector that the image tokenizer's decoder is given for it, beside rows of their own, so that
 what is learned of one code holds for its neighbours. The maps are added to the tables when weights leave training: what
 generates or is exported is an ordinary transformer. With `image.code_places` the embedding of a code also says whether
-it is the first, second, ... of its image; rotary positions count from the beginning of the document instead.
+it is the first, second, ... of its image; rotary positions count from the beginning of the document instead. With both,
+each place has maps of its own, for the same vector means another thing at each place.
 
 Legend: B batch, S sequence, D width, V vocabulary, C width of a code's vector, K codes of an image.
 """
@@ -19,21 +20,27 @@ import jax.numpy as jnp
 from ddt_jax import settings
 from ddt_jax.nn.params import declare
 
-PARAMS = "codes"  # in params: {"input" and "output" [C, D], "places" [K, D]}, of those that the settings ask for
+# In params: {"input" and "output" [C, D] or, with places, [K, C, D], "places" [K, D]}, those that the settings ask for.
+PARAMS = "codes"
 VECTORS = "code_vectors"  # in extra: float32 [V, C], zero where an id is no code
 _STD = 0.02  # of what is added to an element of an embedding, as of the embeddings themselves
 
 
 class Places(NamedTuple):
-    """Adds to embeddings of codes which of their image they are.
+    """Which code of its image each is: for embeddings, and for the logits of the next one.
 
     Attributes:
       table_KD: what is added to the first, second, ... code.
       first_code: from this id on, ids are codes.
+      input_KCD, output_KCD: maps of code vectors by place; None: there are none.
+      vectors_VC: the vectors; None as they.
     """
 
     table_KD: Any
     first_code: Any
+    input_KCD: Any = None
+    output_KCD: Any = None
+    vectors_VC: Any = None
 
     def of(self, tokens_BS, before_B=0):
         """int32 [B, S]: 1 for the first of codes in a row, 2 for the second, ...; 0 for what is no code.
@@ -47,11 +54,30 @@ class Places(NamedTuple):
         before_BS = jnp.where(other_BS == 0, jnp.asarray(before_B, jnp.int32).reshape(-1, 1), 0)
         return jnp.where(is_code_BS, number_S - other_BS + before_BS, 0)
 
-    def add(self, x_BSD, places_BS):
+    def add(self, x_BSD, tokens_BS, places_BS):
         """Embeddings with their places. An image that goes on behind its K-th code has no place for it."""
-        known_BS = (places_BS > 0) & (places_BS <= len(self.table_KD))
-        rows_BSD = self.table_KD[jnp.clip(places_BS - 1, 0, len(self.table_KD) - 1)]
-        return x_BSD + jnp.where(known_BS[..., None], rows_BSD, 0).astype(x_BSD.dtype)
+        place_BSK = jax.nn.one_hot(places_BS - 1, len(self.table_KD), dtype=x_BSD.dtype)  # zeros where there is none
+        x_BSD = x_BSD + place_BSK @ self.table_KD.astype(x_BSD.dtype)
+        if self.input_KCD is None:
+            return x_BSD
+        # One product of all maps with vectors that are zero but at their place.
+        vectors_BSC = self.vectors_VC[tokens_BS].astype(x_BSD.dtype)
+        spread = (place_BSK[..., None] * vectors_BSC[..., None, :]).reshape(*places_BS.shape, -1)
+        return x_BSD + spread @ self.input_KCD.reshape(spread.shape[-1], -1).astype(x_BSD.dtype)
+
+    def ahead(self, h_BSD, places_BS):
+        """What hidden states see of the vectors of the code that would come next: (h [B, S, C], table [V, C]), further
+        columns of hidden states and head; None without maps.
+
+        Args:
+          places_BS: of the tokens at these rows. Behind the K-th no code comes.
+        """
+        if self.output_KCD is None:
+            return None
+        k, c, d = self.output_KCD.shape
+        next_BSK = jax.nn.one_hot(jnp.minimum(places_BS, k - 1), k, dtype=h_BSD.dtype)
+        all_BSKC = (h_BSD @ self.output_KCD.reshape(k * c, d).T.astype(h_BSD.dtype)).reshape(*h_BSD.shape[:-1], k, c)
+        return jnp.einsum("...kc,...k->...c", all_BSKC, next_BSK), self.vectors_VC
 
 
 def init(c: settings.Multimodal, rng) -> tuple[dict, dict]:
@@ -61,8 +87,10 @@ def init(c: settings.Multimodal, rng) -> tuple[dict, dict]:
     params, extra = {}, {}
     if image.code_vectors:
         # Vectors have elements of unit size (`nn.quantize`), so C of them make a sum of variance C.
-        linear = declare(nn.initializers.normal(_STD * image.code_width**-0.5), (None, "embed"))
-        params |= {name: linear(keys[name], (image.code_width, d), jnp.float32) for name in ("input", "output")}
+        shape = (image.num_tokens, image.code_width, d) if image.code_places else (image.code_width, d)
+        axes = (*(None for _ in shape[1:]), "embed")
+        linear = declare(nn.initializers.normal(_STD * image.code_width**-0.5), axes)
+        params |= {name: linear(keys[name], shape, jnp.float32) for name in ("input", "output")}
         shape = (c.transformer.vocab_size, image.code_width)
         extra[VECTORS] = declare(nn.initializers.zeros, ("vocab", None), group="frozen")(rng, shape, jnp.float32)
     if image.code_places:
@@ -72,13 +100,13 @@ def init(c: settings.Multimodal, rng) -> tuple[dict, dict]:
 
 
 def plain(transformer: dict, learned: dict, extra: dict) -> dict:
-    """Parameters of the backbone with the maps of code vectors in their tables.
+    """Parameters of the backbone with the maps of code vectors in their tables, where they are the same at all places.
 
     Args:
       transformer: of `backbone.init`.
       learned: params[PARAMS], or {}.
     """
-    if "input" not in learned:
+    if "input" not in learned or "places" in learned:
         return transformer
     vectors_VC = extra[VECTORS]
     tables = {"embed": vectors_VC @ learned["input"]}
@@ -87,6 +115,9 @@ def plain(transformer: dict, learned: dict, extra: dict) -> dict:
     return transformer | {name: transformer[name] + x.astype(transformer[name].dtype) for name, x in tables.items()}
 
 
-def places(learned: dict, first_code: int) -> Places | None:
+def places(learned: dict, extra: dict, first_code: int) -> Places | None:
     """`Places` of params[PARAMS]; None where the settings do not ask for them."""
-    return Places(learned["places"], first_code) if "places" in learned else None
+    if "places" not in learned:
+        return None
+    maps = (learned["input"], learned["output"], extra[VECTORS]) if "input" in learned else ()
+    return Places(learned["places"], first_code, *maps)

@@ -54,11 +54,15 @@ class Document:
     """Segments in reading order.
 
     Attributes:
-      learn: "all": the loss counts every token after the first; "answer": those of answers only.
+      learn: "all": the loss counts every token after the first; "answer": those of answers only; "none": a prompt.
     """
 
     segments: tuple[Segment, ...]
-    learn: Literal["all", "answer"] = "all"
+    learn: Literal["all", "answer", "none"] = "all"
+
+    def learns(self, segment: Segment) -> bool:
+        """Whether the loss counts what a segment holds."""
+        return self.learn == "all" or (self.learn == "answer" and segment.answer)
 
     def prompt(self) -> "Document":
         """What comes before the last answer."""
@@ -144,7 +148,7 @@ def count(document: Document) -> tuple[int, int, int, int, int, int]:
         amount = len(segment.ids) if isinstance(segment, Text) else 1
         counts[kind] += amount
         # The mark that a document begins with has nothing before it that could predict it.
-        counts[3 + kind] += amount if n and (document.learn == "all" or segment.answer) else 0
+        counts[3 + kind] += amount if n and document.learns(segment) else 0
     return tuple(counts)
 
 

@@ -18,6 +18,18 @@ from ddt_jax.multimodal.code_embedding import Places
 from ddt_jax.nn import spans
 
 
+class Prompts(NamedTuple):
+    """Attributes:
+    ids_BP: int32, each row's prompt from its first column on.
+    lengths_B: int32, 1..P.
+    given_BP: int32, `Layout.given` of each prompt, whose positions see all of it; None: they see what stands before.
+    """
+
+    ids_BP: Any
+    lengths_B: Any
+    given_BP: Any = None
+
+
 class Generated(NamedTuple):
     """Attributes:
     tokens_BN: int32; `pad` behind the end of a row.
@@ -72,35 +84,32 @@ class WholeImages(NamedTuple):
 def generate(
     c: settings.Transformer,
     params,
-    prompts_BP,
-    lengths_B,
+    prompts: Prompts,
     seeds_B,
     s: settings.Sampling,
     *,
     constraint: Constraint | None = None,
     stop: tuple[int, ...] = (),
     pad: int = 0,
-    unconditional=None,
+    unconditional: Prompts | None = None,
     places: Places | None = None,
 ) -> Generated:
     """Tokens that follow the prompts. Pure: to be jitted with all but the arrays fixed, one compilation for a shape.
 
     Args:
       c, params: of `backbone.for_decoding`, so that the loop runs in place.
-      prompts_BP: int32, each row's prompt from its first column on.
-      lengths_B: int32, 1..P, of the prompts.
       seeds_B: int32.
       constraint: what may be drawn; everything without.
       stop: ids behind which a row ends.
-      unconditional: (int32 [B or 1, P'], lengths) for guidance; one row is computed once and shared.
+      unconditional: B or 1 of them, for guidance; one row is computed once and shared.
       places: of the model.
     """
     model = backbone.Backbone(c)
     guided = s.guidance != 1.0
     if guided and unconditional is None:
         raise ValueError("guidance needs an unconditional prompt")
-    b = prompts_BP.shape[0]
-    width = max(prompts_BP.shape[1], unconditional[0].shape[1] if guided else 0)
+    b = prompts.ids_BP.shape[0]
+    width = max(prompts.ids_BP.shape[1], unconditional.ids_BP.shape[1] if guided else 0)
 
     def forward(ids_BS, positions_BS, visible, cache, before_B=0):
         """Logits behind the last ids, the cache, and the last ids' places. before_B: place of the ids in front."""
@@ -108,20 +117,22 @@ def generate(
 
         def run(m, ids_BS):
             x_BSD = m.embed(ids_BS)
-            x_BSD = x_BSD if places is None else places.add(x_BSD, places_BS)
+            x_BSD = x_BSD if places is None else places.add(x_BSD, ids_BS, places_BS)
             h_BSD, new = m(x_BSD, positions_BS, visible, cache)
-            return m.logits(h_BSD[:, -1]), new, places_BS[:, -1]
+            more = None if places is None else places.ahead(h_BSD[:, -1], places_BS[:, -1])
+            return m.logits(h_BSD[:, -1], more), new, places_BS[:, -1]
 
         return model.apply({"params": params}, ids_BS, method=run)
 
-    def prefill(prompts, lengths):
-        ids, positions, start = _to_the_right(jnp.asarray(prompts), jnp.asarray(lengths), width)
+    def prefill(prompts):
+        ids, positions, given, start = _to_the_right(prompts, width)
         cache = backbone.empty_cache(c, ids.shape[0], width + s.tokens)
-        return forward(ids, positions, spans.causal(width, start=start), cache), start
+        visible = spans.causal(width, start=start) if given is None else spans.bidirectional(given, start=start)
+        return forward(ids, positions, visible, cache), start
 
-    (logits_BV, cache, place_B), start_B = prefill(prompts_BP, lengths_B)
+    (logits_BV, cache, place_B), start_B = prefill(prompts)
     if guided:
-        other, other_start = prefill(*unconditional)
+        other, other_start = prefill(unconditional)
         (logits_BV, cache, place_B), start_B = _beside(((logits_BV, cache, place_B), start_B), (other, other_start), b)
 
     keys_B = jax.vmap(jax.random.key)(jnp.asarray(seeds_B))
@@ -146,7 +157,7 @@ def generate(
         stopped_B = jnp.isin(token_B, jnp.array(stop, jnp.int32)) if stop else jnp.zeros_like(done_B)
         return token_B, state, done_B, done_B | stopped_B, tokens_BN
 
-    state = None if constraint is None else _after_prompts(constraint, prompts_BP, lengths_B)
+    state = None if constraint is None else _after_prompts(constraint, prompts)
     token_B = draw(logits_BV, 0, allowed(state))
     blank = jnp.full((b, s.tokens), pad, jnp.int32)
     token_B, state, _, done_B, tokens_BN = emit(0, token_B, state, jnp.zeros((b,), bool), blank)
@@ -170,12 +181,17 @@ def generate(
     return Generated(tokens_BN, counts_B)
 
 
-def _to_the_right(prompts_BP, lengths_B, width):
-    """Prompts that end in the last of `width` columns: ids, positions and where each begins."""
-    start_B = width - lengths_B
+def _to_the_right(prompts, width):
+    """Prompts that end in the last of `width` columns: ids, positions, `given` and where each begins."""
+    start_B = width - jnp.asarray(prompts.lengths_B)
     column_BW = jnp.arange(width, dtype=jnp.int32) - start_B[:, None]
-    ids_BW = jnp.take_along_axis(prompts_BP, jnp.clip(column_BW, 0, prompts_BP.shape[1] - 1), axis=1)
-    return ids_BW, jnp.maximum(column_BW, 0), start_B
+    from_BW = jnp.clip(column_BW, 0, prompts.ids_BP.shape[1] - 1)
+    moved = lambda x_BP: jnp.take_along_axis(jnp.asarray(x_BP), from_BW, axis=1)  # noqa: E731
+    given_BW = None
+    if prompts.given_BP is not None:
+        given_BW = moved(prompts.given_BP)
+        given_BW = jnp.where((column_BW >= 0) & (given_BW > 0), given_BW + start_B[:, None], 0)
+    return moved(prompts.ids_BP), jnp.maximum(column_BW, 0), given_BW, start_B
 
 
 def _beside(conditional, unconditional, batch):
@@ -187,15 +203,17 @@ def _beside(conditional, unconditional, batch):
     return jax.tree.map(one, conditional, unconditional)
 
 
-def _after_prompts(constraint, prompts_BP, lengths_B):
+def _after_prompts(constraint, prompts):
+    lengths_B = prompts.lengths_B
+
     def one(state, column):
         n, token_B = column
         moved = constraint.advance(state, token_B)
         keep = lambda new, old: jnp.where((n < lengths_B).reshape(-1, *[1] * (new.ndim - 1)), new, old)  # noqa: E731
         return jax.tree.map(keep, moved, state), None
 
-    columns = (jnp.arange(prompts_BP.shape[1]), jnp.asarray(prompts_BP).T)
-    return jax.lax.scan(one, constraint.start(prompts_BP.shape[0]), columns)[0]
+    batch, length = prompts.ids_BP.shape
+    return jax.lax.scan(one, constraint.start(batch), (jnp.arange(length), jnp.asarray(prompts.ids_BP).T))[0]
 
 
 def sample(logits_BV, keys_B, s: settings.Sampling):

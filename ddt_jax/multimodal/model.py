@@ -27,14 +27,13 @@ class Multimodal:
       config: with every size filled in (`training.corpus.resolve`).
 
     Attributes:
-      inputs: arrays of a batch that the step takes: tokens, position, start int32 [B, S]; rows int32 [B, R], the
-        positions before targets, -1 where there is none; slot int32 [B].
+      inputs: arrays of a batch that the step takes: tokens, position, start int32 [B, S], and given, where prompts see
+        all of themselves; rows int32 [B, R], the positions before targets, -1 where there is none; slot int32 [B].
     """
 
     cross_example_terms = ()
     image_loss = None
     inherited = ()
-    inputs = ("tokens", "position", "start", "rows", "slot")
 
     def __init__(self, config: settings.Multimodal):
         c, image = config.transformer, config.image
@@ -44,6 +43,7 @@ class Multimodal:
             )
         backbone.check(c)
         self.config = config
+        self.inputs = ("tokens", "position", "start", "rows", "slot") + (("given",) if config.whole_prompts else ())
         self.module = backbone.Backbone(c)
         self.first_code = c.vocab_size - config.image.codebook_size  # codes are the last ids
         self.loss_weights = {"next_token": 1.0}
@@ -62,9 +62,9 @@ class Multimodal:
         joined = lora.join(own, extra[FROZEN]) if FROZEN in extra else own
         return code_embedding.plain(joined, params.get(code_embedding.PARAMS, {}), extra)
 
-    def places(self, params) -> code_embedding.Places | None:
-        """What is added to embeddings of codes beside the backbone's; None: nothing."""
-        return code_embedding.places(params.get(code_embedding.PARAMS, {}), self.first_code)
+    def places(self, params, extra) -> code_embedding.Places | None:
+        """What embeddings and logits of codes have beside the backbone's; None: nothing."""
+        return code_embedding.places(params.get(code_embedding.PARAMS, {}), extra, self.first_code)
 
     def loss_fn(self, params, extra, batch, rng):
         """See `ImageModel.loss_fn`. The terms:
@@ -101,20 +101,27 @@ class Multimodal:
           bool [B, R], whether the target is an image code).
         """
         rows_BR, tokens_BS = batch["rows"], batch["tokens"]
-        visible = spans.causal(tokens_BS.shape[1], start=batch["start"])
+        if self.config.whole_prompts:
+            visible = spans.bidirectional(batch["given"], start=batch["start"])
+        else:
+            visible = spans.causal(tokens_BS.shape[1], start=batch["start"])
         at_BR = jnp.maximum(rows_BR, 0)
         targets_BR = jnp.take_along_axis(tokens_BS, at_BR + 1, axis=1)
         weights_BR = (rows_BR >= 0).astype(jnp.float32)
 
-        places = self.places(params)
+        places = self.places(params, extra)
+        places_BS = None if places is None else places.of(tokens_BS)
 
         def run(module):
             x_BSD = module.embed(tokens_BS)
             if places is not None:
-                x_BSD = places.add(x_BSD, places.of(tokens_BS))
+                x_BSD = places.add(x_BSD, tokens_BS, places_BS)
             h_BSD, _ = module(x_BSD, batch["position"], visible, dropout_keys_B=dropout_keys_B)
             h_BRD = jnp.take_along_axis(h_BSD, at_BR[..., None], axis=1)
-            return module.loss(h_BRD, targets_BR, weights_BR)
+            more = None
+            if places is not None:
+                more = places.ahead(h_BRD, jnp.take_along_axis(places_BS, at_BR, axis=1))
+            return module.loss(h_BRD, targets_BR, weights_BR, more)
 
         total, rows = self.module.apply({"params": self.all_params(params, extra)}, method=run)
         return total, rows, targets_BR >= self.first_code

@@ -12,6 +12,7 @@ that a plan needs to read no record.
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,6 +70,7 @@ class RecordDocuments:
     Args:
       formats: weights of FORMATS; a document's format depends on its number in the series alone.
       seed: of the order of formats.
+      answers_only: what is given is not learned, in no format.
 
     Records that lack what their format needs become "image_only".
 
@@ -76,7 +78,15 @@ class RecordDocuments:
       UserError: an unknown format, or no record has what the formats need.
     """
 
-    def __init__(self, records: CodesSource, text: TextTokenizer, formats: Mapping[str, float], seed: int):
+    def __init__(
+        self,
+        records: CodesSource,
+        text: TextTokenizer,
+        formats: Mapping[str, float],
+        seed: int,
+        *,
+        answers_only: bool = False,
+    ):
         for name in formats:
             if name not in FORMATS:
                 raise UserError(f"mixture: {name} is not a format{nearest(name, FORMATS)}")
@@ -84,7 +94,7 @@ class RecordDocuments:
         self.name = records.name
         self.num_codes = records.plan.codebook_size
         self.text_fingerprint = text.fingerprint
-        self._text = text
+        self._text, self._answers_only = text, answers_only
         self._formats = Proportions(
             formats, seed, "formats", records.plan.source, what=f"mixture: formats of {records.name}"
         )
@@ -94,8 +104,8 @@ class RecordDocuments:
         if formats.keys() - {"image_only", OWN} and not self._lengths_N7[:, 0].any():
             raise UserError(f"mixture: no record of {records.name} has a caption; the only format left is image_only")
         # Counts of a pair are linear in the length of its caption.
-        builders = documents.PAIR_FORMATS.values()
-        self._base, one = (np.array([documents.count(build(ids, Image())) for build in builders]) for ids in ([], [0]))
+        names = documents.PAIR_FORMATS
+        self._base, one = (np.array([documents.count(self._pair(n, ids, Image())) for n in names]) for ids in ([], [0]))
         self._slope = one - self._base
 
     def __len__(self):
@@ -120,10 +130,14 @@ class RecordDocuments:
     def document(self, index, number):
         record = self.records[index]
         name = FORMATS[int(self.format_of(index, number))]
-        if name == OWN:
+        if name == OWN:  # where all is learned, all but BOS is an answer
             return own_document(record, self._text.encode)
         caption = self._text.encode(record.get("caption", ""))
-        return documents.PAIR_FORMATS[name](caption, Image(record["codes"][0]))
+        return self._pair(name, caption, Image(record["codes"][0]))
+
+    def _pair(self, name, text, image):
+        document = documents.PAIR_FORMATS[name](text, image)
+        return replace(document, learn="answer") if self._answers_only else document
 
 
 def own_document(record: Mapping[str, Any], encode: Callable[[str], np.ndarray]) -> Document | None:

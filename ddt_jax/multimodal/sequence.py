@@ -65,6 +65,8 @@ class Layout:
       tokens: int32 [N].
       target: bool [N].
       position: int32 [N], what rotary embeddings count by.
+      given: int32 [N]: one behind the last position of the prompt that a position is in, that is of what stands between
+        two answers or before the first; 0 in answers.
       slots: M images.
       contents: M arrays; empty where images are codes.
     """
@@ -72,6 +74,7 @@ class Layout:
     tokens: np.ndarray
     target: np.ndarray
     position: np.ndarray
+    given: np.ndarray
     slots: tuple[Slot, ...] = ()
     contents: tuple[np.ndarray, ...] = field(default=(), repr=False)
 
@@ -86,9 +89,10 @@ def lay_out(document: Document, vocabulary: Vocabulary, form: ImageForm) -> Layo
       UserError: a code or text id out of range, an unknown special token, an image of another size.
     """
     tokens, target, slots, contents, at = [], [], [], [], 0
+    is_answer = []
     in_codes = form.kind == "codes"
     for segment in document.segments:
-        learn = document.learn == "all" or segment.answer
+        learn = document.learns(segment)
         if isinstance(segment, Mark):
             piece, learned = [vocabulary[segment.name]], learn
         elif isinstance(segment, Text):
@@ -103,7 +107,9 @@ def lay_out(document: Document, vocabulary: Vocabulary, form: ImageForm) -> Layo
                 contents.append(_content(segment, form))
         tokens.append(np.asarray(piece, np.int32))
         target.append(learned if isinstance(learned, np.ndarray) else np.full(len(piece), learned))
+        is_answer.append(np.full(len(piece), segment.answer))
         at += len(piece)
+    given = _ends_of_runs(~np.concatenate([*is_answer, np.zeros(0, bool)]))
     target = np.concatenate([*target, np.zeros(0, bool)])
     target[:1] = False
     position = np.arange(at, dtype=np.int32)
@@ -114,9 +120,16 @@ def lay_out(document: Document, vocabulary: Vocabulary, form: ImageForm) -> Layo
         twins = [position[s.start : s.start + s.length] for s in (slots[i] for i in learned)]
         position = np.concatenate([position, *twins])
         tokens.append(np.full(len(position) - at, vocabulary["PAD"], np.int32))
-        target = np.concatenate([target, np.zeros(len(position) - at, bool)])
+        target, given = (np.concatenate([x, np.zeros(len(position) - at, x.dtype)]) for x in (target, given))
     tokens = np.concatenate([*tokens, np.zeros(0, np.int32)])
-    return Layout(tokens, target, position, tuple(slots), tuple(contents))
+    return Layout(tokens, target, position, given, tuple(slots), tuple(contents))
+
+
+def _ends_of_runs(inside_N):
+    """int32 [N]: one behind the last of the true positions in a row that a position is in, 0 where it is false."""
+    ends = np.flatnonzero(inside_N & ~np.append(inside_N[1:], False)) + 1
+    found = np.append(ends, 0)[np.searchsorted(ends, np.arange(len(inside_N)), side="right")]
+    return np.where(inside_N, found, 0).astype(np.int32)
 
 
 def _image_tokens(image, vocabulary, form):
@@ -158,11 +171,10 @@ def lay_out_prompt(
     Raises:
       UserError: the prompt leaves no room in the context; or as `lay_out`.
     """
-    prompt = document.prompt()
+    prompt = replace(document.prompt(), learn="none")  # so its images need no noised copies
     if force_image:
-        prompt = replace(prompt, segments=(*prompt.segments, Mark("BOV")))
-    # Nothing in a prompt is learned: its images need no noised copies.
-    layout = lay_out(replace(prompt, learn="answer", segments=_given(prompt.segments)), vocabulary, form)
+        prompt = replace(prompt, segments=(*prompt.segments, Mark("BOV", answer=True)))
+    layout = lay_out(prompt, vocabulary, form)
     needed = form.rows + 1 if force_image else 1
     if context and len(layout) + needed > context:
         raise UserError(
@@ -170,10 +182,6 @@ def lay_out_prompt(
             f"of {context:,}; shorten it"
         )
     return layout
-
-
-def _given(segments):
-    return tuple(replace(s, answer=False) for s in segments)
 
 
 def pack_row(layouts: Sequence[Layout], context: int, max_images: int, pad: int, form: ImageForm) -> dict:
@@ -185,7 +193,7 @@ def pack_row(layouts: Sequence[Layout], context: int, max_images: int, pad: int,
       pad: token of unused positions.
 
     Returns:
-      tokens int32 [S], target bool [S], position int32 [S];
+      tokens int32 [S], target bool [S], position int32 [S], given int32 [S]: see `Layout`, ends are those of the row;
       document int32 [S]: number of the document in the row, -1 behind the last;
       start int32 [S]: where the position's document starts; an unused position is its own;
       image_start, image_length, image_copy, image_number, image_document int32 [I] and image_learn bool [I]: see
@@ -203,6 +211,7 @@ def pack_row(layouts: Sequence[Layout], context: int, max_images: int, pad: int,
         "tokens": np.full(context, pad, np.int32),
         "target": np.zeros(context, bool),
         "position": np.zeros(context, np.int32),
+        "given": np.zeros(context, np.int32),
         "document": np.full(context, -1, np.int32),
         "start": np.arange(context, dtype=np.int32),
         **{f"image_{name}": np.full(max_images, -1, np.int32) for name in ("start", "copy", "number", "document")},
@@ -214,6 +223,7 @@ def pack_row(layouts: Sequence[Layout], context: int, max_images: int, pad: int,
         here = slice(at, at + len(layout))
         row["tokens"][here], row["target"][here] = layout.tokens, layout.target
         row["position"][here], row["document"][here], row["start"][here] = layout.position, d, at
+        row["given"][here] = np.where(layout.given > 0, layout.given + at, 0)
     for i, (d, slot) in enumerate(slots):
         row["image_start"][i], row["image_length"][i] = starts[d] + slot.start, slot.length
         row["image_copy"][i] = starts[d] + slot.copy if slot.copy >= 0 else -1
@@ -242,17 +252,25 @@ def unpack_row(row: dict) -> list[Layout]:
             for i in images
         )
         contents = tuple(row["image_content"][i] for i in images) if "image_content" in row else ()
-        layouts.append(Layout(row["tokens"][here], row["target"][here], row["position"][here], slots, contents))
+        given = np.where(row["given"][here] > 0, row["given"][here] - at, 0).astype(np.int32)
+        layouts.append(Layout(row["tokens"][here], row["target"][here], row["position"][here], given, slots, contents))
     return layouts
 
 
-def visible_spans(row: dict, form: ImageForm) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def visible_spans(
+    row: dict, form: ImageForm, *, whole_prompts: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What each position of a row sees: keys [start, end) and [start2, end2), int32 [S] each (`nn.spans.Spans`).
 
     The second interval is empty (0, 0) but for noised copies.
+
+    Args:
+      whole_prompts: positions of a prompt see all of it.
     """
     start = row["start"]
     end = np.arange(1, len(start) + 1, dtype=np.int32)
+    if whole_prompts:
+        end = np.maximum(end, row["given"])
     start2, end2 = np.zeros_like(start), np.zeros_like(start)
     if form.kind == "codes":
         return start, end, start2, end2

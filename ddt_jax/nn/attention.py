@@ -18,6 +18,8 @@ Method = Literal["auto", "dense", "chunked", "splash"]
 # From so many pairs of a query and a key on, "auto" is chunked: below, one product of matrices is faster.
 CHUNKED_FROM = 1024 * 1024
 
+HIDDEN = -1e30  # a logit far below all others, whose exponential is exactly 0
+
 
 def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, method: Method = "auto"):
     """Softmax attention; a row that sees no key gives zeros.
@@ -62,15 +64,14 @@ def _attend_dense(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap):
     # The heads that share keys are rows of one product, so that nothing is repeated.
     logits = jnp.matmul(q_BGRSE.reshape(b, g, r * s, e), k_BGTE.swapaxes(-1, -2), preferred_element_type=wide)
     logits_BGRST = _capped(logits.reshape(b, g, r, s, t), soft_cap)
-    if spans.covers(t):
-        weights_BGRST = jax.nn.softmax(logits_BGRST)
-    else:
-        seen = visible(spans, t)[:, None, None]
-        peak = jnp.max(logits_BGRST, axis=-1, keepdims=True, where=seen, initial=-1e30)
-        weights_BGRST = jnp.exp(jnp.where(seen, logits_BGRST - jax.lax.stop_gradient(peak), -jnp.inf))
-        total = jnp.sum(weights_BGRST, axis=-1, keepdims=True)
-        weights_BGRST = weights_BGRST / jnp.where(total > 0, total, 1)
-    return jnp.matmul(weights_BGRST.reshape(b, g, r * s, t).astype(v_BGTE.dtype), v_BGTE)
+    seen_BST = None if spans.covers(t) else visible(spans, t)
+    if seen_BST is not None:
+        logits_BGRST = jnp.where(seen_BST[:, None, None], logits_BGRST, HIDDEN)
+    weights_BGRST = jax.nn.softmax(logits_BGRST)
+    out_BGRSE = jnp.matmul(weights_BGRST.reshape(b, g, r * s, t).astype(v_BGTE.dtype), v_BGTE).reshape(b, g, r, s, e)
+    if seen_BST is not None:
+        out_BGRSE = jnp.where(jnp.any(seen_BST, axis=-1)[:, None, None, :, None], out_BGRSE, 0)
+    return out_BGRSE
 
 
 def _capped(logits, soft_cap):

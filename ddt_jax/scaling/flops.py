@@ -1,8 +1,9 @@
 """Floating-point operations of the matrix products and convolutions of a function, counted where it is traced.
 
 The compiler's own count takes the body of a loop once and knows nothing of library calls; this one multiplies by the
-trips of a loop and sees the function as it is written. A multiplication and an addition are two operations; all that is
-no product (normalisation, activations, softmax, the optimizer's element-wise part) is left out, as in published figures.
+trips of a loop and sees the function as it is written. A multiplication and an addition are two operations; all that
+is no product (normalisation, activations, softmax, the optimizer's element-wise part) is left out, as in published
+figures.
 """
 
 import math

@@ -124,7 +124,8 @@ def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[settings.C
     for number, part in enumerate(parts):
         records = CodesSource(part.folder, cache_dir=s.data.cache_dir)
         formats = {name: share for name, share in vars(part.formats).items() if share}
-        documents[str(number)] = RecordDocuments(records, corpus.text, formats, s.seed)
+        answers_only = s.model.whole_prompts  # who sees all of a prompt has nothing to predict in it
+        documents[str(number)] = RecordDocuments(records, corpus.text, formats, s.seed, answers_only=answers_only)
         weights[str(number)] = part.weight
     batcher = RowBatcher(
         documents,

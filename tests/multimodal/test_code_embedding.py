@@ -24,12 +24,12 @@ VOCABULARY = Vocabulary.extend(40, 16)
 GREEDY = settings.Sampling(tokens=6, temperature=0.0)
 
 
-def make(tied=False, **options):
+def make(tied=False, whole_prompts=False, **options):
     sizes = settings.Transformer(
         vocab_size=VOCABULARY.size, width=32, depth=2, heads=2, kv_heads=1, mlp_width=64, tied_head=tied
     )
     image = settings.CodeImages(num_tokens=FORM.rows, codebook_size=16, code_width=3, **options)
-    return Multimodal(settings.Multimodal(transformer=sizes, image=image))
+    return Multimodal(settings.Multimodal(transformer=sizes, image=image, whole_prompts=whole_prompts))
 
 
 def state(model, seed=3):
@@ -50,6 +50,28 @@ def rows(tokens_BS):
     return {"tokens": tokens_BS, "position": count, "start": jnp.zeros((b, s), jnp.int32), "rows": count[:, :-1]}
 
 
+def logits_of(model, params, extra, tokens_1S, given_1S=None):
+    """Of every position of whole sequences, by products of matrices that nobody has joined."""
+    length, places = tokens_1S.shape[1], model.places(params, extra)
+    visible = spans.causal(length) if given_1S is None else spans.bidirectional(given_1S)
+
+    def everything(module):
+        x, place = module.embed(tokens_1S), places.of(tokens_1S)
+        for k in range(FORM.rows):
+            added = places.table_KD[k]
+            if places.input_KCD is not None:
+                added = added + extra[VECTORS][tokens_1S] @ params[PARAMS]["input"][k]
+            x = x + jnp.where((place == k + 1)[..., None], added, 0)
+        h = module(x, rows(tokens_1S)["position"], visible)[0]
+        logits = module.logits(h)
+        for k in range(FORM.rows if places.output_KCD is not None else 0):
+            more = h @ params[PARAMS]["output"][k].T @ extra[VECTORS].T
+            logits = logits + jnp.where((jnp.minimum(place, FORM.rows - 1) == k)[..., None], more, 0)
+        return logits
+
+    return model.module.apply({"params": model.all_params(params, extra)}, method=everything)
+
+
 @examples(deadline=None)  # the first of a shape is compiled
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 12))
 def test_places_count_codes_in_a_row_at_once_or_one_by_one(is_code, cut):
@@ -67,7 +89,7 @@ def test_places_count_codes_in_a_row_at_once_or_one_by_one(is_code, cut):
 def test_each_code_of_an_image_has_its_own_embedding_and_text_has_none():
     places = Places(jnp.array([[1.0], [2.0], [3.0]]), 10)
     tokens = jnp.array([[1, 10, 11, 12, 13, 2, 15, 3]])
-    added = places.add(jnp.zeros((1, 8, 1)), places.of(tokens))
+    added = places.add(jnp.zeros((1, 8, 1)), tokens, places.of(tokens))
     assert added[0, :, 0].tolist() == [0, 1, 2, 3, 0, 0, 1, 0]  # there is no fourth place
 
 
@@ -92,9 +114,21 @@ def test_gradients_reach_the_maps_and_not_the_vectors():
         assert jnp.abs(gradient).max() > 0, name
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_what_is_generated_is_what_the_whole_sequence_makes_likeliest(guidance):
+def test_the_loss_is_that_of_the_logits_of_each_place():
     model = make(code_vectors=True, code_places=True)
+    params, extra = state(model)
+    tokens = np.random.default_rng(1).integers(VOCABULARY.codes_start - 4, VOCABULARY.size, (2, 12))
+    batch = rows(tokens) | {"slot": jnp.arange(2)}
+    sums, counts, _ = model.loss_fn(params, extra, batch, jax.random.key(0))
+    likely = jax.nn.log_softmax(logits_of(model, params, extra, jnp.asarray(tokens)))[:, :-1]
+    expected = -jnp.take_along_axis(likely, tokens[:, 1:, None], axis=-1).mean()
+    np.testing.assert_allclose(sums["next_token"] / counts["next_token"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("whole_prompts", [False, True])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_what_is_generated_is_what_the_whole_sequence_makes_likeliest(guidance, whole_prompts):
+    model = make(code_vectors=True, code_places=True, whole_prompts=whole_prompts)
     params, extra = state(model)
     answerer = Answerer(model, params, extra, VOCABULARY, FORM, context=64, batch=3)
     asked = [documents.text_to_image(np.arange(n), Image()) for n in (3, 9, 1)]
@@ -103,19 +137,14 @@ def test_what_is_generated_is_what_the_whole_sequence_makes_likeliest(guidance):
     asked[2] = replace(asked[2], segments=tuple(replace(s, answer=i == 3) for i, s in enumerate(asked[2].segments)))
     codes = answerer.images(asked, replace(GREEDY, guidance=guidance), range(3))
 
-    plain, places, length = model.all_params(params, extra), model.places(params), 32
-    empty = [VOCABULARY["BOS"], VOCABULARY["BOV"]]
-
-    @jax.jit
-    def run(tokens_1S):
-        def everything(module):
-            x = places.add(module.embed(tokens_1S), places.of(tokens_1S))
-            return module.logits(module(x, rows(tokens_1S)["position"], spans.causal(length))[0])
-
-        return model.module.apply({"params": plain}, method=everything)[0]
+    length, empty = 32, [VOCABULARY["BOS"], VOCABULARY["BOV"]]
+    run = jax.jit(lambda tokens_1S, given_1S: logits_of(model, params, extra, tokens_1S, given_1S)[0])
 
     def logits(ids):
-        return run(jnp.array([ids + [0] * (length - len(ids))]))[len(ids) - 1, VOCABULARY.codes_start :]
+        # What is given is all in front of the last BOV: the answer's.
+        prompt = len(ids) - 1 - ids[::-1].index(VOCABULARY["BOV"])
+        given = np.where(np.arange(length) < prompt, prompt, 0)[None] * whole_prompts
+        return run(jnp.array([ids + [0] * (length - len(ids))]), given)[len(ids) - 1, VOCABULARY.codes_start :]
 
     for document, found in zip(asked, codes, strict=True):
         ids = sequence.lay_out_prompt(document, VOCABULARY, FORM, force_image=True).tokens.tolist()
@@ -128,4 +157,4 @@ def test_what_is_generated_is_what_the_whole_sequence_makes_likeliest(guidance):
 def test_what_is_not_asked_for_costs_nothing():
     params, extra = make().init(jax.random.key(0))
     assert PARAMS not in params and not extra
-    assert code_embedding.places({}, 3) is None
+    assert code_embedding.places({}, {}, 3) is None

@@ -10,7 +10,7 @@ import pytest
 
 from ddt_jax import settings
 from ddt_jax.multimodal import backbone
-from ddt_jax.multimodal.generate import WholeImages, generate, sample
+from ddt_jax.multimodal.generate import Prompts, WholeImages, generate, sample
 from ddt_jax.nn import params, spans
 
 TINY = settings.Transformer(vocab_size=24, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24, scan_layers=False)
@@ -27,7 +27,7 @@ def values():
 
 
 def run(values, s=GREEDY, prompts=PROMPTS, lengths=LENGTHS, seeds=(0, 1, 2), c=TINY, **how):
-    made = jax.jit(lambda v, p, n, seeds: generate(c, v, p, n, seeds, s, **how))
+    made = jax.jit(lambda v, p, n, seeds: generate(c, v, Prompts(p, n), seeds, s, **how))
     return jax.tree.map(np.asarray, made(values, prompts, lengths, jnp.asarray(seeds)))
 
 
@@ -80,7 +80,7 @@ def test_guidance_combines_both_prompts_at_every_token(values, shared):
     g = 2.5
     other = np.array([[7, 8]] if shared else [[7, 8], [8, 0], [7, 1]], np.int32)
     lengths = np.array([2] if shared else [2, 1, 2], np.int32)
-    out = run(values, replace(GREEDY, guidance=g), unconditional=(other, lengths))
+    out = run(values, replace(GREEDY, guidance=g), unconditional=Prompts(other, lengths))
     for i, tokens in enumerate(out.tokens_BN):
         j = 0 if shared else i
         given, empty = list(PROMPTS[i, : LENGTHS[i]]), list(other[j, : lengths[j]])
@@ -157,7 +157,7 @@ def test_frequencies_are_those_of_the_filtered_distribution(s):
 
 def test_the_loop_holds_no_copy_of_the_cache(values):
     text = (
-        jax.jit(lambda v, p, n, seeds: generate(TINY, v, p, n, seeds, GREEDY))
+        jax.jit(lambda v, p, n, seeds: generate(TINY, v, Prompts(p, n), seeds, GREEDY))
         .lower(values, PROMPTS, LENGTHS, jnp.arange(3))
         .compile()
         .as_text()

@@ -72,7 +72,7 @@ def test_greedy_text_equals_transformers_for_64_tokens(model_in_folder, oracle):
     lengths = np.array([9, 4, 6], np.int32)
     out = jax.jit(
         lambda v: generate.generate(
-            c, v, prompts, lengths, jnp.arange(3), settings.Sampling(tokens=64, temperature=0.0)
+            c, v, generate.Prompts(prompts, lengths), jnp.arange(3), settings.Sampling(tokens=64, temperature=0.0)
         )
     )(values)
     for prompt, length, ours in zip(prompts, lengths, np.asarray(out.tokens_BN), strict=True):
