@@ -143,11 +143,12 @@ def _export_trained_llama(workdir, folder):
         raise UserError(
             f"export: {workdir} holds a model of kind {model.kind!r}, neither 'multimodal' nor imported weights"
         )
-    beside = {"model.image.code_places": model.image.code_places, "model.whole_prompts": model.whole_prompts}
-    for name in (name for name, is_on in beside.items() if is_on):
+    options = {"model.image.code_places": model.image.code_places, "model.whole_prompts": model.whole_prompts}
+    if any(options.values()):
+        names = " and ".join(f"{name}=True" for name, is_on in options.items() if is_on)
         raise UserError(
-            f"export: {workdir} was trained with {name}=True, which LLaMA's files have no place for; train without it "
-            "to export"
+            f"export: {workdir} was trained with {names}, which LLaMA's files have no place for; train without it to "
+            "export"
         )
 
     def write(built, state, params, about):

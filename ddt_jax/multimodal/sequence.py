@@ -278,7 +278,7 @@ def visible_spans(
     blocks = np.arange(form.rows, dtype=np.int32) // block * block  # where the block of each position starts
     for at, copy in zip(row["image_start"], row["image_copy"], strict=True):
         if at >= 0:
-            end[at : at + form.rows] = at + blocks + block
+            end[at : at + form.rows] = np.maximum(end[at : at + form.rows], at + blocks + block)
         if copy >= 0:
             noised = slice(copy, copy + form.rows)
             end[noised], start2[noised], end2[noised] = at + blocks, copy + blocks, copy + blocks + block

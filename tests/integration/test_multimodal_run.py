@@ -140,8 +140,8 @@ def test_mistakes_are_one_line_before_anything_is_written(root, trained, tmp_pat
 
 def test_transformers_opens_what_is_exported(root, oracle):
     torch, transformers = oracle("torch"), oracle("transformers")
-    short = [*SMALL, "--config.train.steps=2", "--config.model.image.code_places=False"]
-    trained = root / "without_places"
+    plain = ["--config.model.image.code_places=False", "--config.model.whole_prompts=False"]
+    short, trained = [*SMALL, "--config.train.steps=2", *plain], root / "plain"
     assert run("train", "--config", f"configs/llama_scenes.py:{root}", "--workdir", trained, *short) == 0
     assert run("export", "llama", "--workdir", trained, "--to", root / "theirs") == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(root / "theirs").eval()

@@ -43,6 +43,21 @@ def same(batch, other):
         assert batch[name].dtype == other[name].dtype
 
 
+def test_answers_only_is_the_same_rows_with_fewer_targets(scenes_codes, text, vocabulary):
+    def batch(answers_only):
+        source = RecordDocuments(scenes_codes, text, PAIRS, 0, answers_only=answers_only)
+        made, errors = RowBatcher(
+            {"0": source}, {"0": 1}, vocabulary, FORM, RowLimits(256), seed=5, batch_size=12
+        ).make(3)
+        assert not errors  # else lengths would not be those that were planned
+        return made
+
+    everything, answers = batch(False), batch(True)
+    same(*({k: v for k, v in b.items() if k not in ("target", "rows", "image_learn")} for b in (everything, answers)))
+    np.testing.assert_array_equal(answers["target"], everything["target"] & (answers["given"] == 0))
+    assert answers["target"].sum() < everything["target"].sum()
+
+
 @pytest.mark.parametrize("hosts", [2, 3, 4])
 def test_hosts_together_make_the_rows_of_one_from_any_step(make, hosts):
     alone = make()

@@ -116,3 +116,30 @@ def test_sizes_that_are_not_known_are_one_line(vocabulary):
     image = settings.CodeImages(num_tokens=16, codebook_size=512, code_vectors=True)
     with pytest.raises(UserError, match="name codes in sequences.sources"):
         Multimodal(settings.Multimodal(transformer=replace(SIZES, vocab_size=vocabulary.size), image=image))
+
+
+def test_where_prompts_are_whole_their_words_see_each_other_and_answers_stay_causal(vocabulary, batch):
+    model = make(vocabulary)
+    whole = Multimodal(replace(model.config, whole_prompts=True))
+    params, extra = state(model)
+    # A row that begins with a caption, whose image begins behind it at `image`.
+    row = next(r for r in range(8) if batch["image_start"][r, 0] == batch["given"][r, 0] + 1 > 5)
+    image, rows = batch["image_start"][row, 0], batch["rows"][row]
+
+    def moved(model, at, token):
+        """Which positions predict their targets differently once another token stands at one."""
+        changed = batch["tokens"].copy()
+        assert changed[row, at] != token
+        changed[row, at] = token
+        nll = [
+            model.score(params, extra, given(whole, batch | {"tokens": tokens}))[1].nll[row]
+            for tokens in (batch["tokens"], changed)
+        ]
+        return set(rows[(nll[0] != nll[1]) & (rows >= 0)].tolist())
+
+    word, code = image - 2, image + 2  # the last word before BOV, the third code
+    other_word = 5 + int(batch["tokens"][row, word] == 5)
+    other_code = vocabulary.codes_start + (batch["tokens"][row, code] - vocabulary.codes_start + 1) % 512
+    assert min(moved(model, word, other_word)) == word - 1  # whose target it is
+    assert min(moved(whole, word, other_word)) == 0
+    assert min(moved(whole, code, other_code)) == code - 1

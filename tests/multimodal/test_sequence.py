@@ -223,12 +223,17 @@ def test_the_loss_counts_exactly_what_is_specified(case):
     assert rows_[rows_ >= 0].tolist() == [i - 1 for i, counts in enumerate(expected) if counts]
 
 
-def brute_force_mask(chosen, form, context):
+def brute_force_mask(chosen, form, context, whole_prompts):
     """Who sees whom, by asking of each pair of positions what they are."""
     places = []  # (document, clean index in the document, image, block in the image, is a noised copy)
+    prompts = {}  # (document, clean index) → number of the prompt that it is in
     for d, document in enumerate(chosen):
         clean, tail = [], []
         for n, segment in enumerate(document.segments):
+            length = form.rows + 2 if isinstance(segment, Image) else len(getattr(segment, "ids", [0]))
+            answers = sum(s.answer and not (isinstance(s, Text) and not len(s.ids)) for s in document.segments[:n])
+            if whole_prompts and not segment.answer:
+                prompts |= {(d, len(clean) + i): answers for i in range(length)}
             if isinstance(segment, Image):
                 clean.append((d, len(clean), None, None, False))
                 for k in range(form.rows):
@@ -252,7 +257,9 @@ def brute_force_mask(chosen, form, context):
             elif noised_k:
                 sees = False
             else:
-                sees = ik <= iq or (form.kind != "codes" and same_block)
+                asked = prompts.get((dq, iq))
+                same_prompt = asked is not None and asked == prompts.get((dk, ik))
+                sees = ik <= iq or (form.kind != "codes" and same_block) or same_prompt
             mask[q, k] = sees
     for q in range(len(places), context):
         mask[q, q] = True
@@ -263,13 +270,41 @@ def brute_force_mask(chosen, form, context):
 @given(rows())
 def test_spans_are_the_mask_and_no_position_sees_another_document(case):
     form, chosen, _, row = case
-    start, end, start2, end2 = (x[:, None] for x in visible_spans(row, form))
-    keys = np.arange(len(row["tokens"]))[None]
-    mask = ((start <= keys) & (keys < end)) | ((start2 <= keys) & (keys < end2))
-    np.testing.assert_array_equal(mask, brute_force_mask(chosen, form, len(row["tokens"])))
-    across = row["document"][:, None] != row["document"][None]
-    assert not (mask & across).any()
-    assert ((end <= start2) | (end2 <= start) | (end2 <= start2)).all(), "the two intervals are disjoint"
+    for whole_prompts in (False, True):
+        found = visible_spans(row, form, whole_prompts=whole_prompts)
+        start, end, start2, end2 = (x[:, None] for x in found)
+        keys = np.arange(len(row["tokens"]))[None]
+        mask = ((start <= keys) & (keys < end)) | ((start2 <= keys) & (keys < end2))
+        np.testing.assert_array_equal(mask, brute_force_mask(chosen, form, len(row["tokens"]), whole_prompts))
+        across = row["document"][:, None] != row["document"][None]
+        assert not (mask & across).any()
+        assert ((end <= start2) | (end2 <= start) | (end2 <= start2)).all(), "the two intervals are disjoint"
+        if whole_prompts:  # an answer is never seen by what it answers
+            assert not (mask & (row["given"] > 0)[:, None] & (row["given"] == 0)[None] & (keys > keys.T)).any()
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        (documents.text_to_image([4, 5], A), [3, 3, 3, 0, 0, 0, 0, 0, 0]),
+        (documents.image_to_text([4, 5], A), [6, 6, 6, 6, 6, 6, 0, 0, 0]),
+        (documents.image_only(A), [1, 0, 0, 0, 0, 0, 0]),
+        (
+            documents.chat(
+                [("USER", [Text([4])]), ("ASSISTANT", [Text([5])]), ("USER", [Text([6])]), ("ASSISTANT", [Text([7])])]
+            ),
+            [4, 4, 4, 4, 0, 0, 9, 9, 9, 0, 0],
+        ),
+    ],
+)
+def test_what_is_given_ends_where_an_answer_begins(document, expected):
+    assert lay_out(document, V, CODES).given.tolist() == expected
+    prompt = lay_out_prompt(document, V, CODES, force_image=False)
+    assert prompt.given.tolist() == expected[: len(prompt)]  # as it was learned
+
+
+def test_the_mark_that_asks_for_an_image_is_seen_by_no_caption():
+    assert lay_out_prompt(documents.text_to_image([4], A), V, CODES, force_image=True).given.tolist() == [2, 2, 0]
 
 
 def test_a_row_that_is_too_full_is_a_bug_of_ours():
