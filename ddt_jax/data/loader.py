@@ -312,7 +312,8 @@ class BatchIterator:
         data = loader.data
         self._loader = loader
         # In worker processes the buffer below is each worker's own queue; in this process it is the thread pool's.
-        ahead = max(1, -(-data.prefetch // max(1, data.workers)))
+        # Fewer than its threads would leave some of them idle.
+        ahead = max(1, data.threads, -(-data.prefetch // max(1, data.workers)))
         threads = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead if data.threads else 0)
         dataset = grain.MapDataset.source(steps).to_iter_dataset(threads)
         if data.workers:

@@ -148,8 +148,16 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) 
         raise UserError(
             f"init_from: {s.init_from} makes other codes than this run would; set as there: {', '.join(differing)}"
         )
-    if isinstance(s.model, settings.Multimodal) and getattr(theirs.model, "image", None) != s.model.image:
-        raise UserError(f"init_from: {s.init_from} was trained on other codes than sequences.sources; use those of one")
+    if isinstance(s.model, settings.Multimodal) and isinstance(theirs.model, settings.Multimodal):
+        there, here = config.dump(theirs.model.image), config.dump(s.model.image)
+        differing = [name for name in here if here[name] != there.get(name)]
+        if asked := [name for name in differing if name in ("code_vectors", "code_places")]:
+            named = ", ".join(f"model.image.{name}={there[name]}" for name in asked)
+            raise UserError(f"init_from: {s.init_from} was trained with {named}; set it as there")
+        if differing:
+            raise UserError(
+                f"init_from: {s.init_from} was trained on other codes than sequences.sources; use those of one"
+            )
     source = abstract_state(theirs, make_model(theirs), mesh)[2]
     return FirstStage(s.init_from, theirs, source, plan(source, abstract, model.inherited))
 

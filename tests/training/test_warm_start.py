@@ -174,3 +174,18 @@ def test_a_transformer_begins_with_imported_weights(tmp_path):
         begin(replace(sizes, vocab_size=48))
     with pytest.raises(UserError, match="rope_theta=500000.0 there, 1.0 here"):
         begin(replace(sizes, rope_theta=1.0))
+
+
+def test_a_transformer_that_was_told_something_else_of_codes_is_named(monkeypatch):
+    model = settings.Multimodal(image=settings.CodeImages(num_tokens=4, codebook_size=8, code_places=True))
+
+    def begin(**changes):
+        s = settings.Experiment(model=replace(model, image=replace(model.image, **changes)), init_from="there")
+        monkeypatch.setattr(warm_start.checkpoint, "saved_config", lambda *args: config.dump(replace(s, model=model)))
+        monkeypatch.setattr(warm_start.checkpoint, "saved_steps", lambda workdir: [1])
+        warm_start.find(s, experiment.make_model(replace(s, model=DDT, init_from="")), None, None, None)
+
+    with pytest.raises(UserError, match="there was trained with model.image.code_places=True; set it as there"):
+        begin(code_places=False)
+    with pytest.raises(UserError, match="trained on other codes than sequences.sources"):
+        begin(codebook_size=16)
