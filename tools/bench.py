@@ -5,6 +5,7 @@
     python tools/bench.py step --config configs/ddt_cifar10.py --config.train.batch_size=256
                                                        a train step: examples per second, and its share of what the
                                                        device reaches on one product of matrices in the same type
+    python tools/bench.py cache                        1,024 tokens with a cache and without; one at 512, at 4,096
     python tools/bench.py llama --gigabytes 4          memory for `import llama` and `export llama` against its limit
 
 Prints JSON. Weights are random: they do not matter for time and memory. What is timed is compiled, run once, and then
@@ -166,6 +167,73 @@ def random_batch(built) -> dict:
     return {name: jax.device_put(one(name, x).astype(x.dtype), x.sharding) for name, x in shapes.items()}
 
 
+# A model whose cache is small beside its weights, and one that writes a thousand tokens in seconds.
+WIDE = {"width": 1024, "depth": 4, "heads": 8, "kv_heads": 2, "mlp_width": 4096}
+SMALL = {"width": 256, "depth": 4, "heads": 4, "kv_heads": 4, "mlp_width": 768}
+TOKENS, LENGTHS, MANY = 1024, (512, 4096), 20
+
+
+def cache(options) -> dict:
+    """What a cache saves, and what a longer one costs. Weights are random, one prompt, the likeliest token."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from ddt_jax import settings
+    from ddt_jax.multimodal import backbone
+    from ddt_jax.multimodal.generate import Prompts, generate
+    from ddt_jax.nn import params as params_lib
+    from ddt_jax.nn import spans
+
+    def make(sizes):
+        c = settings.Transformer(vocab_size=1024, **sizes)
+        return backbone.for_decoding(c, params_lib.split(backbone.init(c, jax.random.key(0)))[0])
+
+    c, params = make(SMALL)
+    sampling = settings.Sampling(tokens=TOKENS, temperature=0.0)
+    prompt = Prompts(np.ones((1, 1), np.int32), np.ones(1, np.int32))
+    with_cache = jax.jit(lambda p: generate(c, p, prompt, jnp.arange(1), sampling))
+
+    def forward(length):
+        ids, position = jnp.ones((1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None]
+        model = backbone.Backbone(c)
+        last = lambda m: m.logits(m(m.embed(ids), position, spans.causal(length))[0][:, -1])  # noqa: E731
+        return jax.jit(lambda p: model.apply({"params": p}, method=last))
+
+    some = np.arange(TOKENS // 8, TOKENS + 1, TOKENS // 8)  # forwards over a text that grows, timed at eight lengths
+    parts = {f"forward_{n}": forward(n) for n in some} | {"with_cache": with_cache}
+    seconds = least_seconds({n: lambda f=f: f(params) for n, f in parts.items()}, options.repeats)
+    without = float(np.interp(np.arange(1, TOKENS + 1), some, [seconds[f"forward_{n}"] for n in some]).sum())
+
+    wide, weights = make(WIDE)
+
+    def token(length):
+        held = backbone.empty_cache(wide, 1, length).replace(length=jnp.int32(length - 1))
+        model, place = backbone.Backbone(wide), jnp.full((1, 1), length - 1, jnp.int32)
+
+        def run(m, ids, held):
+            h, new = m(m.embed(ids), place, spans.causal(1, offset=held.length), held)
+            return jnp.argmax(m.logits(h), axis=-1).astype(jnp.int32), new.replace(length=new.length - 1)
+
+        # Many tokens in one program, as in generation: the cache is written in place. All see the same slots.
+        step = lambda carry: model.apply({"params": weights}, *carry, method=run)  # noqa: E731
+        many = jax.jit(lambda held: jax.lax.fori_loop(0, MANY, lambda _, x: step(x), (jnp.ones_like(place), held))[0])
+        return lambda: many(held)
+
+    at = {f"token_at_{n}": token(n) for n in LENGTHS}
+    per_token = {n: s / MANY for n, s in least_seconds(at, options.repeats).items()}
+    short, long = per_token.values()
+    return {
+        "tokens": TOKENS,
+        "seconds": {"with_cache": seconds["with_cache"], "without_cache": without, **per_token},
+        "with_over_without": round(seconds["with_cache"] / without, 4),
+        "parameters_of_the_wide_one": sum(x.size for x in jax.tree.leaves(weights)),
+        "long_over_short": round(long / short, 3),
+        "device": jax.devices()[0].device_kind,
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
 # LLaMA 3.2 1B (its config.json), but for a head of its own and a depth that follows from the size that is asked for.
 LLAMA = {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}
 LLAMA |= {"num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0}
@@ -261,7 +329,7 @@ def _peak(arguments) -> tuple[int, float]:
     return int(done.stderr.splitlines()[-1]) * 1024, time.perf_counter() - begun
 
 
-BENCHMARKS = {"decode": decode, "step": step, "llama": llama}
+BENCHMARKS = {"decode": decode, "step": step, "cache": cache, "llama": llama}
 
 
 def main(argv=None) -> int:
