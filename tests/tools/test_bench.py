@@ -29,6 +29,31 @@ def test_decoding_is_held_against_one_pass_of_the_same_batch(bench, capsys):
 
 
 @pytest.mark.slow
+def test_a_train_step_is_held_against_one_product_of_matrices(bench, capsys):
+    arguments = ["step", "--steps", "2", "--repeats", "1", "--matrix", "256", "--config"]
+    assert bench.main([*arguments, str(ROOT / "configs" / "smoke.py"), "--config.train.batch_size=16"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["config"], found["batch_size"], found["settings"]) == ("smoke", 16, ["train.batch_size=16"])
+    assert found["examples_per_second"] == pytest.approx(16 / found["seconds_per_step"], rel=1e-3)
+    devices = int(found["device"].split()[0])
+    per_device = found["tflop_per_step"] / found["seconds_per_step"] / devices
+    assert found["tflops_per_device"] == pytest.approx(per_device, abs=1e-4)
+    assert found["share_of_one_product"] > 0 and found["product"] == "256 x 256 float32"
+
+
+@pytest.mark.slow
+def test_a_cache_is_held_against_forwards_over_the_whole_text(bench, capsys, monkeypatch):
+    tiny = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 1, "mlp_width": 32}
+    for name, value in {"WIDE": tiny, "SMALL": tiny, "TOKENS": 16, "LENGTHS": (8, 32), "MANY": 2}.items():
+        monkeypatch.setattr(bench, name, value)
+    assert bench.main(["cache", "--repeats", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    seconds = found["seconds"]
+    assert found["tokens"] == 16 and seconds.keys() == {"with_cache", "without_cache", "token_at_8", "token_at_32"}
+    assert found["with_over_without"] == pytest.approx(seconds["with_cache"] / seconds["without_cache"], abs=1e-3)
+
+
+@pytest.mark.slow
 def test_the_verbs_for_llama_are_measured_in_processes_of_their_own(bench, capsys, monkeypatch, tmp_path):
     tiny = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4}
     monkeypatch.setattr(bench, "LLAMA", bench.LLAMA | tiny | {"vocab_size": 1024, "num_key_value_heads": 2})
