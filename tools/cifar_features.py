@@ -81,7 +81,7 @@ def fit(model, images, labels, *, epochs: int, seed: int = 0):
 
 
 def look(model, params, images):
-    """(class int [N], features float32 [N, D])."""
+    """(logits float32 [N, classes], features float32 [N, D])."""
     run = jax.jit(lambda x: model.apply(params, x))
     found = [run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
     return tuple(np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*found, strict=True))
@@ -101,6 +101,8 @@ def read_pairs(folder: Path):
     """(originals, reconstructions), uint8 [N, H, W, 3], in the order of their names."""
     from PIL import Image
 
+    if not all((folder / side).is_dir() for side in SIDES):
+        raise SystemExit(f"{folder} holds no PNG pairs; evaluate a run with --config.evaluate.save_images={folder}")
     names = sorted(p.name for p in (folder / SIDES[0]).iterdir())
     return tuple(np.stack([np.asarray(Image.open(folder / side / n)) for n in names]) for side in SIDES)
 
@@ -109,12 +111,12 @@ def compare(s, pairs: Path, *, epochs: int, **sizes) -> dict:
     """The figures, for the settings of a run and the folder of its PNG pairs. sizes: of the classifier."""
     from ddt_jax.evaluation import frechet
 
-    model = Classifier(**sizes)
-    params = fit(model, *load(s.data.source, s), epochs=epochs)
     original, decoded = read_pairs(pairs)
     truth, labels = load(s.data.eval_source, s, len(original))
     if not np.array_equal(truth, original):
         raise SystemExit(f"{pairs} does not hold the first {len(original)} images of {s.data.eval_source}")
+    model = Classifier(**sizes)
+    params = fit(model, *load(s.data.source, s), epochs=epochs)
     seen = {name: look(model, params, x) for name, x in zip(SIDES, (original, decoded), strict=True)}
     right = {name: round(float(np.mean(logits.argmax(-1) == labels)), 4) for name, (logits, _) in seen.items()}
     moments = [frechet.Moments.of(features) for _, features in seen.values()]

@@ -26,10 +26,11 @@ def held_out(model: Multimodal, params, extra, batches: Iterable[dict], *, mesh)
 
     Returns:
       text_perplexity, text_perplexity_after_image and text_perplexity_without_image (targets with and without an image
-      earlier in their document); image_bits (per code), image_bits_by_position and image_accuracy_by_position [K];
-      image_bits_shuffled: the same documents, the codes of each image in a random order, and the difference to
-      image_bits as image_bits_lost_by_shuffling: how much the order of codes tells. A figure of which there is no
-      target is left out. tokens: how many targets were counted.
+      earlier in their document; special tokens are text: where captions are only given, as with `whole_prompts`, hardly
+      more than BOV is left of those without); image_bits (per code), image_bits_by_position and
+      image_accuracy_by_position [K]; image_bits_shuffled: the same documents, the codes of each image in a random
+      order, and the difference to image_bits as image_bits_lost_by_shuffling: how much the order of codes tells. A
+      figure of which there is no target is left out. tokens: how many targets were counted.
     """
     program = _program(model)
     by_rows, num_tokens = meshes.batch_sharding(mesh), model.config.image.num_tokens

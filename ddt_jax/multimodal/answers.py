@@ -60,8 +60,9 @@ class Answerer:
         empty = self._prompt(documents.image_only(Image()), force_image=True)
         parts = []
         unconditional = self._prompts([empty], len(empty)) if s.guidance != 1 else None
+        s = replace(s, tokens=self.form.rows)
         for prompts, some in self._batches(layouts, seeds):
-            found = self._run(prompts, some, replace(s, tokens=self.form.rows), (), unconditional)
+            found = self._run(prompts, some, s, (), unconditional)
             parts.append(np.asarray(found.tokens_BN))
             if done is not None:
                 done(min(len(parts) * self.batch, len(layouts)))

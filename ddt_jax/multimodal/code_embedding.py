@@ -6,7 +6,8 @@ learned linear map of the vector that the image tokenizer's decoder is given for
 what is learned of one code holds for its neighbours. The maps are added to the tables when weights leave training: what
 generates or is exported is an ordinary transformer. With `image.code_places` the embedding of a code also says whether
 it is the first, second, ... of its image; rotary positions count from the beginning of the document instead. With both,
-each place has maps of its own, for the same vector means another thing at each place.
+each place has maps of its own, for the same vector means another thing at each place; that holds K C numbers for each
+position, which is for images of few codes.
 
 Legend: B batch, S sequence, D width, V vocabulary, C width of a code's vector, K codes of an image.
 """

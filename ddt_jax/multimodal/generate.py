@@ -109,6 +109,12 @@ def generate(
     if guided and unconditional is None:
         raise ValueError("guidance needs an unconditional prompt")
     b = prompts.ids_BP.shape[0]
+    if b == 1 and not guided:
+        # XLA drops an axis of length one, and then its CPU loop copies the cache in every step: two rows are faster.
+        twice = lambda x: None if x is None else jnp.repeat(jnp.asarray(x), 2, axis=0)  # noqa: E731
+        how = {"constraint": constraint, "stop": stop, "pad": pad, "places": places}
+        found = generate(c, params, Prompts(*map(twice, prompts)), twice(seeds_B), s, **how)
+        return Generated(*(x[:1] for x in found))
     width = max(prompts.ids_BP.shape[1], unconditional.ids_BP.shape[1] if guided else 0)
 
     def forward(ids_BS, positions_BS, visible, cache, before_B=0):

@@ -155,16 +155,25 @@ def test_frequencies_are_those_of_the_filtered_distribution(s):
     np.testing.assert_allclose(found, p, atol=4 * np.sqrt(0.25 / draws))  # four standard deviations
 
 
-def test_the_loop_holds_no_copy_of_the_cache(values):
+def test_one_prompt_alone_is_continued_as_among_others(values):
+    s = replace(GREEDY, temperature=1.0)
+    together, alone = run(values, s), run(values, s, PROMPTS[1:2], LENGTHS[1:2], seeds=(1,))
+    np.testing.assert_array_equal(alone.tokens_BN, together.tokens_BN[1:2])
+    assert alone.lengths_B.tolist() == together.lengths_B[1:2].tolist()
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_the_loop_holds_no_copy_of_the_cache(values, prompts):
     text = (
         jax.jit(lambda v, p, n, seeds: generate(TINY, v, Prompts(p, n), seeds, GREEDY))
-        .lower(values, PROMPTS, LENGTHS, jnp.arange(3))
+        .lower(values, PROMPTS[:prompts], LENGTHS[:prompts], jnp.arange(prompts))
         .compile()
         .as_text()
     )
     slots = PROMPTS.shape[1] + GREEDY.tokens
-    cache = rf"f32\[3,2,{slots},4\]"
+    cache = rf"f32\[{max(prompts, 2)},2,{slots},4\]"
     assert len(re.findall(rf"{cache}.* dynamic-update-slice\(", text)) >= 4  # keys and values of two layers
+    assert not re.search(rf"f32\[(1,)?2,({slots},4|4,{slots})\]\S* copy\(", text)  # nor by another shape
     bodies = re.findall(r"body=%?([\w.-]+)", text)
     for body in bodies:
         inside = re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.MULTILINE | re.DOTALL).group()

@@ -44,7 +44,7 @@ def test_a_train_step_is_held_against_one_product_of_matrices(bench, capsys):
 @pytest.mark.slow
 def test_a_cache_is_held_against_forwards_over_the_whole_text(bench, capsys, monkeypatch):
     tiny = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 1, "mlp_width": 32}
-    for name, value in {"WIDE": tiny, "SMALL": tiny, "TOKENS": 16, "LENGTHS": (8, 32), "MANY": 2}.items():
+    for name, value in {"WIDE": tiny, "SMALL": tiny, "TOKENS": 16, "LENGTHS": (8, 32), "FEW": 2, "MANY": 6}.items():
         monkeypatch.setattr(bench, name, value)
     assert bench.main(["cache", "--repeats", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -70,6 +70,11 @@ def test_the_verbs_for_llama_are_measured_in_processes_of_their_own(bench, capsy
 def test_the_first_call_is_not_timed_and_the_least_of_the_others_counts(bench):
     waits = iter([0.2, 0.03, 0.001, 0.05])
     assert 0.001 <= bench.least_seconds({"part": lambda: time.sleep(next(waits))}, 3)["part"] < 0.03
+
+
+def test_settings_that_cannot_be_used_are_one_line(bench, capsys):
+    assert bench.main(["step", "--config", str(ROOT / "configs" / "ddt_selftok_256.py")]) == 2
+    assert capsys.readouterr().err.startswith("bench: config: model.codec.weights is empty")
 
 
 def test_what_is_not_an_option_is_refused(bench, capsys):

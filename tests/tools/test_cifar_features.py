@@ -45,6 +45,8 @@ def test_pictures_of_other_images_are_refused(tool, monkeypatch, tmp_path):
     for side in tool.SIDES:
         pictures.save_png(images[0] + 9, tmp_path / side / "00000000.png")
     monkeypatch.setattr(tool, "load", lambda spec, s, most=0: (images, np.zeros(2, int)))
-    monkeypatch.setattr(tool, "fit", lambda *args, **how: None)
+    s = config.load(str(ROOT / "configs" / "smoke.py"))
     with pytest.raises(SystemExit, match="does not hold the first 1 images"):
-        tool.compare(config.load(str(ROOT / "configs" / "smoke.py")), tmp_path, epochs=1)
+        tool.compare(s, tmp_path, epochs=1)
+    with pytest.raises(SystemExit, match="holds no PNG pairs; evaluate a run with"):
+        tool.compare(s, tmp_path / "nowhere", epochs=1)
