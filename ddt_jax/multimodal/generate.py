@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ddt_jax import settings
 from ddt_jax.multimodal import backbone
-from ddt_jax.multimodal.code_embedding import Places
+from ddt_jax.multimodal.code_embedding import Places, Written
 from ddt_jax.nn import spans
 
 
@@ -117,16 +117,27 @@ def generate(
         return Generated(*(x[:1] for x in found))
     width = max(prompts.ids_BP.shape[1], unconditional.ids_BP.shape[1] if guided else 0)
 
-    def forward(ids_BS, positions_BS, visible, cache, before_B=0):
-        """Logits behind the last ids, the cache, and the last ids' places. before_B: place of the ids in front."""
-        places_BS = jnp.zeros_like(ids_BS) if places is None else places.of(ids_BS, before_B)
+    def forward(ids_BS, positions_BS, visible, cache, given_BS=None, before: Written | None = None):
+        """Logits behind the last ids, the cache, and what is written of their images.
+
+        Args:
+          given_BS: as in `Prompts`.
+          before: what is written in front of ids [B, 1]; None: ids are whole prompts.
+        """
 
         def run(m, ids_BS):
-            x_BSD = m.embed(ids_BS)
-            x_BSD = x_BSD if places is None else places.add(x_BSD, ids_BS, places_BS)
+            x_BSD, written = m.embed(ids_BS), None
+            if places is not None and before is not None:
+                x_BSD, written = places.add_next(x_BSD, ids_BS, before)
+            elif places is not None:
+                places_BS = places.of(ids_BS)
+                x_BSD, written = (
+                    places.add(x_BSD, ids_BS, places_BS, given_BS),
+                    places.written(ids_BS, places_BS, x_BSD.dtype),
+                )
             h_BSD, new = m(x_BSD, positions_BS, visible, cache)
-            more = None if places is None else places.ahead(h_BSD[:, -1], places_BS[:, -1])
-            return m.logits(h_BSD[:, -1], more), new, places_BS[:, -1]
+            more = None if places is None else places.ahead(h_BSD[:, -1], written.place_B)
+            return m.logits(h_BSD[:, -1], more), new, written
 
         return model.apply({"params": params}, ids_BS, method=run)
 
@@ -134,12 +145,12 @@ def generate(
         ids, positions, given, start = _to_the_right(prompts, width)
         cache = backbone.empty_cache(c, ids.shape[0], width + s.tokens)
         visible = spans.causal(width, start=start) if given is None else spans.bidirectional(given, start=start)
-        return forward(ids, positions, visible, cache), start
+        return forward(ids, positions, visible, cache, given), start
 
-    (logits_BV, cache, place_B), start_B = prefill(prompts)
+    (logits_BV, cache, written), start_B = prefill(prompts)
     if guided:
         other, other_start = prefill(unconditional)
-        (logits_BV, cache, place_B), start_B = _beside(((logits_BV, cache, place_B), start_B), (other, other_start), b)
+        (logits_BV, cache, written), start_B = _beside(((logits_BV, cache, written), start_B), (other, other_start), b)
 
     keys_B = jax.vmap(jax.random.key)(jnp.asarray(seeds_B))
 
@@ -173,16 +184,16 @@ def generate(
         return (n < s.tokens) & ~jnp.all(done_B)
 
     def step(carry):
-        n, token_B, state, done_B, counts_B, tokens_BN, cache, place_B = carry
+        n, token_B, state, done_B, counts_B, tokens_BN, cache, written = carry
         ids_B = jnp.concatenate([token_B, token_B]) if guided else token_B
         slot = cache.length
         visible = spans.causal(1, offset=slot, start=start_B)
-        logits_BV, cache, place_B = forward(ids_B[:, None], (slot - start_B)[:, None], visible, cache, place_B)
+        logits_BV, cache, written = forward(ids_B[:, None], (slot - start_B)[:, None], visible, cache, before=written)
         token_B = draw(logits_BV, n, allowed(state))
         token_B, state, before_B, done_B, tokens_BN = emit(n, token_B, state, done_B, tokens_BN)
-        return n + 1, token_B, state, done_B, counts_B + ~before_B, tokens_BN, cache, place_B
+        return n + 1, token_B, state, done_B, counts_B + ~before_B, tokens_BN, cache, written
 
-    first = (jnp.int32(1), token_B, state, done_B, jnp.ones((b,), jnp.int32), tokens_BN, cache, place_B)
+    first = (jnp.int32(1), token_B, state, done_B, jnp.ones((b,), jnp.int32), tokens_BN, cache, written)
     _, _, _, _, counts_B, tokens_BN, *_ = jax.lax.while_loop(unfinished, step, first)
     return Generated(tokens_BN, counts_B)
 

@@ -115,7 +115,7 @@ class Multimodal:
         def run(module):
             x_BSD = module.embed(tokens_BS)
             if places is not None:
-                x_BSD = places.add(x_BSD, tokens_BS, places_BS)
+                x_BSD = places.add(x_BSD, tokens_BS, places_BS, batch["given"] if self.config.whole_prompts else None)
             h_BSD, _ = module(x_BSD, batch["position"], visible, dropout_keys_B=dropout_keys_B)
             h_BRD = jnp.take_along_axis(h_BSD, at_BR[..., None], axis=1)
             more = None

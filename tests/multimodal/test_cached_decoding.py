@@ -50,29 +50,38 @@ def run(request):
     places, module = model.places(params, extra), backbone.Backbone(c)
 
     @jax.jit
-    def forward(tokens_1S, position_1S, end_1S, cache, before_1):
-        at_1S = places.of(tokens_1S, before_1)
+    def forward(tokens_1S, position_1S, given_1S, end_1S, cache, before):
+        at_1S = places.of(tokens_1S, 0 if before is None else before.place_B)
         visible = spans.Spans(jnp.zeros_like(end_1S), end_1S)
 
         def go(m):
-            h, new = m(places.add(m.embed(tokens_1S), tokens_1S, at_1S), position_1S, visible, cache)
-            return m.logits(h, places.ahead(h, at_1S)), new
+            x = m.embed(tokens_1S)
+            if before is None:
+                x = places.add(x, tokens_1S, at_1S, given_1S if request.param else None)
+                written = places.written(tokens_1S, at_1S, x.dtype)
+            else:
+                x, written = places.add_next(x, tokens_1S, before)
+            h, new = m(x, position_1S, visible, cache)
+            return m.logits(h, places.ahead(h, at_1S)), new, written
 
-        return *module.apply({"params": plain}, method=go), at_1S[:, -1]
+        return module.apply({"params": plain}, method=go)
 
     def ends(layout):
         causal = np.arange(1, len(layout) + 1)
         return np.maximum(causal, layout.given) if request.param else causal
 
+    def arrays(layout):
+        return layout.tokens, layout.position, layout.given, ends(layout)
+
     def whole(layout):
         fill = SLOTS - len(layout)
-        filled = (np.pad(x, (0, fill))[None].astype(np.int32) for x in (layout.tokens, layout.position, ends(layout)))
-        return np.asarray(forward(*filled, None, jnp.zeros(1, jnp.int32))[0])[0, : len(layout)]
+        filled = (np.pad(x, (0, fill))[None].astype(np.int32) for x in arrays(layout))
+        return np.asarray(forward(*filled, None, None)[0])[0, : len(layout)]
 
     def cached(layout, prompt):
-        cache, before, found = backbone.empty_cache(c, 1, SLOTS), jnp.zeros(1, jnp.int32), []
+        cache, before, found = backbone.empty_cache(c, 1, SLOTS), None, []
         for low, high in ((0, prompt), *((i, i + 1) for i in range(prompt, len(layout)))):
-            some = (x[None, low:high].astype(np.int32) for x in (layout.tokens, layout.position, ends(layout)))
+            some = (x[None, low:high].astype(np.int32) for x in arrays(layout))
             logits, cache, before = forward(*some, cache, before)
             found.append(np.asarray(logits)[0])
         return np.concatenate(found)

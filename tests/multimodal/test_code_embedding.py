@@ -58,9 +58,14 @@ def logits_of(model, params, extra, tokens_1S, given_1S=None):
     def everything(module):
         x, place = module.embed(tokens_1S), places.of(tokens_1S)
         for k in range(FORM.rows):
-            added = places.table_KD[k]
-            if places.input_KCD is not None:
-                added = added + extra[VECTORS][tokens_1S] @ params[PARAMS]["input"][k]
+            added = jnp.broadcast_to(places.table_KD[k], x.shape)
+            for other in range(FORM.rows if places.input_KLCD is not None else 0):
+                ahead = other - k  # how many positions further on the other code stands
+                at = jnp.clip(jnp.arange(length) + ahead, 0, length - 1)
+                there = place[:, at] == other + 1
+                sees = ahead <= 0 if given_1S is None else (ahead <= 0) | (given_1S > 0)
+                seen = extra[VECTORS][tokens_1S[:, at]] @ params[PARAMS]["input"][k, other]
+                added = added + jnp.where((there & sees)[..., None], seen, 0)
             x = x + jnp.where((place == k + 1)[..., None], added, 0)
         h = module(x, rows(tokens_1S)["position"], visible)[0]
         logits = module.logits(h)
@@ -91,6 +96,57 @@ def test_each_code_of_an_image_has_its_own_embedding_and_text_has_none():
     tokens = jnp.array([[1, 10, 11, 12, 13, 2, 15, 3]])
     added = places.add(jnp.zeros((1, 8, 1)), tokens, places.of(tokens))
     assert added[0, :, 0].tolist() == [0, 1, 2, 3, 0, 0, 1, 0]  # there is no fourth place
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_code_sees_the_codes_of_its_own_image_and_later_ones_only_where_the_image_is_given(whole):
+    model = make(code_vectors=True, code_places=True)
+    params, extra = state(model)
+    places, first = model.places(params, extra), VOCABULARY.codes_start
+    image = np.array([VOCABULARY["BOV"], *range(first, first + FORM.rows), VOCABULARY["EOV"]])
+    tokens = np.concatenate([[VOCABULARY["BOS"]], image, [5], image, image[:3]])[None].astype(np.int32)
+    given = np.where((np.arange(tokens.shape[1]) > 8) & whole, 17, 0)[None]  # from the second image on
+    added = lambda tokens: places.add(jnp.zeros((*tokens.shape, 32)), tokens, places.of(tokens), given)  # noqa: E731
+
+    starts = {2: False, 10: whole, 17: whole}
+    for at in (3, 11, 18):  # the second code of each image
+        other = tokens.copy()
+        other[0, at] += 7
+        moved = np.flatnonzero(np.any(np.asarray(added(tokens) != added(other))[0], axis=-1))
+        start = at - 1
+        end = min(start + FORM.rows, tokens.shape[1])
+        assert moved.tolist() == list(range(start if starts[start] else at, end))
+
+
+@pytest.fixture(scope="module")
+def one_by_one():
+    """(rows at once, rows cut after some tokens and gone on with): [1, 32] ids, and how many → what is added."""
+    model = make(code_vectors=True, code_places=True)
+    params, extra = state(model)
+    places = model.places(params, extra)
+    whole = jax.jit(lambda tokens: places.add(jnp.zeros((*tokens.shape, 32)), tokens, places.of(tokens)))
+    ended = jax.jit(lambda tokens: places.written(tokens, places.of(tokens), jnp.float32))
+    following = jax.jit(lambda token, written: places.add_next(jnp.zeros((1, 1, 32)), token, written))
+
+    def cut_after(tokens, count):
+        written, found = ended(np.roll(tokens, -count, axis=1)), []  # what is not yet there stands in front, as text
+        for at in range(count, tokens.shape[1]):
+            x, written = following(tokens[:, at : at + 1], written)
+            found.append(x[0, 0])
+        return found
+
+    return whole, cut_after
+
+
+@examples(deadline=None, max_examples=20)
+@given(st.lists(st.booleans(), min_size=1, max_size=4), st.integers(1, 31))
+def test_rows_one_token_at_a_time_are_the_whole_row(one_by_one, images, count):
+    whole, cut_after = one_by_one
+    first = VOCABULARY.codes_start + 3
+    image = [VOCABULARY["BOV"], *range(first, first + FORM.rows), VOCABULARY["EOV"]]
+    tokens = sum((image if is_image else [3, 4] for is_image in images), [])
+    tokens = np.array([[5] * (32 - len(tokens)) + tokens], np.int32)
+    np.testing.assert_allclose(cut_after(tokens, count), whole(tokens)[0, count:], atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
