@@ -22,9 +22,7 @@ from ddt_jax.io import atomic
 from ddt_jax.multimodal import documents
 from ddt_jax.multimodal.answers import Answerer
 from ddt_jax.multimodal.documents import Image
-from ddt_jax.tokenizers.base import ImageTokenizer
 from ddt_jax.training import corpus
-from ddt_jax.training.fingerprint import fingerprint
 from ddt_jax.training.progress import Progress
 
 _BATCH = 64  # prompts that are answered at once
@@ -34,7 +32,7 @@ class Eyes:
     """The image tokenizer of a run: pictures to codes in the order of its sequences, and back.
 
     Raises:
-      UserError: none is named, or it is not the one that made the run's codes.
+      UserError: none is named, or as `experiment.open_tokenizer`.
     """
 
     def __init__(self, s: settings.Experiment):
@@ -44,17 +42,9 @@ class Eyes:
                 "config: sequences.tokenizer is empty; name the workdir of the image tokenizer: "
                 "--config.sequences.tokenizer=DIR"
             )
-        built, state = experiment.restore(workdir)
+        built, state = experiment.open_tokenizer(workdir, image)
         self._data, self._mesh = built.settings.data, built.mesh
-        if not isinstance(built.model, ImageTokenizer):
-            raise UserError(f"config: sequences.tokenizer={workdir} is a run of kind {built.settings.model.kind}")
         self._arrays = experiment.weights(state), state.extra
-        found = fingerprint(built.settings, built.model, *self._arrays, image.order)
-        if found != image.tokenizer:
-            raise UserError(
-                f"config: sequences.tokenizer={workdir} is tokenizer {found[:8]}…, the run's codes were made by "
-                f"{image.tokenizer[:8]}…; name the workdir of that one"
-            )
         self._model, self._run = built.model, reconstruction.programs(built.model)
         self._step = 1 if image.order == built.model.token_order else -1
 
