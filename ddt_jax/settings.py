@@ -465,7 +465,7 @@ class CodesFolder:
 class Sequences:
     """What a multimodal transformer reads: a mixture of sources, packed into rows of one length."""
 
-    text: str = ""  # sentencepiece model or tokenizer.json; "" = one is made of the captions, and kept with the run
+    text: str = ""  # sentencepiece model or tokenizer.json; "" = one is made of what sources say, and kept with the run
     text_vocab_size: int = 512  # of one that is made, at most
     vocab_multiple: int = 1  # spare ids make the vocabulary a multiple of this
     context: int = 256  # positions of a row
