@@ -309,6 +309,7 @@ def _generate(args, overrides) -> int:
         overrides=overrides,
     )
     lines = [f"{file}: {text}" for file, text in result["captions"].items()]
+    lines += [f"{result['no_image']} of {len(result['drawn'])} answers are no image"] if result["no_image"] else []
     lines += [f"written: {result['written']}"] if result["written"] else []
     _report(args, result, "\n".join(lines))
     return 0

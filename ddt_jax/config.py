@@ -74,10 +74,8 @@ def load(path: str, overrides: tuple[tuple[str, str], ...] = ()) -> settings.Exp
     if not Path(file).is_file():
         known = sorted(str(p) for p in Path("configs").glob("*.py"))
         raise UserError(f"config: {file} does not exist{_nearest(file, known)}")
-    spec = importlib.util.spec_from_file_location("ddt_jax_config", file)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = _run(file)
         tree = module.get_config(variant) if variant else module.get_config()
         tree = tree.to_dict()
     except UserError:
@@ -85,6 +83,23 @@ def load(path: str, overrides: tuple[tuple[str, str], ...] = ()) -> settings.Exp
     except Exception as error:  # whatever the user's file did
         raise UserError(f"config: {path} failed with {type(error).__name__}: {error}".replace("\n", " ")) from error
     return from_dict(override(tree, overrides))
+
+
+def sibling(file: str, name: str):
+    """The module of the config file NAME.py beside another one, for a config that says only what it changes.
+
+    Args:
+      file: `__file__` of the other one.
+    """
+    return _run(str(Path(file).with_name(f"{name}.py")))
+
+
+def _run(file: str):
+    """A config file as a module."""
+    spec = importlib.util.spec_from_file_location("ddt_jax_config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # Settings that a run may change when it goes on: they decide neither what is learned nor from which examples.

@@ -23,12 +23,13 @@ from ddt_jax.interop import diffusers_vae
 from ddt_jax.io import atomic
 from ddt_jax.multimodal.code_embedding import VECTORS
 from ddt_jax.multimodal.model import Multimodal
-from ddt_jax.tokenizers.base import make_tokenizer
+from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
 from ddt_jax.training import checkpoint, corpus, latents, loop, warm_start, writers
 from ddt_jax.training import feed as feeds
 from ddt_jax.training import optimizer as optimizers
 from ddt_jax.training import weights as weights_lib
+from ddt_jax.training.fingerprint import fingerprint
 from ddt_jax.training.progress import Progress
 from ddt_jax.training.state import TrainState, abstract_state, init_state
 from ddt_jax.training.tokenizer_step import compile_step, make_step
@@ -150,13 +151,14 @@ def train(s: settings.Experiment, workdir: str) -> dict:
     first = jax.process_index() == 0
     root = epath.Path(workdir)
     new = not (root / "config.json").exists()
+    note = to_stderr if first else lambda line: None
     if new:
         feed.check(built.model, built.init_codec)
+        check_tokenizer(s, note)
     first_stage = functools.partial(warm_start.find, s, built.model, built.mesh, built.abstract, make_model)
     claim(root, tree, lambda: (built.frozen_weights(), first_stage()))
     if new and first:
         feed.save(root)
-    note = to_stderr if first else lambda line: None
     points = checkpoint.Checkpoints(workdir, s.train, note)
     with jax.set_mesh(built.mesh):
         state = points.restore(built.abstract)
@@ -227,6 +229,46 @@ def restore(workdir: str, overrides: tuple[tuple[str, str], ...] = (), devices=N
             f"workdir: {workdir} has no checkpoint yet; `ddt-jax train` writes one every train.checkpoint_every steps"
         )
     return built, state
+
+
+def open_tokenizer(workdir: str, image: settings.CodeImages, devices=None) -> tuple[Built, TrainState]:
+    """The run in `workdir`, which must be the tokenizer that made the codes of a multimodal run.
+
+    Args:
+      image: of that run, sizes filled in.
+      devices: as `restore`.
+
+    Raises:
+      UserError: as `restore`, it is a run of another kind, or it makes other codes.
+    """
+    built, state = restore(workdir, devices=devices)
+    if not isinstance(built.model, ImageTokenizer):
+        raise UserError(f"config: sequences.tokenizer={workdir} is a run of kind {built.settings.model.kind}")
+    found = fingerprint(built.settings, built.model, weights(state), state.extra, image.order)
+    if found != image.tokenizer:
+        raise UserError(
+            f"config: sequences.tokenizer={workdir} is tokenizer {found[:8]}…, the run's codes were made by "
+            f"{image.tokenizer[:8]}…; name the workdir of that one"
+        )
+    return built, state
+
+
+def check_tokenizer(s: settings.Experiment, note) -> None:
+    """Refuses a new multimodal run whose sequences.tokenizer did not make its codes; nothing of it stays in memory.
+
+    Training itself does without the tokenizer. So one that has no checkpoint yet, or is on another machine, is only
+    noted, and refused by what draws.
+
+    Raises:
+      UserError: as `open_tokenizer`.
+    """
+    if not isinstance(s.model, settings.Multimodal) or not s.sequences.tokenizer:
+        return
+    workdir = epath.Path(s.sequences.tokenizer)
+    if (workdir / "config.json").exists() and checkpoint.saved_steps(workdir):
+        open_tokenizer(str(workdir), s.model.image, jax.devices())
+    else:
+        note(f"sequences.tokenizer: {workdir} has no checkpoint, so nobody has checked that it made the codes")
 
 
 def weights(state: TrainState):

@@ -465,7 +465,7 @@ class CodesFolder:
 class Sequences:
     """What a multimodal transformer reads: a mixture of sources, packed into rows of one length."""
 
-    text: str = ""  # sentencepiece model or tokenizer.json; "" = one is made of the captions, and kept with the run
+    text: str = ""  # sentencepiece model or tokenizer.json; "" = one is made of what sources say, and kept with the run
     text_vocab_size: int = 512  # of one that is made, at most
     vocab_multiple: int = 1  # spare ids make the vocabulary a multiple of this
     context: int = 256  # positions of a row
@@ -538,7 +538,8 @@ class Evaluate:
     probe_images: int = 4096  # of data.source, from whose codes probes and entropies are learned; 0 = neither
     counterfactuals: int = 6  # images in the picture with tokens of two images; 0 = none
     save_images: str = ""  # folder for originals and reconstructions as PNG pairs; "" = none
-    prompts: int = 256  # multimodal: captions that are drawn, and images that are captioned
+    prompts: int = 256  # multimodal: captions that are drawn, images that are captioned, images that are edited
+    free_images: bool = False  # multimodal: nothing holds an image to be K codes; what is none counts as wrong
     text_to_image: Sampling = field(default_factory=lambda: Sampling(tokens=0, guidance=2.0, temperature=0.7))
     image_to_text: Sampling = field(default_factory=lambda: Sampling(tokens=64, temperature=0.0))
 

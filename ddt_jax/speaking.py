@@ -1,12 +1,11 @@
 """A trained transformer with the image tokenizer that draws for it: `ddt-jax generate`, and `evaluate` of its run."""
 
-import contextlib
 import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,27 +13,24 @@ from etils import epath
 
 from ddt_jax import experiment, settings
 from ddt_jax.data import images
-from ddt_jax.data.base import BadRecord
-from ddt_jax.data.codes import CodesSource
 from ddt_jax.errors import UserError
-from ddt_jax.evaluation import compositional, pictures, plots, prompts, reconstruction
+from ddt_jax.evaluation import asked, compositional, pictures, plots, prompts, reconstruction
 from ddt_jax.io import atomic
 from ddt_jax.multimodal import documents
 from ddt_jax.multimodal.answers import Answerer
 from ddt_jax.multimodal.documents import Image
-from ddt_jax.tokenizers.base import ImageTokenizer
 from ddt_jax.training import corpus
-from ddt_jax.training.fingerprint import fingerprint
 from ddt_jax.training.progress import Progress
 
 _BATCH = 64  # prompts that are answered at once
+_NO_IMAGE = 128  # grey, where an answer is no image
 
 
 class Eyes:
     """The image tokenizer of a run: pictures to codes in the order of its sequences, and back.
 
     Raises:
-      UserError: none is named, or it is not the one that made the run's codes.
+      UserError: none is named, or as `experiment.open_tokenizer`.
     """
 
     def __init__(self, s: settings.Experiment):
@@ -44,17 +40,9 @@ class Eyes:
                 "config: sequences.tokenizer is empty; name the workdir of the image tokenizer: "
                 "--config.sequences.tokenizer=DIR"
             )
-        built, state = experiment.restore(workdir)
+        built, state = experiment.open_tokenizer(workdir, image)
         self._data, self._mesh = built.settings.data, built.mesh
-        if not isinstance(built.model, ImageTokenizer):
-            raise UserError(f"config: sequences.tokenizer={workdir} is a run of kind {built.settings.model.kind}")
         self._arrays = experiment.weights(state), state.extra
-        found = fingerprint(built.settings, built.model, *self._arrays, image.order)
-        if found != image.tokenizer:
-            raise UserError(
-                f"config: sequences.tokenizer={workdir} is tokenizer {found[:8]}…, the run's codes were made by "
-                f"{image.tokenizer[:8]}…; name the workdir of that one"
-            )
         self._model, self._run = built.model, reconstruction.programs(built.model)
         self._step = 1 if image.order == built.model.token_order else -1
 
@@ -74,12 +62,32 @@ class Eyes:
                 filled, keys = (np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in (some, keys))
                 drawn = self._run.decode(*self._arrays, filled, keys, np.uint32(0), all_visible)
                 found.append(np.asarray(drawn)[: len(some)])
+        return np.concatenate([*found, self.blank(0)])
+
+    def blank(self, n: int) -> np.ndarray:
+        """uint8 [n, H, W, 3] that show nothing."""
         size = self._data.image_size
-        return np.concatenate([*found, np.zeros((0, size, size, 3), np.uint8)])
+        return np.full((n, size, size, 3), _NO_IMAGE, np.uint8)
 
     def read(self, file: str) -> np.ndarray:
         """A picture from a file, cropped and resized as in training. Raises UserError if it is none."""
         return images.read_file(file, self._data)
+
+
+class Drawn(NamedTuple):
+    """Pictures that were asked for.
+
+    Attributes:
+      pictures: uint8 [N, H, W, 3], grey where the answer is no image.
+      valid: bool [N], whether it is one; always with the constraint, see `settings.Evaluate.free_images`.
+    """
+
+    pictures: np.ndarray
+    valid: np.ndarray
+
+    def labels(self, texts: Sequence[str]) -> list[str]:
+        """Texts for the pictures, which also say what is none."""
+        return [text if valid else f"(no image) {text}" for text, valid in zip(texts, self.valid, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,14 @@ class Speaker:
     eyes: Eyes
     answerer: Answerer
 
-    def draw(self, given: Sequence[documents.Document], seeds: Sequence[int], done=None) -> np.ndarray:
-        """Pictures uint8 [N, H, W, 3] that answer documents; see `Answerer.images`."""
-        codes = self.answerer.images(given, self.built.settings.evaluate.text_to_image, seeds, done)
-        return self.eyes.decode(codes, seeds)
+    def draw(self, given: Sequence[documents.Document], seeds: Sequence[int], done=None) -> Drawn:
+        """Pictures that answer documents; see `Answerer.images`."""
+        e = self.built.settings.evaluate
+        codes = self.answerer.images(given, e.text_to_image, seeds, done, free=e.free_images)
+        valid = (codes >= 0).all(axis=1)
+        drawn = self.eyes.blank(len(codes))
+        drawn[valid] = self.eyes.decode(codes[valid], np.asarray(seeds)[valid])
+        return Drawn(drawn, valid)
 
     def say(self, given: Sequence[documents.Document], seeds: Sequence[int], done=None) -> list[str]:
         """Texts that answer documents; see `Answerer.texts`."""
@@ -151,7 +163,8 @@ def generate(
       out: PNG; "" = WORKDIR/generated.png.
 
     Returns:
-      "drawn": prompts in the order of the picture, "captions": file → text, "written".
+      "drawn": prompts in the order of the picture, "no_image": how many answers are none, "captions": file → text,
+      "written".
 
     Raises:
       UserError: there is nothing to do, or a file or text cannot be used.
@@ -172,7 +185,7 @@ def generate(
         labels.append(f"{file}: {instruction}")
     given = [document for document in given for _ in range(samples)]
     labels = [label for label in labels for _ in range(samples)]
-    result: dict[str, Any] = {"drawn": labels, "captions": {}, "written": ""}
+    result: dict[str, Any] = {"drawn": labels, "no_image": 0, "captions": {}, "written": ""}
     with jax.set_mesh(speaker.built.mesh):
         if caption:
             codes = eyes.encode(np.stack([eyes.read(file) for file in caption]))
@@ -182,7 +195,8 @@ def generate(
         if given:
             drawn = speaker.draw(given, [seed + n for n in range(len(given))])
             path = out or str(epath.Path(workdir) / "generated.png")
-            result["written"] = str(pictures.save_png(pictures.grid(drawn, labels), path))
+            grid = pictures.grid(drawn.pictures, drawn.labels(labels))
+            result |= {"no_image": int((~drawn.valid).sum()), "written": str(pictures.save_png(grid, path))}
     return result
 
 
@@ -205,56 +219,61 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     s, root = speaker.built.settings, epath.Path(workdir)
     if not s.sequences.eval_sources:
         raise UserError("config: sequences.eval_sources is empty; name a folder of held-out codes")
-    chosen = _captioned(s, s.evaluate.prompts)
-    captions, codes = [r["caption"] for r in chosen], np.stack([r["codes"][0] for r in chosen])
-    if s.evaluate.verifier:
-        compositional.captions(captions, captions)  # raises for those that it cannot judge, before they are drawn
-    seeds = [s.evaluate.seed + n for n in range(len(chosen))]
+    e, seed = s.evaluate, s.evaluate.seed
+    chosen, edits = asked.captioned(s, e.prompts), asked.edits(s, e.prompts, speaker.encode_text)
+    if not chosen and not edits:
+        raise UserError("evaluate: no record of sequences.eval_sources has a caption; name a folder of which some have")
+    captions = [r["caption"] for r in chosen]
+    told, orders = [e.caption for e in edits], [e.instruction for e in edits]
+    if e.verifier:  # both raise for what they cannot judge, before anything is drawn
+        compositional.captions(captions, captions)
+        wanted = compositional.edited(told, orders)
+    seeds, edit_seeds = ([seed + n for n in range(len(x))] for x in (chosen, edits))
     results: dict[str, Any] = {"step": int(speaker.state.step)}
     results |= experiment.measure_rows(speaker.built, speaker.state, speaker.corpus)
-    with jax.set_mesh(speaker.built.mesh), Progress(2 * len(chosen), stream=sys.stderr, unit="answer") as progress:
-        asked = [documents.text_to_image(speaker.encode_text(text), Image()) for text in captions]
-        drawn = speaker.draw(asked, seeds, progress.update)
-        asked = [documents.image_to_text([], Image(c)) for c in codes]
-        said = speaker.say(asked, seeds, lambda n: progress.update(len(chosen) + n))
-    results["prompts"] = len(chosen)
+    total = 2 * len(chosen) + len(edits)
+    with jax.set_mesh(speaker.built.mesh), Progress(total, stream=sys.stderr, unit="answer") as progress:
+        given = [documents.text_to_image(speaker.encode_text(text), Image()) for text in captions]
+        drawn = speaker.draw(given, seeds, progress.update)
+        given = [documents.image_to_text([], Image(r["codes"][0])) for r in chosen]
+        said = speaker.say(given, seeds, lambda n: progress.update(len(chosen) + n))
+        given = [edit.document for edit in edits]
+        changed = speaker.draw(given, edit_seeds, lambda n: progress.update(2 * len(chosen) + n))
     tables = [_language_table(results)]
-    if s.evaluate.verifier:
-        found = compositional.pictures(drawn, captions) | compositional.captions(said, captions)
-        results |= compositional.flat(found)
+    results |= {"prompts": len(chosen)} | ({"edits": len(edits)} if edits else {})
+    found: compositional.Figures = {}
+    if e.free_images:
+        found |= compositional.valid("t2i", drawn.valid) | compositional.valid("edit", changed.valid)
+    if e.verifier:
+        found |= compositional.pictures(drawn.pictures, captions, drawn.valid) | compositional.captions(said, captions)
+        found |= compositional.editing(changed.pictures, told, wanted, changed.valid)
+    results |= compositional.flat(found)
+    if found:
         tables.append(compositional.table(results))
     theirs = epath.Path(s.sequences.tokenizer) / "results.json"
     if theirs.exists():
         results["image_tokenizer"] = json.loads(theirs.read_text())
     results |= {**experiment.timing(root), "evaluate_seconds": round(time.perf_counter() - begun, 2)}
-    count = min(4 * s.evaluate.pictures, len(chosen))
-    shown = speaker.eyes.decode(codes[:count], seeds[:count])
-    table = "\n".join(tables)
+    table, grids = "\n".join(tables), {}
+    if count := min(4 * e.pictures, len(chosen)):
+        shown = speaker.eyes.decode([r["codes"][0] for r in chosen[:count]], seeds[:count])
+        grids["text_to_image"] = pictures.grid(drawn.pictures[:count], drawn.labels(captions)[:count])
+        grids["image_to_text"] = pictures.grid(shown, said[:count])
+    if count := min(4 * e.pictures, len(edits)):
+        before, after = (
+            speaker.eyes.decode(side[:count], edit_seeds[:count])
+            for side in ([edit.source for edit in edits], [edit.target for edit in edits])
+        )
+        tiles = pictures.side_by_side(before, changed.pictures[:count], after)
+        grids["editing"] = pictures.grid(tiles, changed.labels(orders)[:count])
     written = [
         atomic.write_text(root / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n"),
         atomic.write_text(root / "results.md", table),
-        pictures.save_png(pictures.grid(drawn[:count], captions[:count]), root / "text_to_image.png"),
-        pictures.save_png(pictures.grid(shown, said[:count]), root / "image_to_text.png"),
+        *(pictures.save_png(grid, root / f"{name}.png") for name, grid in grids.items()),
     ]
     if (root / "metrics.jsonl").exists():
         written.append(plots.loss_curve(root / "metrics.jsonl", root / "loss.png"))
     return {"results": results, "table": table, "written": [str(p) for p in written]}
-
-
-def _captioned(s: settings.Experiment, most: int) -> list[dict]:
-    """The first records of sequences.eval_sources that have a caption. Raises UserError if none has."""
-    found = []
-    for part in s.sequences.eval_sources:
-        records = CodesSource(part.folder, cache_dir=s.data.cache_dir)
-        for i in range(len(records)):
-            if len(found) == most:
-                return found
-            with contextlib.suppress(BadRecord):
-                record = records[i]
-                found += [record] if record.get("caption") else []
-    if not found:
-        raise UserError("evaluate: no record of sequences.eval_sources has a caption; name a folder of which some have")
-    return found
 
 
 def _language_table(results) -> str:

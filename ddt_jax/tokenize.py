@@ -86,7 +86,7 @@ def tokenize(
     account = _Account(images, s.data, sum(report.records + report.bad for report in done.values() if report))
     made, stopped = 0, False
     try:
-        with Progress(total, 0, 1, unit="record") as progress:
+        with Progress(total, stream=sys.stderr, unit="record") as progress:
             for shard in todo:
                 bad = account.bad
                 ready = account.sort_out(read_images(images, plan.shard_range(shard), s.data), progress)

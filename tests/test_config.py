@@ -124,6 +124,17 @@ def test_the_renderer_of_scenes_is_for_the_codes_of_their_tokenizer():
         config.load(f"{file}:rendrer")
 
 
+def test_configs_beside_llama_scenes_change_what_they_say_and_no_more():
+    base, spatial, edits = (
+        config.dump(config.load(f"{ROOT}/configs/{name}.py:R"))
+        for name in ("llama_scenes", "llama_spatial_scenes", "llama_edits")
+    )
+    assert config.difference(base, spatial) == ["model.transformer.qk_norm", "model.transformer.z_loss", "name"]
+    assert config.difference(base, edits) == ["name", "sequences.sources"]
+    for name in ("sources", "eval_sources"):
+        assert edits["sequences"][name][:1] == base["sequences"][name]
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_named_config_is_as_reviewed(path):

@@ -1,10 +1,13 @@
 """Codes of a trained tokenizer, made by the command line as a user would."""
 
+import gc
 import json
+import shutil
 import types
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -169,6 +172,38 @@ def test_codes_of_another_tokenizer_are_not_drawn(workdir, made, tmp_path):
     assert run("train", *SMOKE, *other, "--workdir", tmp_path) == 0
     with pytest.raises(UserError, match="the run's codes were made by .*; name the workdir of that one"):
         eyes(tmp_path)
+
+
+def test_training_begins_only_with_the_tokenizer_that_made_the_codes(workdir, made, tmp_path, capsys):
+    for name in ("train", "heldout"):
+        shutil.copytree(made[0], tmp_path / "codes" / name)
+    for path in tmp_path.glob("codes/*/*.json"):
+        path.write_text(path.read_text().replace(made[1]["tokenizer"], "0" * 64))
+    (tmp_path / "tokenizer").symlink_to(workdir)
+    config = Path(__file__).parents[1] / "configs" / "llama_scenes.py"
+    assert run("train", "--config", f"{config}:{tmp_path}", "--workdir", tmp_path / "run") == cli.EXIT_USER
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("ddt-jax: config: sequences.tokenizer=") and "codes were made by 00000000…" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_checking_the_tokenizer_leaves_no_array_and_passes_over_one_that_is_not_there(workdir, made, tmp_path):
+    plan, notes = CodesSource(made[0]).plan, []
+    image = settings.CodeImages(tokenizer=plan.tokenizer, order=plan.order)
+
+    def check(folder):
+        s = settings.Experiment(model=settings.Multimodal(image=image))
+        experiment.check_tokenizer(replace(s, sequences=settings.Sequences(tokenizer=str(folder))), notes.append)
+
+    gc.collect()
+    before = len(jax.live_arrays())
+    check(workdir)
+    check("")
+    assert not notes
+    gc.collect()
+    assert len(jax.live_arrays()) <= before
+    check(tmp_path / "later")
+    assert len(notes) == 1 and f"{tmp_path / 'later'} has no checkpoint" in notes[0]
 
 
 def test_an_autoencoder_makes_no_codes(monkeypatch, tmp_path):

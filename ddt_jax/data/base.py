@@ -92,9 +92,10 @@ OPTIONS = {
     "arrayrecord": ("caption",),
     "latents": (),
     "scenes": (),
+    "scenes_edits": (),
     "digits": ("caption",),
 }
-SPLITS = {"scenes": ("train", "heldout"), "digits": ("train", "test")}
+SPLITS = {"scenes": ("train", "heldout"), "scenes_edits": ("train", "heldout"), "digits": ("train", "test")}
 
 # `?` is a wildcard too, so only `?key=value` at the very end counts as options.
 _OPTIONS_AT_END = re.compile(r"^(?P<rest>.*?)\?(?P<options>[a-z_]+=[^&?]*(?:&[a-z_]+=[^&?]*)*)$", re.DOTALL)
@@ -193,6 +194,10 @@ def open_source(spec: str, *, image_size: int = 32, cache_dir: str = "") -> Sour
             from ddt_jax.data.scenes import ScenesSource
 
             source = ScenesSource(rest, image_size)
+        case "scenes_edits":
+            from ddt_jax.data.scenes_edits import EditsSource
+
+            source = EditsSource(rest, image_size)
     if not len(source):
         raise UserError(f"data: {spec} holds no images")
     return CaptionFromLabel(source) if from_label else source

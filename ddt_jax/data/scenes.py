@@ -102,21 +102,32 @@ def is_heldout(keys):
     return _code_is_heldout(sum(_digit(_KIND_NUMBER[k[:3]], k[3]) for k in keys))
 
 
-def sample_scene(split, index):
-    """The scene of an index. The number of objects is drawn once, so that redrawing does not shift its shares."""
-    rng = Stream(_SALTS[split], index)
+def sample_count(rng):
+    """A number of objects, by its share of scenes."""
     percent = rng.integers(100)
-    count = 1 + sum(percent >= share for share in _COUNT_PERCENT)
+    return 1 + sum(percent >= share for share in _COUNT_PERCENT)
+
+
+def sample_combination(rng, count, split):
+    """Keys of `count` objects that belong to a split, in the order of their cells."""
     code = None
     while code is None or _code_is_heldout(code) != (split == "heldout"):
         cells = sorted(_shuffled(range(len(CELLS)), rng)[:count])
         kinds = [rng.integers(len(_KINDS)) for _ in cells]
         code = sum(map(_digit, kinds, cells))
-    objects = tuple(
-        Obj(*_KINDS[kind], cell, JITTERS[rng.integers(len(JITTERS))], JITTERS[rng.integers(len(JITTERS))])
-        for kind, cell in zip(kinds, cells, strict=True)
-    )
-    return Scene(objects, rng.integers(shapes.NUM_BACKGROUNDS))
+    return [(*_KINDS[kind], cell) for kind, cell in zip(kinds, cells, strict=True)]
+
+
+def jittered(key, rng):
+    """The Obj of a key, a little off the middle of its cell."""
+    return Obj(*key, JITTERS[rng.integers(len(JITTERS))], JITTERS[rng.integers(len(JITTERS))])
+
+
+def sample_scene(split, index):
+    """The scene of an index. The number of objects is drawn once, so that redrawing does not shift its shares."""
+    rng = Stream(_SALTS[split], index)
+    keys = sample_combination(rng, sample_count(rng), split)
+    return Scene(tuple(jittered(key, rng) for key in keys), rng.integers(shapes.NUM_BACKGROUNDS))
 
 
 def render(scene, image_size=32):
@@ -201,24 +212,30 @@ class ScenesSource:
       UserError: for another split or size.
     """
 
+    kind = "scenes"
     label_names = ("no object", "one object", "two objects", "three objects")
 
     def __init__(self, split="train", image_size=32):
         if split not in SPLITS:
-            raise UserError(f"data: scenes:{split} is not a split of scenes; use scenes:train or scenes:heldout")
+            names = " or ".join(f"{self.kind}:{name}" for name in SPLITS)
+            raise UserError(f"data: {self.kind}:{split} is not a split of scenes; use {names}")
         if image_size not in IMAGE_SIZES:
             raise UserError(f"data: scenes cannot be drawn at {image_size} px; set data.image_size to 32 or 64")
         self.split = split
         self.image_size = image_size
-        self.name = f"scenes:{split}"
+        self.name = f"{self.kind}:{split}"
 
     def __len__(self):
         return SPLITS[self.split]
 
-    def scene(self, i):
-        """The Scene behind record i; IndexError outside 0 <= i < len(self)."""
+    def check(self, i):
+        """Raises IndexError outside 0 <= i < len(self)."""
         if not 0 <= i < len(self):
             raise IndexError(f"{self.name} has {len(self):,} scenes, not one numbered {i}")
+
+    def scene(self, i):
+        """The Scene behind record i; IndexError outside 0 <= i < len(self)."""
+        self.check(i)
         return sample_scene(self.split, int(i))
 
     def __getitem__(self, i):

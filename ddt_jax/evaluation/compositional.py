@@ -3,7 +3,7 @@
 A program reads pictures (`data.scenes_verifier`) and captions (`data.scenes.parse_caption`), so every figure is a share
 of right ones, {"value", "n", "low", "high"} with Wilson's interval of 95 %. Figures that nothing was asked of are left
 out. The truth of a scene may be given as a caption, a Scene, or a collection of (shape, colour, size, cell); background
-and jitter are not part of it.
+and jitter are not part of it. An answer that is no picture at all (`valid` False) is wrong in everything.
 
 Legend: B images, S image side, C = 3 channels.
 """
@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from ddt_jax.data.scenes import Scene, parse_caption
+from ddt_jax.data.scenes import Obj, Scene, parse_caption
+from ddt_jax.data.scenes_edits import apply, parse_instruction
 from ddt_jax.data.scenes_verifier import ReadScene, read_scene
 from ddt_jax.data.shapes import CELLS
 from ddt_jax.errors import UserError
@@ -56,7 +57,7 @@ _TASKS: dict[str, tuple[Callable[[Keys], bool], Callable[[Keys, Keys], bool]]] =
 }
 
 
-def pictures(images_BSSC, captions: Sequence[Truth]) -> Figures:
+def pictures(images_BSSC, captions: Sequence[Truth], valid_B=None) -> Figures:
     """Text to image: what the pictures show of what their captions ask for.
 
     Tasks are those of GenEval (arXiv 2310.11513). A caption of scenes says everything about each object, so it serves
@@ -81,19 +82,20 @@ def pictures(images_BSSC, captions: Sequence[Truth]) -> Figures:
     Args:
       images_BSSC: uint8, S a multiple of 32.
       captions: B of them.
+      valid_B: bool, which of the images were drawn; None: all.
 
     Raises:
       UserError: a caption that `parse_caption` can't read: nobody can say whether its picture is right.
       ValueError: the lengths differ or the images are not such.
     """
-    asked, read = _keys(captions), _read(images_BSSC, captions)
+    asked, read = _keys(captions), _read(images_BSSC, captions, valid_B)
     pairs = list(zip(asked, read, strict=True))
     right = {
         "t2i_all_correct": [_is_exact(a, r) for a, r in pairs],
-        "t2i_count": [len(a) == r.count for a, r in pairs],
+        "t2i_count": [r is not None and len(a) == r.count for a, r in pairs],
     }
     for task, (asks, is_right) in _TASKS.items():
-        right[f"t2i_{task}"] = [is_right(a, r.keys) for a, r in pairs if asks(a)]
+        right[f"t2i_{task}"] = [r is not None and is_right(a, r.keys) for a, r in pairs if asks(a)]
     return _figures(right)
 
 
@@ -123,7 +125,7 @@ def captions(said: Sequence[str], truth: Sequence[Truth]) -> Figures:
     )
 
 
-def editing(images_BSSC, before: Sequence[Truth], wanted: Sequence[Truth]) -> Figures:
+def editing(images_BSSC, before: Sequence[Truth], wanted: Sequence[Truth], valid_B=None) -> Figures:
     """Whether edited pictures changed where they should, and only there.
 
     A scene is four cells, each with an object or empty. Cells that differ between the two scenes are to change, the
@@ -133,6 +135,7 @@ def editing(images_BSSC, before: Sequence[Truth], wanted: Sequence[Truth]) -> Fi
       images_BSSC: the edited pictures, uint8.
       before: what the pictures showed.
       wanted: what they should show now.
+      valid_B: as `pictures`.
     Returns:
       `edit_all_correct`: exactly the wanted scene, and clean. `edit_changed`: all cells that should change hold what is
       wanted, of the edits that change something. `edit_kept`: all others hold what they held.
@@ -144,15 +147,39 @@ def editing(images_BSSC, before: Sequence[Truth], wanted: Sequence[Truth]) -> Fi
     if len(before) != len(wanted):
         raise ValueError(f"compositional: {len(before)} scenes before the edit but {len(wanted)} wanted")
     right: dict[str, list[bool]] = {"edit_all_correct": [], "edit_changed": [], "edit_kept": []}
-    for old, new, r in zip(_keys(before), _keys(wanted), _read(images_BSSC, wanted), strict=True):
+    for old, new, r in zip(_keys(before), _keys(wanted), _read(images_BSSC, wanted, valid_B), strict=True):
         right["edit_all_correct"].append(_is_exact(new, r))
-        was, want, now = _cells(old), _cells(new), _cells(r.keys)
+        was, want, now = _cells(old), _cells(new), None if r is None else _cells(r.keys)
         changing = {cell for cell in range(len(CELLS)) if was.get(cell) != want.get(cell)}
         staying = set(range(len(CELLS))) - changing
         for name, cells in (("edit_changed", changing), ("edit_kept", staying)):
             if cells:
-                right[name].append(all(now.get(cell) == want.get(cell) for cell in cells))
+                right[name].append(now is not None and all(now.get(cell) == want.get(cell) for cell in cells))
     return _figures(right)
+
+
+def edited(captions: Sequence[str], instructions: Sequence[str]) -> list[Keys]:
+    """What pictures should show once these instructions for pictures with these captions are followed.
+
+    Raises:
+      UserError: a caption or an instruction that can't be read, or an instruction that can't be followed.
+    """
+    found = []
+    for i, (keys, said) in enumerate(zip(_keys(captions), instructions, strict=True)):
+        objects = [Obj(*key) for key in keys]
+        edit = parse_instruction(said, objects)
+        if edit is None:
+            raise UserError(
+                f"evaluation: instruction {i + 1} of {len(instructions)}, {said!r} of {captions[i]!r}, is not one of "
+                "scenes, and only those can be judged; take scenes_edits:heldout, or set evaluate.verifier=False"
+            )
+        found.append(frozenset(o.key for o in apply(objects, edit)))
+    return found
+
+
+def valid(task: str, valid_B: Sequence[bool]) -> Figures:
+    """TASK_valid: the share of answers ("t2i", "edit") that are images."""
+    return _figures({f"{task}_valid": [bool(v) for v in valid_B]})
 
 
 def flat(figures: Figures) -> dict[str, float]:
@@ -211,15 +238,16 @@ def _keys(truth: Sequence[Truth]) -> list[Keys]:
     return found
 
 
-def _read(images_BSSC, scenes: Sequence[Truth]) -> list[ReadScene]:
+def _read(images_BSSC, scenes: Sequence[Truth], valid_B) -> list[ReadScene | None]:
+    """What each picture shows; None where there is no picture."""
     read = read_scene(images_BSSC)
     if len(read) != len(scenes):
         raise ValueError(f"compositional: {len(read)} images but {len(scenes)} scenes")
-    return read
+    return read if valid_B is None else [r if v else None for r, v in zip(read, valid_B, strict=True)]
 
 
-def _is_exact(asked: Keys, read: ReadScene) -> bool:
-    return read.keys == asked and read.clean
+def _is_exact(asked: Keys, read: ReadScene | None) -> bool:
+    return read is not None and read.keys == asked and read.clean
 
 
 def _cells(keys: Keys) -> dict[int, tuple[str, str, str]]:

@@ -142,6 +142,17 @@ def grid(images, captions=None, *, columns: int = 0) -> np.ndarray:
     return np.asarray(canvas)
 
 
+def side_by_side(*images) -> np.ndarray:
+    """Tiles for `grid` that each hold several images, left to right: uint8 [N, H, W, 3].
+
+    Args:
+      images: uint8 [N, H, W, C] each.
+    """
+    enlarged = [_enlarge(_checked(x), _TILE) for x in images]
+    gap = np.full((*enlarged[0].shape[:2], _GAP, 3), _PAPER, np.uint8)
+    return np.concatenate([part for x in enlarged for part in (gap, x)][1:], axis=2)
+
+
 def _wrap(text, font, width, most=8):
     """Lines that fit the width, at most so many; what is left out shows as an ellipsis."""
     lines = [""]

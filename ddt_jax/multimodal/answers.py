@@ -45,8 +45,12 @@ class Answerer:
             vocabulary.size, vocabulary["BOV"], vocabulary["EOV"], first, vocabulary.num_codes, form.rows
         )
 
-    def images(self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int], done=None) -> np.ndarray:
+    def images(
+        self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int], done=None, *, free: bool = False
+    ) -> np.ndarray:
         """Codes int32 [N, K] of the images that answer documents, in the order in which the sequence writes them.
+
+        With `free`, anything may be drawn behind BOV, and what is not K codes and then EOV is no image: a row of -1.
 
         Args:
           given: documents; what comes before the last answer is the prompt.
@@ -60,14 +64,21 @@ class Answerer:
         empty = self._prompt(documents.image_only(Image()), force_image=True)
         parts = []
         unconditional = self._prompts([empty], len(empty)) if s.guidance != 1 else None
-        s = replace(s, tokens=self.form.rows)
+        k = self.form.rows
+        s = replace(s, tokens=k + 1 if free else k)
+        constraint = None if free else self._whole_images
         for prompts, some in self._batches(layouts, seeds):
-            found = self._run(prompts, some, s, (), unconditional)
+            found = self._run(prompts, some, s, constraint, (), unconditional)
             parts.append(np.asarray(found.tokens_BN))
             if done is not None:
                 done(min(len(parts) * self.batch, len(layouts)))
-        ids = np.concatenate([*parts, np.zeros((0, self.form.rows), np.int32)])[: len(layouts)]
-        return self.vocabulary.id_to_code(ids)
+        ids = np.concatenate([*parts, np.zeros((0, s.tokens), np.int32)])[: len(layouts)]
+        whole = self.vocabulary.is_code(ids[:, :k]).all(axis=1)
+        if free:
+            whole &= ids[:, k] == self.vocabulary["EOV"]
+        codes = np.full((len(ids), k), -1, np.int32)
+        codes[whole] = self.vocabulary.id_to_code(ids[whole, :k])
+        return codes
 
     def texts(
         self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int], decode: Callable, done=None
@@ -79,7 +90,7 @@ class Answerer:
         s = replace(s, guidance=1.0, tokens=min(s.tokens, room))
         texts = []
         for prompts, some in self._batches(layouts, seeds):
-            found = self._run(prompts, some, s, (end,), None)
+            found = self._run(prompts, some, s, self._whole_images, (end,), None)
             for ids, length in zip(np.asarray(found.tokens_BN), np.asarray(found.lengths_B), strict=True):
                 ids = ids[:length]
                 texts.append(decode(ids[self.vocabulary.is_text(ids)]))
@@ -110,11 +121,11 @@ class Answerer:
         lengths = np.array([len(layout) for layout in layouts], np.int32)
         return generate.Prompts(ids, lengths, given if self.whole_prompts else None)
 
-    def _run(self, prompts, seeds, sampling, stop, unconditional):
+    def _run(self, prompts, seeds, sampling, constraint, stop, unconditional):
         if not sampling.tokens:
             raise UserError("generate: tokens=0 leaves nothing to write; set how many a text may have")
         pad = self.vocabulary["PAD"]
-        program = _program(self.config, sampling, self._whole_images, stop, pad)
+        program = _program(self.config, sampling, constraint, stop, pad)
         return program(self.params, self.places, prompts, seeds, unconditional)
 
 

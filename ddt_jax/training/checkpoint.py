@@ -176,10 +176,19 @@ def digest(state) -> str:
     sha = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(state)
     for name, leaf in sorted((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves):
-        array = np.ascontiguousarray(jax.device_get(leaf))
+        array = np.ascontiguousarray(_whole(leaf))
         sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
         sha.update(array.tobytes())
     return sha.hexdigest()
+
+
+def _whole(leaf):
+    """An array of any sharding on the host; one that is spread over processes is gathered by all of them."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return jax.device_get(leaf)
 
 
 def _difference(saved: dict, found: dict) -> str | None:

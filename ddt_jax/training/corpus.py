@@ -26,7 +26,7 @@ from ddt_jax.tokenizers.text import TextTokenizer, open_text_tokenizer, train_se
 from ddt_jax.training import weights
 
 _FOLDER, _VOCABULARY = "text", "vocabulary.json"
-_CAPTIONS = 20_000  # of which a text tokenizer is made
+_TEXTS = 20_000  # of which a text tokenizer is made
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[settings.C
 
 
 def _text_tokenizer(s: settings.Experiment, workdir, sources: Iterable[CodesSource]) -> TextTokenizer:
-    """That of the run, of the weights that it begins with, of the settings, or one made of captions."""
+    """That of the run, of the weights that it begins with, of the settings, or one made of the sources' texts."""
     q = s.sequences
     kept = epath.Path(workdir) / _FOLDER if workdir else None
     if kept is not None and (kept / _VOCABULARY).exists():
@@ -155,10 +155,10 @@ def _text_tokenizer(s: settings.Experiment, workdir, sources: Iterable[CodesSour
         )
     if named or begun:
         return named or begun
-    captions = list(itertools.islice(_captions(sources), _CAPTIONS))
-    if not captions:
-        raise UserError("config: the sources have no caption to make a text tokenizer of; set sequences.text")
-    return train_sentencepiece(captions, q.text_vocab_size)
+    texts = list(itertools.islice(_in_turns([_texts(source) for source in sources]), _TEXTS))
+    if not texts:
+        raise UserError("config: the sources have no text to make a text tokenizer of; set sequences.text")
+    return train_sentencepiece(texts, q.text_vocab_size)
 
 
 def _of_weights(init_from: str) -> TextTokenizer | None:
@@ -170,8 +170,17 @@ def _of_weights(init_from: str) -> TextTokenizer | None:
     return None
 
 
-def _captions(sources: Iterable[CodesSource]) -> Iterator[str]:
-    for source in sources:
-        for i in range(len(source)):
-            if caption := source[i].get("caption"):
-                yield caption
+def _texts(source: CodesSource) -> Iterator[str]:
+    """Captions, and what documents of the records' own say."""
+    for i in range(len(source)):
+        record = source[i]
+        if caption := record.get("caption"):
+            yield caption
+        parts = (*record.get("parts", ()), *(part for _, said in record.get("turns", ()) for part in said))
+        yield from (part for part in parts if isinstance(part, str))
+
+
+def _in_turns(iterators: list[Iterator[str]]) -> Iterator[str]:
+    """One of each, again and again, until all have ended."""
+    for texts in itertools.zip_longest(*iterators):
+        yield from (text for text in texts if text is not None)

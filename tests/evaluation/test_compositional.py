@@ -186,6 +186,33 @@ def test_an_edit_changes_what_it_should_and_only_that(wanted):
     assert judged(also) == (0.0, 1.0, 0.0)
 
 
+def test_what_is_no_picture_is_wrong_in_everything_whatever_it_looks_like():
+    before, asked = scene(DISC, BAR), scene(BAR)
+    both = drawn([asked, asked])
+    found = compositional.editing(both, [before, before], [asked, asked], np.array([True, False]))
+    assert values(found) == {"edit_all_correct": 0.5, "edit_changed": 0.5, "edit_kept": 0.5}
+    found = compositional.pictures(both[:1], [phrase(asked.objects, 0)], np.array([False]))
+    assert len(found) == 5 and not any(values(found).values())
+    assert compositional.valid("edit", np.array([True, False, True, False])) == {
+        "edit_valid": {
+            "value": 0.5,
+            "n": 4,
+            "low": pytest.approx(0.15, abs=1e-2),
+            "high": pytest.approx(0.85, abs=1e-2),
+        }
+    }
+
+
+def test_instructions_say_what_should_be_seen():
+    told = [phrase(scene(DISC, BAR).objects, 0)] * 2
+    wanted = compositional.edited(told, ["make the red disc large", "remove the bar"])
+    assert wanted == [{("disc", "red", "large", 0), BAR}, {DISC}]
+    with pytest.raises(UserError, match="instruction 2 of 2, 'remove the pillar' of 'a small red disc.*scenes_edits"):
+        compositional.edited(told, ["remove the bar", "remove the pillar"])
+    with pytest.raises(UserError, match="caption 1 of 1"):
+        compositional.edited([""], ["remove the bar"])
+
+
 def test_an_edit_of_every_cell_has_nothing_to_keep_and_one_of_none_nothing_to_change():
     full, moved = scene(DISC, BAR), scene(("bar", "cyan", "small", 1), ("frame", "green", "large", 2))
     assert set(compositional.editing(drawn([moved]), [full], [moved])) == {"edit_all_correct", "edit_changed"}

@@ -104,3 +104,12 @@ def test_matplotlib_is_imported_only_when_drawing():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_images_that_stand_side_by_side_are_all_there():
+    left, right = _images(seed=0), _images(seed=1)
+    tiles = pictures.side_by_side(left, right)
+    for n, tile in enumerate(tiles):
+        (at,), (beside,) = (_find(tile, _enlarged(side[n], 3)) for side in (left, right))
+        assert at == (0, 0) and beside[0] == 0 and beside[1] > 96
+    assert pictures.grid(tiles, ["a", "b", "c"]).shape[2] == 3

@@ -74,9 +74,9 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(trained):
     speaker = speaking.open_speaker(str(trained))
     texts = [speaker.encode_text(text) for text in ("a small red disc at the top left", "a large blue bar")]
     given = [documents.text_to_image(ids, documents.Image()) for ids in texts]
-    both = speaker.draw(given, [3, 4])
-    np.testing.assert_array_equal(speaker.draw(given[1:], [4])[0], both[1])
-    assert (speaker.draw(given[1:], [5])[0] != both[1]).any()
+    both = speaker.draw(given, [3, 4]).pictures
+    np.testing.assert_array_equal(speaker.draw(given[1:], [4]).pictures[0], both[1])
+    assert (speaker.draw(given[1:], [5]).pictures[0] != both[1]).any()
 
 
 def test_a_run_that_was_stopped_ends_like_an_undisturbed_one(root, trained):

@@ -15,13 +15,14 @@ from ddt_jax.training import corpus
 CAPTIONS = ["a red circle", "two blue squares", "a small green cross", "one large ring"]
 
 
-def write(folder, tokenizer="f" * 64, codebook=64, tokens=4, captions=CAPTIONS):
+def write(folder, tokenizer="f" * 64, codebook=64, tokens=4, captions=CAPTIONS, **more):
     plan = Plan(tokenizer, tokens, codebook, 32, "coarse_to_fine", False, "scenes:train", 40, 40)
     writer = CodesWriter(str(folder), plan)
     rng = np.random.default_rng(0)
     records = (
         {"codes": rng.integers(0, codebook, (1, tokens)), "index": i}
         | ({"caption": captions[i % len(captions)]} if captions else {})
+        | more
         for i in range(40)
     )
     writer.write(0, records)
@@ -96,6 +97,14 @@ def test_a_run_that_begins_with_weights_reads_as_they_did(folder, tmp_path, besi
     s = replace(s, sequences=replace(s.sequences, text=str(other)))
     with pytest.raises(UserError, match="another text tokenizer than that of init_from"):
         corpus.resolve(s)
+
+
+def test_what_documents_of_their_own_say_makes_the_text_tokenizer_too(folder, tmp_path):
+    said = "recolour the pentagon"
+    edits = write(tmp_path / "edits", captions=(), turns=[["USER", [0, said]], ["ASSISTANT", [0]]])
+    without, with_it = (corpus.resolve(experiment(*folders))[1].text for folders in ([folder], [folder, edits]))
+    assert len(with_it.encode(said)) <= 3 < len(without.encode(said))
+    assert len(with_it.encode(CAPTIONS[0])) <= 8  # in bytes it would be 12: the first folder's words count too
 
 
 def test_mistakes_are_one_line(folder, tmp_path):
