@@ -60,8 +60,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         written.append(atomic.write_text(root / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n"))
         written.append(atomic.write_text(root / "results.md", found.markdown()))
         written += found.draw(root)
-        if (root / "metrics.jsonl").exists():
-            written.append(plots.loss_curve(root / "metrics.jsonl", root / "loss.png"))
+        written += plots.loss_curve(root / "metrics.jsonl", root / "loss.png")
     return {"results": results, "table": found.markdown(), "written": [str(p) for p in written]}
 
 

@@ -271,8 +271,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         atomic.write_text(root / "results.md", table),
         *(pictures.save_png(grid, root / f"{name}.png") for name, grid in grids.items()),
     ]
-    if (root / "metrics.jsonl").exists():
-        written.append(plots.loss_curve(root / "metrics.jsonl", root / "loss.png"))
+    written += plots.loss_curve(root / "metrics.jsonl", root / "loss.png")
     return {"results": results, "table": table, "written": [str(p) for p in written]}
 
 

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from ddt_jax.io import atomic
 from ddt_jax.training.writers import read_metrics
@@ -42,29 +43,26 @@ def _save_figure(figure, path):
     return atomic.write_bytes(path, buffer.getvalue())
 
 
-def loss_curve(metrics_path, path, names=None):
-    """Draws the metrics of a run over its steps, the loss first.
+def loss_curve(metrics_path, path) -> list:
+    """Draws the metrics of a run over its steps, the loss first: nine of those that are not zero throughout.
 
     Args:
-      metrics_path: a `metrics.jsonl`.
+      metrics_path: a `metrics.jsonl`; a run that was shorter than `train.log_every` has written nothing to it.
       path: where the PNG goes.
-      names: which metrics; None: the first nine that were written and are not zero throughout.
     Returns:
-      the path.
-
-    Raises:
-      ValueError: if the file holds none of them.
+      [the path], or [] where there is nothing to draw.
     """
+    if not epath.Path(metrics_path).exists():
+        return []
     series: dict[str, list] = {}
     for record in read_metrics(metrics_path):
         for name, value in record.items():
             if name != "step":
                 series.setdefault(name, []).append((record["step"], value))
     moved = [name for name, points in series.items() if any(value != 0 for _, value in points)]
-    order = sorted(moved, key=lambda name: name != "loss") if names is None else [n for n in names if n in series]
-    order = order[:9]
+    order = sorted(moved, key=lambda name: name != "loss")[:9]
     if not order:
-        raise ValueError(f"pictures: {metrics_path} holds none of the metrics to draw")
+        return []
     columns = min(3, len(order))
     lines = math.ceil(len(order) / columns)
     figure = _figure(4.2 * columns, 2.7 * lines)
@@ -78,7 +76,7 @@ def loss_curve(metrics_path, path, names=None):
             axis.set_yscale("log")
         _style(axis, name)
         axis.set_xlabel("step", fontsize=8, color=_FAINT)
-    return _save_figure(figure, path)
+    return [_save_figure(figure, path)]
 
 
 def tokens_plot(psnr_by_tokens: dict, path):
