@@ -8,6 +8,7 @@
     python tools/soak.py cifar10_device           the same in bfloat16 on an accelerator, its speed, a stand-in for rFID
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
     python tools/soak.py schedules --seeds 0,1    token schedules and time samplers against each other
+    .venv-tpu/bin/python tools/soak.py selftok_tpu    the released tokenizer's step, compiled for 8 TPU chips
 
 A record holds the commit (and whether the checkout differed from it), the resolved config, seeds, machine, date,
 command line, wall seconds, every figure and every gate. What a document states must be in such a record, or in a test.
@@ -33,6 +34,7 @@ from soak_cifar10 import cifar10, cifar10_device  # noqa: E402
 from soak_gates import note  # noqa: E402
 from soak_kill import kill  # noqa: E402
 from soak_scenes import quickstart, scenes, schedules, spatial, whole_way  # noqa: E402
+from soak_tpu import selftok_tpu  # noqa: E402
 
 MEASUREMENTS: dict[str, Callable] = {
     "quickstart": quickstart,
@@ -43,6 +45,7 @@ MEASUREMENTS: dict[str, Callable] = {
     "cifar10_device": cifar10_device,
     "kill": kill,
     "schedules": schedules,
+    "selftok_tpu": selftok_tpu,
 }
 
 

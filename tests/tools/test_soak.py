@@ -170,6 +170,21 @@ def test_both_tokenizers_of_scenes_have_the_same_bits_and_pictures():
     assert (ddt.data, ddt.evaluate) == (spatial.data, spatial.evaluate)
 
 
+def test_a_compiled_step_has_to_fit_its_chips(soak, tmp_path, monkeypatch):
+    asked, totals = [], iter((11e9, 96e9))
+
+    def run(args):
+        asked.append(args)
+        chip = {"chips": "8 x TPU v5", "seconds": 60.0, "bytes_of_a_chip": {"total": next(totals)}, "hbm_bytes": 95e9}
+        return soak.programs.Outcome(0, json.dumps(chip | {"collectives": ["all-gather"]}), 1.0, [], 0, 0)
+
+    monkeypatch.setattr(soak.programs, "run", run)
+    for code in (0, 1):
+        assert soak.main(["selftok_tpu", "--out", str(tmp_path), "--config.train.batch_size=8"]) == code
+    assert json.loads((tmp_path / "selftok_tpu.json").read_text())["results"]["bytes_of_a_chip"] == {"total": 96e9}
+    assert asked[0][-2:] == ["--config.train.batch_size=48", "--config.train.batch_size=8"]  # the last of two wins
+
+
 def test_a_missing_figure_misses_its_gate(soak):
     gates = importlib.import_module("soak_gates")
     assert not gates.at_least("psnr", None, 28)["passed"]
