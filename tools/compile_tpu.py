@@ -5,7 +5,7 @@
 It needs libtpu, for which `make test-tpu` makes an environment. What it shows: that the whole step has a program for
 these chips, with all kernels and collectives, and how much memory of a chip the compiler gives it. What it does not:
 how fast the step is. At the least effort (-1) the program and its memory are not quite those of a run, whose effort
-is 0; compiling takes a half to a quarter of the time.
+is 0; compiling takes about half of the time.
 """
 
 import argparse

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.tpu_compile
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # The published tokenizers need a pod, and the autoencoder's default is for images of 256 px.
 LARGE = {"ddt_selftok_256.py", "ddt_selftok_1024.py", "ddt_llama_256.py", "ddt_llama_8b.py", "vae.py"}
-SMALL = [*sorted({path.name for path in CONFIGS.glob("*.py")} - LARGE), "vae.py:small"]
+SMALL = [*sorted({path.name for path in CONFIGS.glob("*.py")} - LARGE), "vae.py:small", "ddt_selftok_256.py:small"]
 # What text and codes would decide, in a run that has them.
 SIZES = (
     ("model.transformer.vocab_size", "1024"),
@@ -29,8 +29,18 @@ SIZES = (
 OVERRIDES = {
     "llama_scenes.py": SIZES,
     # Two resolutions have every kind of layer; each further one is as many convolutions again to compile.
-    "spatial_scenes.py": (("model.block_out_channels", "16,32"),),
     "vae.py:small": (("model.sizes.block_out_channels", "16,32"),),
+    "spatial_scenes.py": (("model.block_out_channels", "16,"),),  # the same network: what changes resolution is above
+    # The published networks on latents, for which the autoencoder is in no step. Layers are scanned, so that their
+    # number hardly matters for the time to compile; numbers of tokens and codes do.
+    "ddt_selftok_256.py:small": (
+        ("data.source", "latents:DIR"),
+        ("model.codec.random_weights", "True"),
+        ("model.num_tokens", "64"),
+        ("model.schedule.tokens", "24,23,9,6,2"),
+        ("model.quantizer.codebook_size", "1024"),
+        ("train.batch_size", "8"),
+    ),
 }
 HBM_BYTES = compile_tpu.HBM_BYTES["TPU v5 lite"]
 
