@@ -9,6 +9,7 @@ is 0; compiling takes about half of the time.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -83,9 +84,7 @@ def main(argv=None) -> int:
         parser.error(f"unknown: {' '.join(wrong)}")
     pairs = [text.removeprefix("--config.").partition("=") for text in rest]
     os.environ.update(ENVIRONMENT)
-    try:
-        import libtpu  # noqa: F401 - only whether it is there
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("libtpu") is None:
         parser.error("libtpu is not installed; `make test-tpu` makes an environment with it, .venv-tpu")
     chips = abstract_chips(options.topology)
     begun, cpu = time.perf_counter(), time.process_time()

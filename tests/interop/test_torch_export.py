@@ -284,12 +284,9 @@ def test_on_the_meta_device_a_model_has_shapes_alone_until_tensors_are_assigned(
 
 @pytest.mark.slow
 def test_loading_allocates_no_weights_and_copies_none(oracle, tmp_path):
-    oracle("torch")
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     made = set()
 
-    class Watch(TorchDispatchMode):
+    class Watch(oracle("torch.utils._python_dispatch").TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             made.add((function.overloadpacket.__name__, str(getattr(out, "device", None))))

@@ -6,13 +6,13 @@ libtpu holds the real compiler, and abstract devices need no hardware. It lives 
 (`make test-tpu`), because with libtpu installed every ordinary JAX program looks for a TPU.
 """
 
+import importlib
 import os
 from pathlib import Path
 
 import pytest
 
-from tools import compile_tpu
-
+compile_tpu = importlib.import_module("tools.compile_tpu")
 pytestmark = pytest.mark.tpu_compile
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
