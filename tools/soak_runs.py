@@ -1,7 +1,11 @@
-"""What a long measurement runs and where: the machine, the checkout, and programs that are watched while they run."""
+"""What a long measurement runs and where: the machine, the checkout, and programs that are watched while they run.
+
+Measurements call these through the module, so that a test can put a stand-in for `ddt-jax` in one place.
+"""
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import signal
@@ -16,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 10  # seconds in which the children of a run may follow it
 POLL = 0.01  # seconds between two looks at what a run has written
+SAVED = 75  # exit code of a run that was asked to stop and has saved
 
 
 class Failed(Exception):
@@ -128,3 +133,52 @@ def must(outcome: Outcome, what: str, codes: tuple[int, ...] = (0,)) -> Outcome:
     if outcome.code not in codes:
         raise Failed(f"{what} ended with code {outcome.code}; its output is above")
     return outcome
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "ddt_jax.cli", *args]
+
+
+def digest(workdir: Path) -> str:
+    return must(run(command("checkpoint", "digest", "--workdir", str(workdir))), "checkpoint digest").stdout.split()[-1]
+
+
+def train_and_evaluate(
+    config: str,
+    workdir: Path,
+    seed: int,
+    options,
+    minutes: float | None = None,
+    also: tuple[str, ...] = (),
+    to_evaluate: tuple[str, ...] = (),
+):
+    """The figures of `evaluate`, and the outcomes of both commands; after `minutes` training is asked to stop.
+
+    also, to_evaluate: more arguments of the training and of the evaluation.
+    """
+    overrides = (f"--config.seed={seed}", *also, *options.overrides)
+    args = command("train", "--config", config, "--workdir", str(workdir), *overrides)
+    trained = run(args, after=minutes and minutes * 60, send=signal.SIGTERM)
+    must(trained, "train", (0, SAVED) if minutes else (0,))
+    path = workdir / "soak.json"
+    evaluated = must(run(command("evaluate", "--workdir", str(workdir), "--json", str(path), *to_evaluate)), "evaluate")
+    return json.loads(path.read_text()), [trained, evaluated]
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the committed checkpoints in a folder; unfinished ones have a longer name."""
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def load_config(config: str, options):
+    from ddt_jax import config as configs
+
+    pairs = [text.removeprefix("--config.").partition("=") for text in options.overrides]
+    return configs.load(str(ROOT / config), tuple((key, value) for key, _, value in pairs))
+
+
+def dump_config(config: str, options) -> dict:
+    from ddt_jax import config as configs
+
+    return configs.dump(load_config(config, options))

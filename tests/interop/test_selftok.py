@@ -435,7 +435,7 @@ def files(tmp_path_factory):
     s = settings.Experiment(
         model=TINY,
         train=settings.Train(batch_size=4, ema=0.5),
-        evaluate=settings.Evaluate(images=8, batch_size=8, visible=(1.0,), pictures=2),
+        evaluate=settings.Evaluate(images=8, batch_size=8, visible=(1.0,), pictures=2, probe_images=64),
     )
     tree = repr(config.dump(s))
     text = f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({tree})\n"

@@ -180,12 +180,16 @@ def exported(folder, name):
     return folder
 
 
-def loaded(folder):
+def imported(folder):
     """As `import tokenizer` by someone whose path has the folder."""
     spec = importlib.util.spec_from_file_location("tokenizer", folder / "tokenizer.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.load(folder)
+    return module
+
+
+def loaded(folder):
+    return imported(folder).load(folder)
 
 
 def images():
@@ -257,6 +261,45 @@ print(json.dumps([codes.tolist(), found.flatten().tolist(), (found - again).abs(
     assert model.encode(image).tolist() == codes and batch < 1e-5
     np.testing.assert_allclose(model.decode(torch.tensor(codes), 2, seed=5).flatten(), found, atol=1e-6)
     assert model.decode(torch.tensor(codes), 2, seed=6).sub(torch.tensor(found).view(image.shape)).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cross_noise_vae", "selftok"])
+def test_on_the_meta_device_a_model_has_shapes_alone_until_tensors_are_assigned(oracle, tmp_path, name):
+    torch = oracle("torch")
+    module, tokenizer = imported(exported(tmp_path, name)), build(name)[0]
+    with torch.device("meta"):
+        model = module.build(tmp_path)
+    assert all(weight.is_meta for weight in model.state_dict().values())
+    assert model.encode(torch.empty(B, 3, SIZE, SIZE, device="meta")).shape == (B, tokenizer.config.num_tokens)
+
+    tensors = module.read_safetensors(tmp_path / "model.safetensors")
+    model.load_state_dict(tensors, assign=True)
+    assert {n: w.data_ptr() for n, w in model.state_dict().items()} == {n: t.data_ptr() for n, t in tensors.items()}
+    given, wanted = torch.tensor(images()).permute(0, 3, 1, 2), module.load(tmp_path)
+    assert torch.equal(model.encode(given), wanted.encode(given)) and not model.training
+    with pytest.raises(RuntimeError, match="Missing key.*codebook"):
+        module.build(tmp_path).load_state_dict({n: t for n, t in tensors.items() if n != "codebook"}, assign=True)
+
+
+@pytest.mark.slow
+def test_loading_allocates_no_weights_and_copies_none(oracle, tmp_path):
+    made = set()
+
+    class Watch(oracle("torch.utils._python_dispatch").TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.add((function.overloadpacket.__name__, str(getattr(out, "device", None))))
+            return out
+
+    module = imported(exported(tmp_path, "selftok"))
+    with Watch():
+        model = module.load(tmp_path)
+    assert ("empty", "meta") in made  # or nothing was watched
+    assert {name for name, device in made if device == "cpu"} <= {"view", "detach", "alias"}, made
+    with Watch():
+        model.codebook.clone()
+    assert ("clone", "cpu") in made
 
 
 @pytest.mark.slow

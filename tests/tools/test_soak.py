@@ -39,8 +39,10 @@ def soak(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     module = importlib.import_module("soak")
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    monkeypatch.setattr(module, "command", lambda *args: [sys.executable, str(tmp_path / "stand_in.py"), *args])
-    monkeypatch.setattr(module, "dump_config", lambda config, options: {})
+    monkeypatch.setattr(
+        module.programs, "command", lambda *args: [sys.executable, str(tmp_path / "stand_in.py"), *args]
+    )
+    monkeypatch.setattr(module.programs, "dump_config", lambda config, options: {})
     return module
 
 
@@ -72,9 +74,9 @@ def test_schedules_reports_any_ordering_and_judges_the_runs_alone(soak, tmp_path
         arm = config.partition(":")[2]
         psnr = {"uniform_custom_weighted": 40, "uniform_logit_normal": 30}.get(arm, 20 + len(arm) / 10) + seed
         report = {"psnr": psnr, "n": 1024, "psnr_drop_shuffled": 0.5 if arm == "uniform_uniform" else 5.0}
-        return report, [soak.Outcome(0, "", 1.0, [], 0, 0)]
+        return report, [soak.programs.Outcome(0, "", 1.0, [], 0, 0)]
 
-    monkeypatch.setattr(soak, "train_and_evaluate", stand_in)
+    monkeypatch.setattr(soak.programs, "train_and_evaluate", stand_in)
     assert soak.main(["schedules", "--seeds", "0,1", "--out", str(tmp_path)]) == 1
     record = json.loads((tmp_path / "schedules.json").read_text())
     missed = [(g["arm"], g["gate"]) for g in record["gates"] if not g["passed"]]
@@ -102,11 +104,9 @@ def test_arms_are_the_variants_of_their_config(soak):
 
 
 def test_a_missed_gate_is_recorded_and_is_a_failure(soak, tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        soak.MEASUREMENTS,
-        "kill",
-        lambda options, folder: {"config": "c", "gates": [soak.at_least("psnr", 27.9, 28)], "results": {}},
-    )
+    gates = [importlib.import_module("soak_gates").at_least("psnr", 27.9, 28)]
+    found = {"config": "c", "gates": gates, "results": {}}
+    monkeypatch.setitem(soak.MEASUREMENTS, "kill", lambda options, folder: found)
     assert soak.main(["kill", "--out", str(tmp_path)]) == 1
     assert json.loads((tmp_path / "kill.json").read_text())["passed"] is False
 
@@ -129,7 +129,7 @@ def test_the_renderer_begins_with_the_tokenizer_and_is_held_against_it(soak, tmp
         calls.append((config, workdir.name, also))
         return (rendered if also else figures), []
 
-    monkeypatch.setattr(soak, "train_and_evaluate", train_and_evaluate)
+    monkeypatch.setattr(soak.programs, "train_and_evaluate", train_and_evaluate)
     assert soak.main(["scenes", "--out", str(tmp_path)]) == 0
     assert [call[1] for call in calls] == ["tokenizer", "renderer"]
     assert calls[0][2] == () and calls[1][2][0].startswith("--config.init_from=") and "/tokenizer" in calls[1][2][0]
@@ -140,13 +140,59 @@ def test_the_renderer_begins_with_the_tokenizer_and_is_held_against_it(soak, tmp
         assert [check["passed"] for check in gates].count(False) == 1
 
 
+def test_the_spatial_baseline_counts_only_at_the_bits_of_the_ddt_tokenizer(soak, tmp_path, monkeypatch):
+    figures = {
+        "n": 1024,
+        "psnr": 30.0,
+        "bits_per_image": 144.0,
+        "psnr_drop_shuffled": 15.0,
+        "scenes_all_correct_originals": 1.0,
+        "train_seconds": 1700.0,
+    }
+    found = figures.copy()
+    monkeypatch.setattr(soak.programs, "train_and_evaluate", lambda config, workdir, seed, options: (found, []))
+    assert soak.main(["spatial", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "spatial.json").read_text())["config"] == "configs/spatial_scenes.py"
+    for wrong in ({"bits_per_image": 128.0}, {"train_seconds": 1801.0}, {"scenes_all_correct_originals": 0.9}):
+        found = figures | wrong
+        assert soak.main(["spatial", "--out", str(tmp_path)]) == 1
+        gates = json.loads((tmp_path / "spatial.json").read_text())["gates"]
+        assert [check["passed"] for check in gates].count(False) == 1
+
+
+def test_both_tokenizers_of_scenes_have_the_same_bits_and_pictures():
+    from ddt_jax import config
+
+    ddt, spatial = (config.load(str(ROOT / "configs" / name)) for name in ("ddt_scenes.py", "spatial_scenes.py"))
+    side = spatial.data.image_size // 2 ** (len(spatial.model.block_out_channels) - 1)
+    assert (side * side, spatial.model.quantizer.codebook_size) == (ddt.model.num_tokens, 512)
+    assert ddt.model.quantizer.codebook_size == 512 and ddt.model.num_tokens * 9 == 144
+    assert (ddt.data, ddt.evaluate) == (spatial.data, spatial.evaluate)
+
+
+def test_a_compiled_step_has_to_fit_its_chips(soak, tmp_path, monkeypatch):
+    asked, totals = [], iter((11e9, 96e9))
+
+    def run(args):
+        asked.append(args)
+        chip = {"chips": "8 x TPU v5", "seconds": 60.0, "bytes_of_a_chip": {"total": next(totals)}, "hbm_bytes": 95e9}
+        return soak.programs.Outcome(0, json.dumps(chip | {"collectives": ["all-gather"]}), 1.0, [], 0, 0)
+
+    monkeypatch.setattr(soak.programs, "run", run)
+    for code in (0, 1):
+        assert soak.main(["selftok_tpu", "--out", str(tmp_path), "--config.train.batch_size=8"]) == code
+    assert json.loads((tmp_path / "selftok_tpu.json").read_text())["results"]["bytes_of_a_chip"] == {"total": 96e9}
+    assert asked[0][-2:] == ["--config.train.batch_size=48", "--config.train.batch_size=8"]  # the last of two wins
+
+
 def test_a_missing_figure_misses_its_gate(soak):
-    assert not soak.at_least("psnr", None, 28)["passed"]
-    assert not soak.at_most("seconds", None, 300)["passed"]
+    gates = importlib.import_module("soak_gates")
+    assert not gates.at_least("psnr", None, 28)["passed"]
+    assert not gates.at_most("seconds", None, 300)["passed"]
 
 
 def test_a_run_that_fails_leaves_no_record(soak, tmp_path, monkeypatch):
-    monkeypatch.setattr(soak, "command", lambda *args: [sys.executable, "-c", "raise SystemExit(1)"])
+    monkeypatch.setattr(soak.programs, "command", lambda *args: [sys.executable, "-c", "raise SystemExit(1)"])
     assert soak.main(["kill", "--kills", "1", "--out", str(tmp_path)]) == 1
     assert not (tmp_path / "kill.json").exists()
 
@@ -159,7 +205,7 @@ warnings.warn("look", UserWarning)
 """
     runs = importlib.import_module("soak_runs")
     monkeypatch.setattr(runs, "PATIENCE", 0.5)
-    outcome = soak.run([sys.executable, "-c", code])
+    outcome = runs.run([sys.executable, "-c", code])
     assert outcome.leftover == 1
     assert any("UserWarning" in line for line in outcome.complaints)
     assert runs.session_members(outcome.session, patience=5) == 0

@@ -35,24 +35,39 @@ SMALLEST = 1e-3  # of a divisor, where a prediction is turned into a velocity
 
 
 def load(folder=None, device="cpu"):
-    """The tokenizer in a folder; None: in the one of this file."""
-    folder = os.path.dirname(os.path.abspath(__file__)) if folder is None else folder
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+    """The tokenizer in a folder; None: in the one of this file.
+
+    Weights are mapped from the file and taken as they are: none is allocated or initialised before.
+    """
+    with torch.device("meta"):
+        model = build(folder)
+    model.load_state_dict(read_safetensors(_path(folder, "model.safetensors")), assign=True)
+    return model.to(device)
+
+
+def build(folder=None):
+    """The tokenizer in a folder with memory for its weights, which hold anything.
+
+    Under `with torch.device("meta")` they have no memory either, only shapes. `load_state_dict(tensors, assign=True)`
+    then takes tensors from wherever they are.
+    """
+    with open(_path(folder, "config.json"), encoding="utf-8") as file:
         config = json.load(file)
     if config["format"] != FORMAT:
-        raise ValueError(f"{folder} has format {config['format']}, this file reads {FORMAT}: take the one beside it")
-    return Tokenizer(config, read_safetensors(os.path.join(folder, "model.safetensors"))).to(device).eval()
+        where = os.path.dirname(_path(folder, "config.json"))
+        raise ValueError(f"{where} has format {config['format']}, this file reads {FORMAT}: take the one beside it")
+    with open(_path(folder, "model.safetensors"), "rb") as file:
+        entries, _ = _header(file)
+    return Tokenizer(config, {name: entry["shape"] for name, entry in entries.items()}).eval()
 
 
 def read_safetensors(path):
     """Name → float32 tensor; the file is mapped, not copied."""
     with open(path, "rb") as file:
+        entries, start = _header(file)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = 8 + int.from_bytes(data[:8], "little")
     tensors = {}
-    for name, entry in json.loads(data[8:start]).items():
-        if name == "__metadata__":
-            continue
+    for name, entry in entries.items():
         if entry["dtype"] != "F32":
             raise ValueError(f"{path}: {name} is of type {entry['dtype']}, not F32")
         shape, offset = entry["shape"], start + entry["data_offsets"][0]
@@ -60,8 +75,24 @@ def read_safetensors(path):
     return tensors
 
 
+def _path(folder, name):
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)) if folder is None else folder, name)
+
+
+def _header(file):
+    """Name → entry of the tensors in an open safetensors file, and where their bytes begin."""
+    size = int.from_bytes(file.read(8), "little")
+    entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return entries, 8 + size
+
+
 class Tokenizer(nn.Module):
     """What `load` returns.
+
+    Args:
+      config: of the file `config.json`.
+      shapes: of the weights, by name.
 
     Attributes:
       config: settings of the model.
@@ -72,17 +103,17 @@ class Tokenizer(nn.Module):
       one_step: whether the decoder is a renderer.
     """
 
-    def __init__(self, config, tensors):
+    def __init__(self, config, shapes):
         super().__init__()
         m = self.config = config["model"]
-        for name, tensor in tensors.items():
+        for name, shape in shapes.items():
             *path, last = name.split(".")
             node = self
             for step in path:
                 if not hasattr(node, step):
                     node.add_module(step, nn.Module())
                 node = getattr(node, step)
-            node.register_parameter(last, nn.Parameter(tensor))
+            node.register_parameter(last, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
         self.image_size, self.num_tokens = config["image_size"], m["num_tokens"]
         self.codebook_size, self.code_dim = self.codebook.shape
         self.latents = m["codec"].get("sizes")  # None: of pixels
