@@ -38,7 +38,7 @@ whole-way: ## tokenizer, codes, transformer, pictures from captions (11 to 15 mi
 	@$(INSTALL) $(VENV) "" $(PYTHON)
 	@$(BIN)/ddt-jax train --config configs/quickstart.py --workdir $(WHOLE)/tokenizer
 	@$(BIN)/ddt-jax evaluate --workdir $(WHOLE)/tokenizer --config.evaluate.probe_images=0
-	@$(BIN)/ddt-jax tokenize --workdir $(WHOLE)/tokenizer --to $(WHOLE)/codes/train --records 80000
+	@$(BIN)/ddt-jax tokenize --workdir $(WHOLE)/tokenizer --to $(WHOLE)/codes/train --records 160000
 	@$(BIN)/ddt-jax tokenize --workdir $(WHOLE)/tokenizer --to $(WHOLE)/codes/heldout --source scenes:heldout \
 	    --records 2048
 	@$(BIN)/ddt-jax train --config configs/llama_scenes.py:$(WHOLE) --workdir $(WHOLE)/transformer

@@ -6,7 +6,7 @@ compare codes alone, give `llama_scenes.py` the same two. Hardware: 2 CPU cores;
 With R = runs/spatial or another folder:
 
     ddt-jax train --config configs/spatial_scenes.py --workdir R/tokenizer
-    ddt-jax tokenize --workdir R/tokenizer --to R/codes/train --records 80000
+    ddt-jax tokenize --workdir R/tokenizer --to R/codes/train --records 160000
     ddt-jax tokenize --workdir R/tokenizer --to R/codes/heldout --source scenes:heldout --records 2048
     ddt-jax train --config configs/llama_spatial_scenes.py:R --workdir R/transformer
 """

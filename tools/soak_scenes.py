@@ -42,7 +42,7 @@ def whole_way(options, folder: Path) -> dict:
     seed, tokenizer = options.seeds[0], folder / "tokenizer"
     without = ("--config.evaluate.probe_images=0",)
     seen, outcomes = programs.train_and_evaluate("configs/quickstart.py", tokenizer, seed, options, to_evaluate=without)
-    for split, count in (("train", 80_000), ("heldout", 2048)):
+    for split, count in (("train", 160_000), ("heldout", 2048)):
         more = ("--source", f"scenes:{split}", "--records", str(count))
         tokenize = programs.command(
             "tokenize", "--workdir", str(tokenizer), "--to", str(folder / "codes" / split), *more
