@@ -2,7 +2,7 @@
 
 A config file is Python with `get_config(variant="...")` that returns an `ml_collections.ConfigDict`, usually
 `config.defaults()` with some values changed. Values given on the command line are laid over it. The result must fit the
-dataclasses of `settings.py` exactly. A config stored with a run is JSON: it is data and is never executed.
+dataclasses of `settings/` exactly. A config stored with a run is JSON: it is data and is never executed.
 """
 
 import ast
