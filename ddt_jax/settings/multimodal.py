@@ -81,7 +81,7 @@ class UNetCoder:
     """Patches to rows and back by the two halves of a U-Net. Defaults: Transfusion's 0.27 billion parameters."""
 
     kind: Literal["unet"] = "unet"
-    width: int = 1152  # channels where there is one position for each row; half as many at twice the resolution, ...
+    width: int = 1248  # channels where there is one position for each row; half as many at twice the resolution, ...
     blocks: int = 2  # residual blocks of each resolution on the way down; one more on the way up
     remat: bool = False  # compute a residual block again for its gradient rather than keep what it computed
 
