@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 from ddt_jax.multimodal.code_embedding import PARAMS
-from ddt_jax.multimodal.model import FROZEN
+from ddt_jax.multimodal.row_model import FROZEN
 from ddt_jax.training import checkpoint, weights
 from ddt_jax.training.state import TrainState, abstract_state
 
