@@ -19,6 +19,7 @@ from ddt_jax.settings.multimodal import (
     LinearCoder,
     LoRA,
     Multimodal,
+    Pictures,
     RopeScaling,
     Sampling,
     Sequences,

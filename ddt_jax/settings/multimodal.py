@@ -134,6 +134,19 @@ class CodesFolder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """A source of images with captions (data/base.py), as one part of a mixture where images are not codes."""
+
+    kind: Literal["pictures"] = "pictures"
+    source: str = "scenes:train"
+    records: int = 0  # only so many, from the first; 0 = all
+    weight: float = 1.0  # share of rows, any scale
+    formats: Formats = field(  # the caption first in four of five, as in Transfusion
+        default_factory=lambda: Formats(text_to_image=0.7, image_to_text=0.2, image_only=0.1)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sequences:
     """What a multimodal transformer reads: a mixture of sources, packed into rows of one length."""
 
@@ -144,8 +157,8 @@ class Sequences:
     images: int = 0  # images a row can hold; 0 = as many as fit
     targets: int = 0  # positions of a row that the loss looks at; 0 = no limit of their own
     truncate: bool = False  # cut texts that are longer than a row, rather than refuse them
-    sources: tuple[CodesFolder, ...] = ()
-    eval_sources: tuple[CodesFolder, ...] = ()  # held-out ones, of the same tokenizers
+    sources: tuple[CodesFolder | Pictures, ...] = ()
+    eval_sources: tuple[CodesFolder | Pictures, ...] = ()  # held-out ones, of the same tokenizers
     tokenizer: str = ""  # workdir of the image tokenizer, which draws what is generated
 
 

@@ -58,8 +58,9 @@ class RowFeed:
 
     @property
     def description(self):
-        parts = self.settings.sequences.sources
-        return f"rows of {self.settings.sequences.context:,} positions from {', '.join(p.folder for p in parts)}"
+        q = self.settings.sequences
+        names = (part.folder if part.kind == "codes" else part.source for part in q.sources)
+        return f"rows of {q.context:,} positions from {', '.join(names)}"
 
     def check(self, model, codec_params):
         self.loader.batch_at(0)  # raises what is wrong with documents, before a run begins

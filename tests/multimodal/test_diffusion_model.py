@@ -17,6 +17,7 @@ from ddt_jax.multimodal.model import make_multimodal
 from ddt_jax.multimodal.row_model import FROZEN
 from ddt_jax.multimodal.vocabulary import Vocabulary
 from ddt_jax.nn.params import is_box, split
+from ddt_jax.scaling import flops
 
 V = Vocabulary.extend(30, 0)
 SIZE, ROWS, S, IMAGES = 8, 4, 40, 4
@@ -336,6 +337,20 @@ def test_other_paths_and_weights_take_the_place_of_the_published_one(batch, diff
     predicted = np.asarray(forward(model, params, extra, batch, x_t, t)[2])
     error = weight * ((predicted - target) ** 2).mean((2, 3, 4))
     assert float(sums["diffusion"]) == pytest.approx(error[batch["image_learn"]].sum(), rel=1e-4)
+
+
+def test_operations_are_those_of_the_backbone_the_head_on_targets_and_the_coder_on_images(batch):
+    """Within 5 %: nothing is computed at rows that need it not. Attention is dense at this length."""
+    model = make()
+    params, extra = state(model)
+    found = flops.count(model.loss_fn, params, extra, given(model, batch), jax.random.key(1))
+    c, (b, r) = TRANSFORMER, batch["rows"].shape
+    kv = c.width * c.kv_heads // c.heads
+    layer = 2 * b * S * (2 * c.width**2 + 2 * c.width * kv + 3 * c.width * c.mlp_width) + 4 * b * S * S * c.width
+    head = 2 * b * r * c.width * V.size
+    images, values = b * IMAGES, 48  # 4 x 4 x 3 of a patch
+    coder = 2 * images * (2 * ROWS * values * c.width + 256 * c.width + c.width**2)
+    assert found == pytest.approx(c.depth * layer + head + coder, rel=0.05)
 
 
 def test_scoring_shows_images_as_they_are(batch):
