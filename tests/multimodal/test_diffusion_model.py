@@ -26,6 +26,7 @@ TRANSFORMER = settings.Transformer(
 )
 LINEAR = settings.DiffusionImages(patch_size=4)
 UNET = replace(LINEAR, coder=settings.UNetCoder(width=16, blocks=1))
+CODERS = [LINEAR, pytest.param(UNET, marks=pytest.mark.slow)]
 
 
 @functools.cache
@@ -108,7 +109,7 @@ def test_what_a_batch_says_is_what_the_step_takes(batch):
     assert make().shapes(settings.Sequences(context=S))["image_start"][0] == (S // (ROWS + 2),)
 
 
-@pytest.mark.parametrize("image", [LINEAR, UNET], ids=["linear", "unet"])
+@pytest.mark.parametrize("image", CODERS, ids=["linear", "unet"])
 def test_terms_are_the_published_objective(batch, image):
     """ε target, mean over the values of each image, then over images; nats per text target; λ = 5 (§2.2, §3, §4.1)."""
     model = make(image)
@@ -248,7 +249,7 @@ def level(image):
     return change
 
 
-@pytest.mark.parametrize("image", [LINEAR, UNET], ids=["linear", "unet"])
+@pytest.mark.parametrize("image", CODERS, ids=["linear", "unet"])
 def test_no_row_sees_later_text_or_later_images_or_another_document(one_row, image):
     """Differences that must not be are exactly 0, and those that must be are not."""
     model = make(image)
