@@ -2,7 +2,7 @@
 
 A config file is Python with `get_config(variant="...")` that returns an `ml_collections.ConfigDict`, usually
 `config.defaults()` with some values changed. Values given on the command line are laid over it. The result must fit the
-dataclasses of `settings.py` exactly. A config stored with a run is JSON: it is data and is never executed.
+dataclasses of `settings/` exactly. A config stored with a run is JSON: it is data and is never executed.
 """
 
 import ast
@@ -298,6 +298,10 @@ def _check(e: settings.Experiment):
     need(
         bool(e.evaluate.lpips_backbone_file) == bool(e.evaluate.lpips_heads_file),
         "evaluate.lpips_backbone_file and evaluate.lpips_heads_file go together; set both or neither",
+    )
+    need(
+        not (t.eval_every and isinstance(getattr(m, "image", None), settings.DiffusionImages)),
+        f"train.eval_every={t.eval_every} measures images that are codes, model.image.kind='diffusion'; set it to 0",
     )
     if isinstance(m, settings.DDTTokenizer | settings.SelftokTokenizer):
         need(

@@ -143,6 +143,11 @@ def _export_trained_llama(workdir, folder):
         raise UserError(
             f"export: {workdir} holds a model of kind {model.kind!r}, neither 'multimodal' nor imported weights"
         )
+    if model.image.kind != "codes":
+        raise UserError(
+            f"export: {workdir} was trained with model.image.kind={model.image.kind!r}; LLaMA's files have no place "
+            "for what reads and writes such images"
+        )
     options = {"model.image.code_places": model.image.code_places, "model.whole_prompts": model.whole_prompts}
     if any(options.values()):
         names = " and ".join(f"{name}=True" for name, is_on in options.items() if is_on)

@@ -22,7 +22,7 @@ from ddt_jax.errors import UserError
 from ddt_jax.interop import diffusers_vae
 from ddt_jax.io import atomic
 from ddt_jax.multimodal.code_embedding import VECTORS
-from ddt_jax.multimodal.model import Multimodal
+from ddt_jax.multimodal.model import Multimodal, make_multimodal
 from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
 from ddt_jax.training import checkpoint, corpus, latents, loop, warm_start, writers
@@ -121,7 +121,7 @@ def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Bui
 def make_model(s: settings.Experiment):
     """The model of a run, no arrays. Raises UserError if its settings do not go together."""
     if isinstance(s.model, settings.Multimodal):
-        return Multimodal(s.model)
+        return make_multimodal(s.model, s.data.image_size)
     return make_tokenizer(s.model, s.data.image_size, s.train.batch_size)
 
 
@@ -262,7 +262,7 @@ def check_tokenizer(s: settings.Experiment, note) -> None:
     Raises:
       UserError: as `open_tokenizer`.
     """
-    if not isinstance(s.model, settings.Multimodal) or not s.sequences.tokenizer:
+    if not (isinstance(s.model, settings.Multimodal) and s.model.image.kind == "codes" and s.sequences.tokenizer):
         return
     workdir = epath.Path(s.sequences.tokenizer)
     if (workdir / "config.json").exists() and checkpoint.saved_steps(workdir):

@@ -24,6 +24,7 @@ from ddt_jax.data import files
 from ddt_jax.data.array_record import ArrayRecordSource, write_array_record
 from ddt_jax.data.base import BadRecord, Source
 from ddt_jax.data.images import prepare
+from ddt_jax.data.pictures import encoded_images, fields_of
 from ddt_jax.errors import UserError
 from ddt_jax.io import atomic
 from ddt_jax.settings import Data
@@ -31,7 +32,6 @@ from ddt_jax.settings import Data
 FORMAT = 1
 _PLAN, _INDEX, _VECTORS = "plan.json", "index.json", "code_vectors.npy"
 _SHOWN = 8  # characters of a fingerprint in messages
-DOCUMENT_FIELDS = ("turns", "parts")
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,20 @@ class CodesSource(ArrayRecordSource):
                 )
         self.records_before = np.cumsum([0, *(shard.records for shard in self.shards)])
 
+    @property
+    def num_codes(self) -> int:
+        """How many codes there are."""
+        return self.plan.codebook_size
+
+    @property
+    def origin(self) -> str:
+        """What the order of formats is keyed by."""
+        return self.plan.source
+
+    def without_images(self, index):
+        """What can be read without decoding images, of which there are none. Raises BadRecord."""
+        return self[index]
+
     def code_vectors(self) -> np.ndarray:
         """Float32 [codebook_size, d]; see the module. Raises UserError if they are not there."""
         path = files.path_of(self.folder) / _VECTORS
@@ -303,10 +317,7 @@ def read_images(source: Source, indices: Iterable[int], data: Data) -> Iterator[
 def _prepare(source, index, data):
     try:
         record = source[index]
-        more = record.get("meta", {})
-        images = tuple(prepare(image, data) for image in (record["image"], *more.get("images", ())))
+        images = tuple(prepare(image, data) for image in encoded_images(record))
     except BadRecord as error:
         return Prepared(index, error=str(error))
-    kept = {name: record[name] for name in ("caption", "label") if name in record}
-    kept |= {name: more[name] for name in DOCUMENT_FIELDS if name in more}
-    return Prepared(index, images, kept | {"index": index})
+    return Prepared(index, images, fields_of(record) | {"index": index})

@@ -19,7 +19,7 @@ def to_normal(uniform):
 
 
 def over(t_B, x):
-    """t_B [B] shaped to broadcast against x [B, ...]."""
+    """t_B, [B] or a scalar, shaped to broadcast against x [B, ...]."""
     return t_B.reshape(t_B.shape + (1,) * (x.ndim - t_B.ndim))
 
 

@@ -13,14 +13,15 @@ from ddt_jax import settings
 from ddt_jax.diffusion import paths
 
 
-def sample(flow: settings.Flow, uniform_B, slot_B, batch_size: int):
+def sample(flow: settings.Flow | settings.DDPM | settings.RectifiedFlow, uniform_B, slot_B=None, batch_size: int = 0):
     """Unshifted times u [B] in [0, 1].
 
     Args:
+      flow: of which `time` and what belongs to it are read.
       uniform_B: one number in (-1, 1) per example, from the example's own key (`paths.uniform`).
       slot_B: int32 row of each example in the global batch; "stratified" draws from the slot's own share of [0, 1), so
         that every step covers the whole range however the batch is cut.
-      batch_size: rows of the global batch.
+      batch_size: rows of the global batch. Only "stratified" looks at this and slot_B.
     """
     if flow.time == "logit_normal":
         return jax.nn.sigmoid(flow.logit_mean + flow.logit_std * paths.to_normal(uniform_B))

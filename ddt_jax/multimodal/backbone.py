@@ -28,10 +28,26 @@ _LLAMA31 = settings.RopeScaling(kind="llama3")
 # Sizes of published models, with their own vocabularies.
 PRESETS = {
     "tiny": settings.Transformer(),
-    # Transfusion (arXiv 2408.11039) table 2 gives depth, width and heads; the MLP is LLaMA's 8/3 of the width, rounded.
-    "transfusion_160m": settings.Transformer(
-        vocab_size=32_000, width=768, depth=16, heads=12, kv_heads=12, mlp_width=2048, rope_theta=10_000.0
-    ),
+    **{
+        # Transfusion (arXiv 2408.11039) table 2 gives depth, width and heads; the MLP is LLaMA's 8/3 of the width,
+        # rounded up to a multiple of 256.
+        f"transfusion_{name}": settings.Transformer(
+            vocab_size=32_000,
+            width=width,
+            depth=depth,
+            heads=heads,
+            kv_heads=heads,
+            mlp_width=-(-8 * width // 3 // 256) * 256,
+            rope_theta=10_000.0,
+        )
+        for name, depth, width, heads in (
+            ("160m", 16, 768, 12),
+            ("370m", 24, 1024, 16),
+            ("760m", 24, 1536, 24),
+            ("1.4b", 24, 2048, 16),
+            ("7b", 32, 4096, 32),
+        )
+    },
     "llama3.2_1b": settings.Transformer(
         vocab_size=128_256,
         width=2048,

@@ -1,4 +1,5 @@
-"""Documents from records of codes and captions (data/codes.py), in formats that a mixture weighs.
+"""Documents from records of images and captions, in formats that a mixture weighs: of codes (data/codes.py), or of
+pictures (data/pictures.py), where images are not made of codes.
 
 A record with a caption becomes one of `documents.PAIR_FORMATS`. A record may also bring a document of its own, with
 which it stands under the format "own":
@@ -6,10 +7,11 @@ which it stands under the format "own":
     turns: [["USER", [0, "make it red"]], ["ASSISTANT", [1]]]     questions, editing, conversations; loss on answers
     parts: ["first a circle", 0, "then a square", 1]              texts and images in any order; loss on all
 
-where a number stands for an image of the record. How long texts are is stored beside the shards, per text tokenizer, so
-that a plan needs to read no record.
+where a number stands for an image of the record. How long texts are is stored per text tokenizer, beside the shards of
+codes or in the cache, so that a plan needs to read no record.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,6 +22,7 @@ import numpy as np
 from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord, nearest
 from ddt_jax.data.codes import CodesSource
+from ddt_jax.data.pictures import PictureRecords
 from ddt_jax.errors import UserError
 from ddt_jax.io import atomic
 from ddt_jax.multimodal import documents
@@ -65,9 +68,10 @@ class DocumentSource(Protocol):
 
 
 class RecordDocuments:
-    """The documents of a folder of codes.
+    """The documents of records.
 
     Args:
+      records: of codes or of pictures.
       formats: weights of FORMATS; a document's format depends on its number in the series alone.
       seed: of the order of formats.
       answers_only: what is given is not learned, in no format.
@@ -80,7 +84,7 @@ class RecordDocuments:
 
     def __init__(
         self,
-        records: CodesSource,
+        records: CodesSource | PictureRecords,
         text: TextTokenizer,
         formats: Mapping[str, float],
         seed: int,
@@ -92,13 +96,14 @@ class RecordDocuments:
                 raise UserError(f"mixture: {name} is not a format{nearest(name, FORMATS)}")
         self.records = records
         self.name = records.name
-        self.num_codes = records.plan.codebook_size
+        self.num_codes = records.num_codes
         self.text_fingerprint = text.fingerprint
         self._text, self._answers_only = text, answers_only
         self._formats = Proportions(
-            formats, seed, "formats", records.plan.source, what=f"mixture: formats of {records.name}"
+            formats, seed, "formats", records.origin, what=f"mixture: formats of {records.name}"
         )
-        self._lengths_N7 = text_lengths(records, text)
+        of_codes = isinstance(records, CodesSource)
+        self._lengths_N7 = text_lengths(records, text) if of_codes else picture_lengths(records, text)
         if OWN in formats and not self._lengths_N7[:, 1:].any():
             raise UserError(f"mixture: no record of {records.name} has a document of its own; leave out format {OWN}")
         if formats.keys() - {"image_only", OWN} and not self._lengths_N7[:, 0].any():
@@ -133,7 +138,7 @@ class RecordDocuments:
         if name == OWN:  # where all is learned, all but BOS is an answer
             return own_document(record, self._text.encode)
         caption = self._text.encode(record.get("caption", ""))
-        return self._pair(name, caption, Image(record["codes"][0]))
+        return self._pair(name, caption, Image(_images(record)[0]))
 
     def _pair(self, name, text, image):
         document = documents.PAIR_FORMATS[name](text, image)
@@ -143,12 +148,14 @@ class RecordDocuments:
 def own_document(record: Mapping[str, Any], encode: Callable[[str], np.ndarray]) -> Document | None:
     """The document that a record brings; None if it brings none. Raises BadRecord if it makes no sense."""
 
+    images = _images(record)
+
     def part(value):
         if isinstance(value, str):
             return Text(encode(value))
-        if isinstance(value, int) and 0 <= value < len(record["codes"]):
-            return Image(record["codes"][value], value)
-        raise BadRecord(f"part {value!r} is neither text nor one of {len(record['codes'])} images")
+        if isinstance(value, int) and 0 <= value < len(images):
+            return Image(images[value], value)
+        raise BadRecord(f"part {value!r} is neither text nor one of {len(images)} images")
 
     try:
         if "turns" in record:
@@ -156,6 +163,11 @@ def own_document(record: Mapping[str, Any], encode: Callable[[str], np.ndarray])
         return documents.interleaved([part(p) for p in record["parts"]]) if "parts" in record else None
     except (UserError, TypeError, ValueError) as error:
         raise BadRecord(str(error)) from None
+
+
+def _images(record):
+    """Contents of a record's images."""
+    return record["codes"] if "codes" in record else record["images"]
 
 
 def text_lengths(records: CodesSource, text: TextTokenizer, shards=None) -> np.ndarray:
@@ -172,16 +184,28 @@ def text_lengths(records: CodesSource, text: TextTokenizer, shards=None) -> np.n
         lengths = np.load(path) if path.exists() else None
         if lengths is None or lengths.shape != (shard.records, _COLUMNS):
             lengths = np.array(
-                [_lengths(records, i, text) for i in range(begin, begin + shard.records)], np.int32
+                [_lengths(records.__getitem__, i, text) for i in range(begin, begin + shard.records)], np.int32
             ).reshape(-1, _COLUMNS)
             _store(path, lengths)
         found.append(lengths)
     return np.concatenate([*found, np.zeros((0, _COLUMNS), np.int32)])
 
 
-def _lengths(records, index, text):
+def picture_lengths(records: PictureRecords, text: TextTokenizer) -> np.ndarray:
+    """As `text_lengths`. What was measured is kept under the source's name: a text that changes there is left out."""
+    mark = hashlib.sha256(f"{records.name} {len(records)} {text.fingerprint}".encode()).hexdigest()[:16]
+    path = files.cache_folder(records.cache_dir) / "lengths" / f"{mark}.npy"
+    lengths = np.load(path) if path.exists() else None
+    if lengths is None or lengths.shape != (len(records), _COLUMNS):
+        found = [_lengths(records.without_images, i, text) for i in range(len(records))]
+        lengths = np.array(found, np.int32).reshape(-1, _COLUMNS)
+        _store(path, lengths)
+    return lengths
+
+
+def _lengths(read, index, text):
     try:
-        record = records[index]
+        record = read(index)
         own = own_document(record, text.encode)
     except BadRecord:
         return (0,) * _COLUMNS  # it is found again, and counted, when it is read for training

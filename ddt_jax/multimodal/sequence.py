@@ -48,12 +48,14 @@ class ImageForm:
 
 class Slot(NamedTuple):
     """An image in a layout: where its positions start (behind BOV), how many they are, which image of its record it is,
-    whether it is to be learned, and where its noised copy starts (-1: it has none)."""
+    whether it is to be learned, whether it is an answer (else others are about it), and where its noised copy starts
+    (-1: it has none)."""
 
     start: int
     length: int
     number: int
     learn: bool
+    answer: bool
     copy: int = -1
 
 
@@ -102,7 +104,7 @@ def lay_out(document: Document, vocabulary: Vocabulary, form: ImageForm) -> Layo
             piece = np.concatenate([[vocabulary["BOV"]], inside, [vocabulary["EOV"]]])
             learned = np.full(len(piece), learn)
             learned[1:] &= in_codes  # latents are not predicted as tokens, and the EOV behind them comes by itself
-            slots.append(Slot(at + 1, form.rows, segment.number, learn))
+            slots.append(Slot(at + 1, form.rows, segment.number, learn, segment.answer))
             if not in_codes:
                 contents.append(_content(segment, form))
         tokens.append(np.asarray(piece, np.int32))
@@ -196,8 +198,9 @@ def pack_row(layouts: Sequence[Layout], context: int, max_images: int, pad: int,
       tokens int32 [S], target bool [S], position int32 [S], given int32 [S]: see `Layout`, ends are those of the row;
       document int32 [S]: number of the document in the row, -1 behind the last;
       start int32 [S]: where the position's document starts; an unused position is its own;
-      image_start, image_length, image_copy, image_number, image_document int32 [I] and image_learn bool [I]: see
-        `Slot`; positions are those of the row; unused entries have start = copy = number = document = -1;
+      image_start, image_length, image_copy, image_number, image_document int32 [I], image_learn and image_answer bool
+        [I]: see `Slot`; positions are those of the row, starts rise; unused entries have start = copy = number =
+        document = -1, and are behind the others;
       image_content [I, ...], only where images are not codes.
 
     Raises:
@@ -216,7 +219,7 @@ def pack_row(layouts: Sequence[Layout], context: int, max_images: int, pad: int,
         "start": np.arange(context, dtype=np.int32),
         **{f"image_{name}": np.full(max_images, -1, np.int32) for name in ("start", "copy", "number", "document")},
         "image_length": np.zeros(max_images, np.int32),
-        "image_learn": np.zeros(max_images, bool),
+        **{f"image_{name}": np.zeros(max_images, bool) for name in ("learn", "answer")},
     }
     starts = np.cumsum([0, *map(len, layouts)])
     for d, (layout, at) in enumerate(zip(layouts, starts, strict=False)):
@@ -227,7 +230,8 @@ def pack_row(layouts: Sequence[Layout], context: int, max_images: int, pad: int,
     for i, (d, slot) in enumerate(slots):
         row["image_start"][i], row["image_length"][i] = starts[d] + slot.start, slot.length
         row["image_copy"][i] = starts[d] + slot.copy if slot.copy >= 0 else -1
-        row["image_number"][i], row["image_document"][i], row["image_learn"][i] = slot.number, d, slot.learn
+        row["image_number"][i], row["image_document"][i] = slot.number, d
+        row["image_learn"][i], row["image_answer"][i] = slot.learn, slot.answer
     if form.kind != "codes":
         row["image_content"] = np.zeros((max_images, *form.shape), form.dtype)
         for i, content in enumerate(c for layout in layouts for c in layout.contents):
@@ -247,6 +251,7 @@ def unpack_row(row: dict) -> list[Layout]:
                 int(row["image_length"][i]),
                 int(row["image_number"][i]),
                 bool(row["image_learn"][i]),
+                bool(row["image_answer"][i]),
                 int(row["image_copy"][i] - at) if row["image_copy"][i] >= 0 else -1,
             )
             for i in images

@@ -60,6 +60,7 @@ class Conv(nn.Module):
     Attributes:
       axes: logical axes of the input and output channels.
       padding: (before, after), the same for rows and columns; None for as many as keep the size.
+      kernel_init: None for a truncated normal with variance 1 / fan-in.
     """
 
     features: int
@@ -68,10 +69,11 @@ class Conv(nn.Module):
     stride: int = 1
     padding: tuple[int, int] | None = None
     dtype: Any = None
+    kernel_init: Any = None
 
     @nn.compact
     def __call__(self, x_BHWC):
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+        init = self.kernel_init or nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         shape = (self.size, self.size, x_BHWC.shape[-1], self.features)
         kernel = self.param("kernel", declare(init, (None, None, *self.axes)), shape)
         bias = self.param("bias", declare(nn.initializers.zeros, self.axes[1:], decay=False), (self.features,))

@@ -60,14 +60,19 @@ def centre_crop(table, rows: int, columns: int):
 
 
 class TimeEmbedding(nn.Module):
-    """Noise level in [0, 1] → vector: sinusoids of 1000 t through an MLP with SiLU."""
+    """Noise level in [0, 1] → vector: sinusoids of 1000 t through an MLP with SiLU.
+
+    Attributes:
+      sinusoids: how many; 0 = as many as the vector is wide.
+    """
 
     width: int
     dtype: Any = None
+    sinusoids: int = 0
 
     @nn.compact
     def __call__(self, t_B):
-        h = sinusoidal(1000 * t_B, self.width)
+        h = sinusoidal(1000 * t_B, self.sinusoids or self.width)
         h = Dense((self.width,), ("embed", "embed_out"), dtype=self.dtype, name="up")(h)
         return Dense((self.width,), ("embed", "embed_out"), dtype=self.dtype, name="down")(nn.silu(h))
 

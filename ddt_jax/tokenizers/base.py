@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddt_jax.nn.images import to_float as to_float  # how every tokenizer reads its images, and gives them back
+from ddt_jax.nn.images import to_uint8 as to_uint8
 from ddt_jax.tokenizers.image_loss import ImageLoss
 
 # kind of the settings → module and class; imported when asked for, so that one tokenizer never pays for another.
@@ -115,16 +117,6 @@ class ImageTokenizer(ImageModel):
     def code_vectors(self, extra, codes_BK):
         """What the decoder is given for codes: float [B, K, d]."""
         return self.quantizer.lookup(extra["codebook"], codes_BK)
-
-
-def to_float(image):
-    """uint8 → [-1, 1]; floats pass as they are (already in [-1, 1])."""
-    return image / jnp.float32(127.5) - 1 if image.dtype == jnp.uint8 else image
-
-
-def to_uint8(image):
-    """[-1, 1] → uint8, rounded and clipped."""
-    return jnp.round(jnp.clip((image + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def example_keys(rng, slot_B):

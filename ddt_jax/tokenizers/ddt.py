@@ -24,31 +24,17 @@ from ddt_jax.diffusion import paths, prediction, solvers, time
 from ddt_jax.diffusion.token_schedule import TokenSchedule, weigh_gradients
 from ddt_jax.errors import UserError
 from ddt_jax.nn import blocks, embeddings, layers, spans
+from ddt_jax.nn.codec import make_codec
+from ddt_jax.nn.images import patchify, unpatchify
 from ddt_jax.nn.params import in_group
 from ddt_jax.nn.quantize import VectorQuantizer
 from ddt_jax.tokenizers import base, selftok_networks
-from ddt_jax.tokenizers.codec import make_codec
 from ddt_jax.tokenizers.image_loss import ImageLoss
 
 # What decides the codes of an image, by name in the state: all that a second stage leaves as it is.
 _CODES = ("params/encoder", "params/code_norm", "extra/codebook", "extra/codec")
 _CODEC = 2  # folded into a key for what the codec draws; 0 and 1 would give the two keys that split does
 _JUDGES = 3  # the same for a discriminator
-
-
-def patchify(x_BHWC, size: int):
-    """[B, H, W, C] → [B, N, P], patches in raster order, values as (row, column, channel)."""
-    b, h, w, c = x_BHWC.shape
-    x = x_BHWC.reshape(b, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, (h // size) * (w // size), size * size * c)
-
-
-def unpatchify(x_BNP, size: int, height: int):
-    """The inverse of `patchify` for latents of this height."""
-    b, n, p = x_BNP.shape
-    rows = height // size
-    x = x_BNP.reshape(b, rows, n // rows, size, size, p // (size * size)).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, height, (n // rows) * size, p // (size * size))
 
 
 class Encoder(nn.Module):

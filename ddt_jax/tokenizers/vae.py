@@ -1,6 +1,6 @@
 """The convolutional KL autoencoder as a model to train: images to latents of a normal distribution, and back.
 
-It has no codes: it is what a tokenizer's codec holds frozen (`tokenizers/codec.py`). Trained as in Rombach et al.
+It has no codes: it is what a tokenizer's codec holds frozen (`nn/codec.py`). Trained as in Rombach et al.
 (arXiv 2112.10752): L1, LPIPS, a discriminator, and so little KL that it only keeps the latents from drifting away.
 
 Legend: B batch; H, W, C an image, h, w, c its latent.

@@ -6,6 +6,7 @@
 They are written when a run begins, and from then on the run needs no other file to say what its ids mean.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,10 +16,13 @@ import numpy as np
 from etils import epath
 
 from ddt_jax import settings
+from ddt_jax.data.base import BadRecord
 from ddt_jax.data.codes import CodesSource
+from ddt_jax.data.pictures import PictureRecords
 from ddt_jax.errors import UserError
 from ddt_jax.io import atomic
 from ddt_jax.multimodal.batches import RowBatcher, RowLimits, RowLoader
+from ddt_jax.multimodal.model import make_multimodal
 from ddt_jax.multimodal.records import RecordDocuments
 from ddt_jax.multimodal.sequence import ImageForm
 from ddt_jax.multimodal.vocabulary import Vocabulary
@@ -49,11 +53,56 @@ def resolve(s: settings.Experiment, workdir: str = "") -> tuple[settings.Experim
     """
     q, image = s.sequences, s.model.image
     if not q.sources:
-        raise UserError("config: sequences.sources is empty; name a folder that `ddt-jax tokenize` has written")
-    folders = {
-        part.folder: CodesSource(part.folder, cache_dir=s.data.cache_dir) for part in (*q.sources, *q.eval_sources)
-    }
-    codes = list(folders.values())
+        raise UserError(
+            "config: sequences.sources is empty; name a folder that `ddt-jax tokenize` has written, "
+            "or pictures where images are not codes"
+        )
+    found = _open_all(s)
+    decided = _decided_by_codes(image, list(found.values())) if image.kind == "codes" else {}
+    text = _text_tokenizer(s, workdir, (found[_place(part)] for part in q.sources))
+    vocabulary = Vocabulary.extend(
+        text.vocab_size,
+        decided.get("codebook_size", 0),
+        existing=text.special,
+        multiple=q.vocab_multiple,
+        text_fingerprint=text.fingerprint,
+    )
+    size = s.model.transformer.vocab_size
+    if size not in (0, vocabulary.size):
+        raise UserError(
+            f"config: model.transformer.vocab_size={size}, but text and codes need {vocabulary.size}; leave it 0"
+        )
+    transformer = replace(s.model.transformer, vocab_size=vocabulary.size)
+    s = replace(s, model=replace(s.model, transformer=transformer, image=replace(image, **decided)))
+    return s, Corpus(text, vocabulary, _form(s))
+
+
+def _place(part: settings.CodesFolder | settings.Pictures) -> tuple:
+    """What tells the records of one part from those of another."""
+    return (part.folder,) if part.kind == "codes" else (part.source, part.records)
+
+
+def _open(s: settings.Experiment, part) -> CodesSource | PictureRecords:
+    if part.kind == "codes":
+        return CodesSource(part.folder, cache_dir=s.data.cache_dir)
+    return PictureRecords(part.source, s.data, part.records)
+
+
+def _open_all(s):
+    """Records of all parts by `_place`; raises UserError if images of the model are not made of them."""
+    parts = (*s.sequences.sources, *s.sequences.eval_sources)
+    wanted = "codes" if s.model.image.kind == "codes" else "pictures"
+    for part in parts:
+        if part.kind != wanted:
+            raise UserError(
+                f"config: {_place(part)[0]} is a source of {part.kind}, but model.image.kind={s.model.image.kind!r} "
+                f"reads {wanted}; name sources of kind {wanted!r} in sequences"
+            )
+    return {_place(part): _open(s, part) for part in parts}
+
+
+def _decided_by_codes(image: settings.CodeImages, codes: list[CodesSource]) -> dict:
+    """Settings of images that their codes decide; raises UserError if codes differ, or others are set."""
     plan = codes[0].plan
     for other in codes[1:]:
         if (other.plan.tokenizer, other.plan.order) != (plan.tokenizer, plan.order):
@@ -69,22 +118,15 @@ def resolve(s: settings.Experiment, workdir: str = "") -> tuple[settings.Experim
             raise UserError(
                 f"config: model.image.{name}={getattr(image, name)}, but {codes[0].name} has {value}; leave it out"
             )
-    text = _text_tokenizer(s, workdir, (folders[part.folder] for part in q.sources))
-    vocabulary = Vocabulary.extend(
-        text.vocab_size,
-        plan.codebook_size,
-        existing=text.special,
-        multiple=q.vocab_multiple,
-        text_fingerprint=text.fingerprint,
-    )
-    size = s.model.transformer.vocab_size
-    if size not in (0, vocabulary.size):
-        raise UserError(
-            f"config: model.transformer.vocab_size={size}, but text and codes need {vocabulary.size}; leave it 0"
-        )
-    transformer = replace(s.model.transformer, vocab_size=vocabulary.size)
-    model = replace(s.model, transformer=transformer, image=replace(image, **decided))
-    return replace(s, model=model), Corpus(text, vocabulary, ImageForm("codes", plan.num_tokens))
+    return decided
+
+
+def _form(s: settings.Experiment) -> ImageForm:
+    """How an image stands in sequences of a model whose sizes are known."""
+    image = s.model.image
+    if image.kind == "codes":
+        return ImageForm("codes", image.num_tokens)
+    return make_multimodal(s.model, s.data.image_size).form
 
 
 def code_vectors(s: settings.Experiment) -> np.ndarray:
@@ -99,7 +141,7 @@ def load(workdir: str, s: settings.Experiment) -> Corpus:
     if not (folder / _VOCABULARY).exists():
         raise UserError(f"workdir: {folder} holds no {_VOCABULARY}; name the workdir of a multimodal run")
     vocabulary = Vocabulary.from_json((folder / _VOCABULARY).read_text())
-    return Corpus(open_text_tokenizer(folder), vocabulary, ImageForm("codes", s.model.image.num_tokens))
+    return Corpus(open_text_tokenizer(folder), vocabulary, _form(s))
 
 
 def save(workdir, corpus: Corpus) -> None:
@@ -117,12 +159,14 @@ def copy_text(workdir, folder) -> None:
         path.copy(epath.Path(folder) / path.name, overwrite=True)
 
 
-def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[settings.CodesFolder]) -> RowLoader:
-    """Batches of this process, of a mixture of folders. Raises UserError if they do not fit the settings."""
+def open_rows(
+    s: settings.Experiment, corpus: Corpus, parts: Iterable[settings.CodesFolder | settings.Pictures]
+) -> RowLoader:
+    """Batches of this process, of a mixture of sources. Raises UserError if they do not fit the settings."""
     q = s.sequences
     documents, weights = {}, {}
     for number, part in enumerate(parts):
-        records = CodesSource(part.folder, cache_dir=s.data.cache_dir)
+        records = _open(s, part)
         formats = {name: share for name, share in vars(part.formats).items() if share}
         answers_only = s.model.whole_prompts  # who sees all of a prompt has nothing to predict in it
         documents[str(number)] = RecordDocuments(records, corpus.text, formats, s.seed, answers_only=answers_only)
@@ -141,7 +185,7 @@ def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[settings.C
     return RowLoader(batcher, s.data)
 
 
-def _text_tokenizer(s: settings.Experiment, workdir, sources: Iterable[CodesSource]) -> TextTokenizer:
+def _text_tokenizer(s: settings.Experiment, workdir, sources: Iterable[CodesSource | PictureRecords]) -> TextTokenizer:
     """That of the run, of the weights that it begins with, of the settings, or one made of the sources' texts."""
     q = s.sequences
     kept = epath.Path(workdir) / _FOLDER if workdir else None
@@ -170,10 +214,12 @@ def _of_weights(init_from: str) -> TextTokenizer | None:
     return None
 
 
-def _texts(source: CodesSource) -> Iterator[str]:
+def _texts(source: CodesSource | PictureRecords) -> Iterator[str]:
     """Captions, and what documents of the records' own say."""
     for i in range(len(source)):
-        record = source[i]
+        record = {}
+        with contextlib.suppress(BadRecord):  # found again, and counted, when it is read for training
+            record = source.without_images(i)
         if caption := record.get("caption"):
             yield caption
         parts = (*record.get("parts", ()), *(part for _, said in record.get("turns", ()) for part in said))

@@ -58,8 +58,9 @@ class RowFeed:
 
     @property
     def description(self):
-        parts = self.settings.sequences.sources
-        return f"rows of {self.settings.sequences.context:,} positions from {', '.join(p.folder for p in parts)}"
+        q = self.settings.sequences
+        names = (part.folder if part.kind == "codes" else part.source for part in q.sources)
+        return f"rows of {q.context:,} positions from {', '.join(names)}"
 
     def check(self, model, codec_params):
         self.loader.batch_at(0)  # raises what is wrong with documents, before a run begins
@@ -99,9 +100,7 @@ def batch_shapes(s: settings.Experiment, model) -> dict:
     """Arrays of a global batch that the step takes: name → (shape, dtype). Needs no data."""
     n = s.train.batch_size
     if isinstance(s.model, settings.Multimodal):
-        lengths = {"rows": s.sequences.targets or s.sequences.context}
-        places = {name: lengths.get(name, s.sequences.context) for name in model.inputs if name != "slot"}
-        shapes = {name: ((n, length), jnp.int32) for name, length in places.items()}
+        shapes = {name: ((n, *shape), dtype) for name, (shape, dtype) in model.shapes(s.sequences).items()}
     elif s.data.source.startswith("latents:"):
         shape, dtype = latents.layout(model.codec, s.data.image_size)
         shapes = dict.fromkeys(("latent_mean", "latent_logvar"), ((n, *shape), jnp.dtype(dtype)))

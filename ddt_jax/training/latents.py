@@ -17,8 +17,8 @@ from ddt_jax.data import latents
 from ddt_jax.data.loader import Loader
 from ddt_jax.errors import UserError
 from ddt_jax.io import atomic
+from ddt_jax.nn.codec import VAECodec
 from ddt_jax.tokenizers.base import to_float
-from ddt_jax.tokenizers.codec import VAECodec
 from ddt_jax.training.checksum import checksums
 from ddt_jax.training.progress import Progress
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 from ddt_jax.multimodal.code_embedding import PARAMS
-from ddt_jax.multimodal.model import FROZEN
+from ddt_jax.multimodal.row_model import FROZEN
 from ddt_jax.training import checkpoint, weights
 from ddt_jax.training.state import TrainState, abstract_state
 
@@ -148,7 +148,7 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) 
         raise UserError(
             f"init_from: {s.init_from} makes other codes than this run would; set as there: {', '.join(differing)}"
         )
-    if isinstance(s.model, settings.Multimodal) and isinstance(theirs.model, settings.Multimodal):
+    if _reads_codes(s) and _reads_codes(theirs):
         there, here = config.dump(theirs.model.image), config.dump(s.model.image)
         differing = [name for name in here if here[name] != there.get(name)]
         if asked := [name for name in differing if name in ("code_vectors", "code_places")]:
@@ -160,6 +160,10 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) 
             )
     source = abstract_state(theirs, make_model(theirs), mesh)[2]
     return FirstStage(s.init_from, theirs, source, plan(source, abstract, model.inherited))
+
+
+def _reads_codes(s: settings.Experiment) -> bool:
+    return isinstance(s.model, settings.Multimodal) and isinstance(s.model.image, settings.CodeImages)
 
 
 def plan(source: TrainState, state: TrainState, inherited: tuple[str, ...] = ()) -> Plan:

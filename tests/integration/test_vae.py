@@ -11,7 +11,7 @@ from ddt_jax import cli, config, experiment, settings
 from ddt_jax import mesh as meshes
 from ddt_jax.interop import diffusers_vae
 from ddt_jax.nn import lpips
-from ddt_jax.tokenizers.codec import make_codec
+from ddt_jax.nn.codec import make_codec
 from ddt_jax.training import feed
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,9 @@ import pytest
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.multimodal.batches import RowBatcher, RowLimits
-from ddt_jax.multimodal.model import FROZEN, Multimodal
+from ddt_jax.multimodal.model import Multimodal
 from ddt_jax.multimodal.records import RecordDocuments
+from ddt_jax.multimodal.row_model import FROZEN
 from ddt_jax.multimodal.sequence import ImageForm
 from ddt_jax.multimodal.vocabulary import Vocabulary
 from ddt_jax.nn import spans

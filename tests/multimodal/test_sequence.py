@@ -99,7 +99,7 @@ def test_latents_stand_in_place_and_are_not_predicted_as_tokens():
     document = documents.text_to_image([4], Image(content))
     assert words(document, DIFFUSION) == "BOS 4* BOV* PAD PAD PAD PAD EOV EOS*"
     layout = lay_out(document, V, DIFFUSION)
-    assert layout.slots == ((3, 4, 0, True, -1),)
+    assert layout.slots == ((3, 4, 0, True, True, -1),)
     np.testing.assert_array_equal(layout.contents[0], content)
 
 
@@ -108,8 +108,24 @@ def test_noised_copies_follow_the_document_with_the_positions_of_their_twins():
     layout = lay_out(document, V, BLOCKWISE)
     body = "BOS BOV* PAD PAD PAD PAD EOV 4* BOV* PAD PAD PAD PAD EOV EOS*"
     assert words(document, BLOCKWISE) == body + " PAD" * 8
-    assert layout.slots == ((2, 4, 5, True, 15), (9, 4, 6, True, 19))
+    assert layout.slots == ((2, 4, 5, True, True, 15), (9, 4, 6, True, True, 19))
     assert layout.position.tolist() == [*range(15), 2, 3, 4, 5, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        (documents.text_to_image([4], Image()), [(True, True)]),
+        (documents.image_to_text([4], Image()), [(True, False)]),
+        (documents.image_only(Image()), [(True, True)]),
+        (documents.editing([Image()], [1], Image()), [(False, False), (True, True)]),
+        (documents.question_answering([Image()], [1], [2]), [(False, False)]),
+    ],
+)
+def test_a_row_says_which_images_are_learned_and_which_are_answers(document, expected):
+    row = pack_row([lay_out(document, V, DIFFUSION)], 20, 3, V["PAD"], DIFFUSION)
+    found = list(zip(row["image_learn"].tolist(), row["image_answer"].tolist(), strict=True))
+    assert found == expected + [(False, False)] * (3 - len(expected))
 
 
 def test_an_image_that_is_only_given_gets_no_noised_copy():

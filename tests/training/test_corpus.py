@@ -6,6 +6,7 @@ import pytest
 
 from ddt_jax import settings
 from ddt_jax.data.codes import CodesWriter, Plan
+from ddt_jax.data.pictures import PictureRecords
 from ddt_jax.errors import UserError
 from ddt_jax.experiment import build
 from ddt_jax.multimodal.code_embedding import VECTORS
@@ -128,3 +129,53 @@ def test_mistakes_are_one_line(folder, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="name the workdir of a multimodal run"):
         corpus.load(str(tmp_path), right)
+
+
+def of_pictures(tmp_path, **changes):
+    part = settings.Pictures(records=60, formats=settings.Formats(text_to_image=0.5, image_to_text=0.5))
+    values = {
+        "model": settings.Multimodal(image=settings.DiffusionImages(patch_size=8)),
+        "sequences": settings.Sequences(sources=(part,), context=160, text_vocab_size=320),
+        "train": settings.Train(batch_size=4),
+        "data": settings.Data(cache_dir=str(tmp_path)),
+    }
+    return settings.Experiment(**values | changes)
+
+
+def test_pictures_fill_rows_where_images_are_no_codes(tmp_path):
+    s, found = corpus.resolve(of_pictures(tmp_path))
+    assert found.vocabulary.num_codes == 0 and s.model.transformer.vocab_size == found.vocabulary.size
+    assert found.form.rows == 16 and found.form.shape == (32, 32, 3)
+    batch = corpus.open_rows(s, found, s.sequences.sources).batch_at(3)
+    model = build(s, jax.devices()[:1]).model
+    assert set(model.inputs) <= set(batch)
+    used = batch["image_start"] >= 0
+    assert used.any() and {True, False} == set(batch["image_answer"][used].tolist())
+    source = PictureRecords("scenes:train", s.data, 60)
+    drawn = {record["images"][0].tobytes(): record["caption"] for record in map(source.__getitem__, range(60))}
+    for row, i in zip(*np.nonzero(used), strict=True):
+        here = batch["document"][row] == batch["image_document"][row, i]
+        ids = batch["tokens"][row][here]
+        words = found.text.decode(ids[ids < found.text.vocab_size])
+        assert drawn[batch["image_content"][row, i].tobytes()] in words  # each image stands with its own caption
+    corpus.save(tmp_path / "run", found)
+    assert corpus.load(tmp_path / "run", s).form == found.form
+
+
+def test_lengths_of_captions_are_measured_once(tmp_path, monkeypatch):
+    s, found = corpus.resolve(of_pictures(tmp_path))
+    first = corpus.open_rows(s, found, s.sequences.sources).batch_at(0)
+    monkeypatch.setattr(PictureRecords, "without_images", None)
+    again = corpus.open_rows(s, found, s.sequences.sources).batch_at(0)
+    np.testing.assert_array_equal(first["tokens"], again["tokens"])
+
+
+def test_sources_that_images_are_not_made_of_are_one_line(folder, tmp_path):
+    s = of_pictures(tmp_path)
+    with pytest.raises(
+        UserError, match="scenes:train is a source of pictures, but model.image.kind='codes' reads codes"
+    ):
+        corpus.resolve(replace(s, model=settings.Multimodal()))
+    codes = replace(s.sequences, sources=(settings.CodesFolder(folder=folder),))
+    with pytest.raises(UserError, match="is a source of codes, but model.image.kind='diffusion' reads pictures"):
+        corpus.resolve(replace(s, sequences=codes))

@@ -15,7 +15,7 @@ from ddt_jax.data.base import BadRecord, open_source
 from ddt_jax.data.loader import Loader
 from ddt_jax.errors import UserError
 from ddt_jax.nn import params as declared
-from ddt_jax.tokenizers.codec import make_codec
+from ddt_jax.nn.codec import make_codec
 from ddt_jax.training import latents
 
 N, SIZE, K = 20, 8, 2

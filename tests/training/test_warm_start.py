@@ -144,7 +144,7 @@ def test_a_part_that_is_not_trained_has_to_be_there():
 
 def test_a_transformer_begins_with_imported_weights(tmp_path):
     from ddt_jax.multimodal import backbone
-    from ddt_jax.multimodal.model import FROZEN
+    from ddt_jax.multimodal.row_model import FROZEN
     from ddt_jax.nn.params import split
     from ddt_jax.training import weights
 

@@ -1,4 +1,4 @@
-"""What lies between images and the space in which the flow runs.
+"""What lies between images and the space in which they are noised.
 
 Legend: B batch, H height, W width, C channels; h, w, c the same of the latent.
 """
@@ -87,24 +87,23 @@ class VAECodec(LatentCodec):
       UserError: if the settings name neither weights nor random ones, or both, or sizes beside a preset.
     """
 
-    def __init__(self, config: settings.VAECodec):
+    def __init__(self, config: settings.VAECodec, name: str = "model.codec"):
         if not config.weights and not config.random_weights:
             raise UserError(
-                "config: model.codec.weights is empty; set it to a diffusers .safetensors file of the autoencoder, "
-                "or model.codec.random_weights=True to go on with an untrained one"
+                f"config: {name}.weights is empty; set it to a diffusers .safetensors file of the autoencoder, "
+                f"or {name}.random_weights=True to go on with an untrained one"
             )
         if config.weights and config.random_weights:
             raise UserError(
-                f"config: model.codec.weights={config.weights!r} would not be read with "
-                "model.codec.random_weights=True; leave one of them out"
+                f"config: {name}.weights={config.weights!r} would not be read with "
+                f"{name}.random_weights=True; leave one of them out"
             )
         if config.preset != "custom" and config.sizes != settings.Autoencoder():
             raise UserError(
-                f"config: model.codec.sizes have no effect with model.codec.preset={config.preset!r}; "
-                "set model.codec.preset='custom'"
+                f"config: {name}.sizes have no effect with {name}.preset={config.preset!r}; set {name}.preset='custom'"
             )
         self.sizes = config.sizes if config.preset == "custom" else autoencoder.PRESETS[config.preset]
-        autoencoder.check(self.sizes, "model.codec.sizes")
+        autoencoder.check(self.sizes, f"{name}.sizes")
         self.weights = config.weights
         self.channels = self.sizes.latent_channels
         self.downsampling = autoencoder.downsampling(self.sizes)
@@ -136,10 +135,10 @@ class VAECodec(LatentCodec):
         return self._network.apply({"params": params}, raw_Bhwc, method="decode")
 
 
-def make_codec(config: settings.IdentityCodec | settings.VAECodec) -> LatentCodec:
-    """The codec that config.kind names.
+def make_codec(config: settings.IdentityCodec | settings.VAECodec, name: str = "model.codec") -> LatentCodec:
+    """The codec that config.kind names. name: of the settings, for messages.
 
     Raises:
       UserError: if its settings do not go together.
     """
-    return VAECodec(config) if isinstance(config, settings.VAECodec) else IdentityCodec()
+    return VAECodec(config, name) if isinstance(config, settings.VAECodec) else IdentityCodec()

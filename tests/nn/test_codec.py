@@ -10,8 +10,8 @@ import pytest
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 from ddt_jax.nn import params as declared
+from ddt_jax.nn.codec import VAECodec, make_codec
 from ddt_jax.tokenizers import base
-from ddt_jax.tokenizers.codec import VAECodec, make_codec
 
 SIZES = settings.Autoencoder(block_out_channels=(4, 4), layers_per_block=1, latent_channels=2, norm_groups=2)
 TINY = settings.VAECodec(preset="custom", sizes=SIZES, random_weights=True)

@@ -9,6 +9,23 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ddt_jax.errors import UserError
+from ddt_jax.settings.codecs import Autoencoder, IdentityCodec, VAECodec
+from ddt_jax.settings.diffusion import DDPM, RectifiedFlow
+from ddt_jax.settings.multimodal import (
+    CodeImages,
+    CodesFolder,
+    DiffusionImages,
+    Formats,
+    LinearCoder,
+    LoRA,
+    Multimodal,
+    Pictures,
+    RopeScaling,
+    Sampling,
+    Sequences,
+    Transformer,
+    UNetCoder,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,39 +54,6 @@ class Data:
     workers: int = 0  # processes; 0 = threads of this process only
     prefetch: int = 8  # batches ready ahead of the step
     cache_dir: str = ""  # where offset indices live; "" = $XDG_CACHE_HOME/ddt_jax
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdentityCodec:
-    """Pixels are the latents."""
-
-    kind: Literal["identity"] = "identity"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Autoencoder:
-    """Sizes of a convolutional KL autoencoder; the defaults are SD3's."""
-
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # widths, from the image's resolution down by halves
-    layers_per_block: int = 2
-    latent_channels: int = 16
-    norm_groups: int = 32
-    use_quant_conv: bool = False  # 1 x 1 convolutions on both sides of the latent (SD, not SD3)
-    scaling_factor: float = 1.5305  # latents are used as (z - shift_factor) * scaling_factor
-    shift_factor: float = 0.0609
-
-
-@dataclass(frozen=True, kw_only=True)
-class VAECodec:
-    """Latents of a frozen KL autoencoder."""
-
-    kind: Literal["vae"] = "vae"
-    preset: Literal["sd", "sd3", "custom"] = "sd3"
-    sizes: Autoencoder = field(default_factory=Autoencoder)  # custom only
-    weights: str = ""  # diffusers .safetensors or its folder; read when a run starts, kept in the run's checkpoints
-    random_weights: bool = False  # train on an untrained autoencoder; for tests and speed
-    sample: bool = True  # training sees a draw from the posterior; encoding always takes its mode
-    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,129 +348,6 @@ class DiscriminatorOptimizer:
     b1: float = 0.5
     b2: float = 0.9
     clip_norm: float = 1.0  # over the discriminator alone; 0 = no clipping
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than those trained on."""
-
-    kind: Literal["none", "linear", "llama3"] = "none"
-    factor: float = 8.0
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    original_context: int = 8192  # llama3
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """Low-rank updates of linear maps (arXiv 2106.09685)."""
-
-    rank: int = 0  # 0 = none
-    alpha: float = 16.0  # the update is scaled by alpha / rank
-    targets: tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...] = ("query", "value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transformer:
-    """The decoder-only backbone of LLaMA-3 (arXiv 2407.21783) and what other recipes add to it."""
-
-    vocab_size: int = 1024  # text, special tokens and image codes together
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 0  # 0 = width / heads
-    mlp_width: int = 384
-    norm_epsilon: float = 1e-5
-    rope_theta: float = 500_000.0
-    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    tied_head: bool = False  # the head is the table of embeddings
-    qk_norm: bool = False  # RMS norm of each head's queries and keys (Chameleon)
-    attention_soft_cap: float = 0.0  # 0 = none
-    logit_soft_cap: float = 0.0
-    z_loss: float = 0.0  # weight of the squared log-sum of the logits (Chameleon: 1e-5)
-    dropout: float = 0.0  # of what attention and MLP add to the residual stream
-    scan_layers: bool = True
-    remat: Literal["none", "full", "dots", "attention", "dots_attention"] = "none"  # what backwards computes again
-    attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
-    loss_chunk: int = 256  # rows whose logits exist at once, on each device
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    lora: LoRA = field(default_factory=LoRA)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodeImages:
-    """Images as codes of a tokenizer, predicted like text. What is 0 or "" here is what the codes of the run say."""
-
-    kind: Literal["codes"] = "codes"
-    num_tokens: int = 0  # codes of an image
-    codebook_size: int = 0
-    tokenizer: str = ""  # fingerprint of the tokenizer that made the codes
-    order: str = ""  # in which codes stand in a sequence
-    code_vectors: bool = False  # embedding and head also see the tokenizer's vectors (multimodal/code_embedding.py)
-    code_places: bool = False  # embeddings also say which code of its image each is
-    code_width: int = 0  # of those vectors
-
-
-@dataclass(frozen=True, kw_only=True)
-class Multimodal:
-    """A decoder-only transformer over sequences of text and images."""
-
-    kind: Literal["multimodal"] = "multimodal"
-    transformer: Transformer = field(default_factory=lambda: Transformer(vocab_size=0))  # 0 = what text and codes need
-    image: CodeImages = field(default_factory=CodeImages)
-    # What is given (captions that are drawn, images that are described, turns of a user) sees all of itself, not only
-    # what stands before; the loss counts answers only.
-    whole_prompts: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Formats:
-    """Shares of what a record becomes (docs/sequences.md); any scale."""
-
-    text_to_image: float = 0.0
-    image_to_text: float = 0.0
-    text_only: float = 0.0
-    image_only: float = 0.0  # also what guidance takes for a caption that was dropped
-    own: float = 0.0  # the document that a record brings: questions, editing, conversations, texts with images
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodesFolder:
-    """A folder that `ddt-jax tokenize` has written, as one part of a mixture."""
-
-    kind: Literal["codes"] = "codes"
-    folder: str = ""
-    weight: float = 1.0  # share of rows, any scale
-    formats: Formats = field(default_factory=lambda: Formats(text_to_image=0.45, image_to_text=0.45, image_only=0.1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sequences:
-    """What a multimodal transformer reads: a mixture of sources, packed into rows of one length."""
-
-    text: str = ""  # sentencepiece model or tokenizer.json; "" = one is made of what sources say, and kept with the run
-    text_vocab_size: int = 512  # of one that is made, at most
-    vocab_multiple: int = 1  # spare ids make the vocabulary a multiple of this
-    context: int = 256  # positions of a row
-    images: int = 0  # images a row can hold; 0 = as many as fit
-    targets: int = 0  # positions of a row that the loss looks at; 0 = no limit of their own
-    truncate: bool = False  # cut texts that are longer than a row, rather than refuse them
-    sources: tuple[CodesFolder, ...] = ()
-    eval_sources: tuple[CodesFolder, ...] = ()  # held-out ones, of the same tokenizers
-    tokenizer: str = ""  # workdir of the image tokenizer, which draws what is generated
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn. The filters apply in this order, each to what the one before has left."""
-
-    tokens: int = 256  # new ones, at most; 0 = what an image needs
-    guidance: float = 1.0  # g: logits u + g (c - u) of an unconditional and a conditional prompt; 1 = none
-    temperature: float = 1.0  # 0 = always the likeliest
-    top_k: int = 0  # only the k likeliest; 0 = all
-    top_p: float = 1.0  # only the likeliest that together reach this probability
-    min_p: float = 0.0  # only what has this share of the likeliest one's probability
 
 
 @dataclass(frozen=True, kw_only=True)

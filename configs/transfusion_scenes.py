@@ -1,0 +1,40 @@
+"""Transfusion on scenes at 32 px, in pixels: one transformer writes text and denoises images. Hardware: 2 CPU cores.
+
+Variants: "linear" (maps of 4 x 4 pixels to a row), "unet" (a small U-Net in their place), "causal" (linear, without
+attention forwards inside an image), "flow" (linear, rectified flow). Pictures can't be drawn from such a run yet.
+"""
+
+from ddt_jax import config, settings
+from ddt_jax.errors import UserError
+
+SOURCES = (("train", 80_000), ("heldout", 2048))  # records, as many as `make whole-way` takes
+VARIANTS = ("linear", "unet", "causal", "flow")
+
+
+def get_config(variant="linear"):
+    if variant not in VARIANTS:
+        raise UserError(f"config: transfusion_scenes has no variant {variant!r}; choose from {', '.join(VARIANTS)}")
+    c = config.defaults()
+    c.name = f"transfusion_scenes_{variant}"
+    image = settings.DiffusionImages(
+        patch_size=4,  # 48 values: a linear map to 96 cannot carry the noise of 8 x 8 pixels (docs/transfusion.md)
+        coder=settings.UNetCoder(width=128, blocks=1) if variant == "unet" else settings.LinearCoder(),
+        attention="causal" if variant == "causal" else "bidirectional",
+        diffusion=settings.RectifiedFlow(clip=1.0) if variant == "flow" else settings.DDPM(clip=1.0),
+    )
+    c.model = config.defaults(settings.Multimodal, image=image)
+    # The transformer of configs/llama_scenes.py, for comparison.
+    c.model.transformer.width, c.model.transformer.mlp_width = 96, 256
+    c.model.transformer.depth, c.model.transformer.heads, c.model.transformer.kv_heads = 3, 3, 3
+    c.model.transformer.scan_layers = False
+    train, held_out = (settings.Pictures(source=f"scenes:{x}", records=n) for x, n in SOURCES)
+    c.sequences.sources, c.sequences.eval_sources = (config.dump(train),), (config.dump(held_out),)
+    c.sequences.context = 192  # two images with their captions
+    c.sequences.text_vocab_size = 384  # 256 bytes, and the words of scenes
+    c.optimizer.lr = 4e-3
+    c.optimizer.newton_schulz_steps = 4
+    c.optimizer.decay_fraction = 0.5
+    c.train.batch_size = 16
+    c.train.steps = 3200
+    c.evaluate.verifier = True
+    return c

@@ -1,0 +1,64 @@
+"""Images of a source with their captions and documents, as records for sequences whose images are not codes."""
+
+from dataclasses import replace
+from typing import Any
+
+from ddt_jax.data.base import open_source
+from ddt_jax.data.images import prepare
+from ddt_jax.errors import UserError
+from ddt_jax.settings import Data
+
+DOCUMENT_FIELDS = ("turns", "parts")  # of a record's meta: a document of its own
+
+
+def encoded_images(record) -> tuple:
+    """The images of a source's record, as they come: its `image`, and what its meta calls `images`."""
+    return record["image"], *record.get("meta", {}).get("images", ())
+
+
+def fields_of(record) -> dict[str, Any]:
+    """What a source's record says beside its images: caption, label, turns, parts, those that it has."""
+    more = record.get("meta", {})
+    kept = {name: record[name] for name in ("caption", "label") if name in record}
+    return kept | {name: more[name] for name in DOCUMENT_FIELDS if name in more}
+
+
+class PictureRecords:
+    """See the module's docstring. Picklable, like every source.
+
+    Args:
+      spec: of `data.base.open_source`.
+      data: how images are prepared: the same each time, without flips and random crops, which captions don't bear.
+      records: only so many, from the first; 0 = all.
+
+    Attributes:
+      num_codes: 0. origin: what the order of formats is keyed by. cache_dir: of the settings.
+
+    Raises:
+      UserError: the source cannot be opened, holds no images, or fewer than are asked for.
+    """
+
+    num_codes = 0
+
+    def __init__(self, spec: str, data: Data, records: int = 0):
+        self.source = open_source(spec, image_size=data.image_size, cache_dir=data.cache_dir)
+        if getattr(self.source, "arrays", None):
+            raise UserError(f"data: {spec} holds no images, which sequences are made of; name those it was made of")
+        if not 0 <= records <= len(self.source):
+            raise UserError(f"data: {spec} has {len(self.source):,} records, not records={records:,}; 0 takes all")
+        self.name = self.origin = self.source.name
+        self.cache_dir = data.cache_dir
+        self._data, self._count = replace(data, flip=False), records or len(self.source)
+
+    def __len__(self):
+        return self._count
+
+    def __getitem__(self, index):
+        """images: uint8 [S, S, 3] each; and `fields_of`. Raises BadRecord."""
+        record = self.source[index]
+        return fields_of(record) | {"images": [prepare(image, self._data) for image in encoded_images(record)]}
+
+    def without_images(self, index):
+        """The same, each image None: nothing is decoded. Raises BadRecord."""
+        record = self.source[index]
+        return fields_of(record) | {"images": [None] * len(encoded_images(record))}
