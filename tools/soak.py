@@ -76,6 +76,17 @@ def parse(argv=None):
     return options
 
 
+def without_folders(argv: list[str]) -> list[str]:
+    """Arguments without --out and --keep: where files of one machine went tells nobody how to make figures again."""
+    names = ("--out", "--keep")
+    before = ["", *argv]
+    return [
+        text
+        for text, previous in zip(argv, before, strict=False)
+        if text.partition("=")[0] not in names and previous not in names
+    ]
+
+
 def main(argv=None) -> int:
     options = parse(argv)
     changed = programs.git("status", "--porcelain").splitlines()
@@ -86,7 +97,7 @@ def main(argv=None) -> int:
         "commit": programs.git("rev-parse", "HEAD") or None,
         "dirty": bool(changed),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python tools/soak.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "command": "python tools/soak.py " + " ".join(without_folders(sys.argv[1:] if argv is None else argv)),
         "machine": programs.machine(),
     }
     began = time.monotonic()

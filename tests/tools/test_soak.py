@@ -54,7 +54,12 @@ def test_kill_counts_compares_and_says_where_it_was_made(soak, tmp_path):
     assert any(k["went_on_from"] > 0 for k in kills)
     assert all(k["step"] >= k["went_on_from"] for k in kills)
     assert record["passed"] and record["machine"]["cores"] and record["machine"]["versions"]["jax"]
-    assert {"commit", "dirty", "date", "command", "seeds", "config", "wall_seconds"} <= set(record)
+    assert {"commit", "dirty", "date", "seeds", "config", "wall_seconds"} <= set(record)
+    assert record["command"] == "python tools/soak.py kill --kills 3"
+
+
+def test_the_command_of_a_record_names_no_folder_of_its_machine(soak):
+    assert soak.without_folders(["x", "--keep", "/a", "--seeds", "0", "--out=/b"]) == ["x", "--seeds", "0"]
 
 
 def test_another_digest_misses_the_gate(soak, tmp_path, monkeypatch):
