@@ -17,8 +17,8 @@ def get_config(root="runs/whole"):
     c.model.transformer.scan_layers = False
     c.model.image.code_vectors = c.model.image.code_places = c.model.whole_prompts = True
     c.sequences.tokenizer = f"{root}/tokenizer"
-    # Captions take more examples than pictures to be learned. Images alone are what guidance takes.
-    formats = settings.Formats(text_to_image=0.35, image_to_text=0.58, image_only=0.07)
+    # Images alone are what guidance takes.
+    formats = settings.Formats(text_to_image=0.45, image_to_text=0.45, image_only=0.1)
     train, held_out = (settings.CodesFolder(folder=f"{root}/codes/{x}", formats=formats) for x in ("train", "heldout"))
     c.sequences.sources, c.sequences.eval_sources = (config.dump(train),), (config.dump(held_out),)
     c.sequences.context, c.sequences.targets = 96, 64  # two documents; what is given is no target
@@ -27,6 +27,6 @@ def get_config(root="runs/whole"):
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
     c.train.batch_size = 32
-    c.train.steps = 4000
+    c.train.steps = 3600
     c.evaluate.verifier = True
     return c
