@@ -1,6 +1,7 @@
 """Text and images in turns through a cache, against the whole forward pass without one."""
 
 import functools
+import re
 from dataclasses import replace
 
 import jax
@@ -23,8 +24,13 @@ KINDS = {
     "causal": {"attention": "causal"},
     "whole_prompts": {},
     "flow": {"diffusion": settings.RectifiedFlow(solver="heun", solver_steps=2)},
+    "unet": {"coder": settings.UNetCoder(width=16, blocks=1)},
 }
 EMPTY = documents.image_only(Image())
+
+
+def named(*quick, slow):
+    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
 
 
 class Run:
@@ -92,7 +98,7 @@ def clean(picture):
     return picture.content / np.float32(127.5) - 1
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", named("bidirectional", "whole_prompts", slow=("causal", "flow", "unet")))
 def test_text_before_between_and_behind_images_is_as_likely_as_without_a_cache(name):
     """An edit is asked for: an image in the prompt, one that is drawn, text, one more that is drawn, text."""
     model, rng = run(name), np.random.default_rng(0)
@@ -128,7 +134,7 @@ def test_text_before_between_and_behind_images_is_as_likely_as_without_a_cache(n
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("name", ["bidirectional", "causal"])
+@pytest.mark.parametrize("name", named("bidirectional", slow=("causal", "unet")))
 def test_an_image_is_what_a_loop_of_whole_forward_passes_draws(name, guidance):
     """DDIM (arXiv 2010.02502 eq. 12, η = 0) on the cosine schedule, from the formulas."""
     model, rng = run(name), np.random.default_rng(1)
@@ -196,3 +202,23 @@ def test_guidance_needs_an_unconditional_prompt():
     model = run("bidirectional")
     with pytest.raises(ValueError, match="unconditional"):
         model.segments.draw(model.weights, None, SEEDS, None, None, 2.0, None)
+
+
+@pytest.mark.parametrize("segment", ["draw", "write"])
+def test_no_loop_copies_the_cache(segment):
+    """Nor writes to it where an image is denoised: that loop only reads it."""
+    model, one = run("bidirectional"), np.ones(3, np.int32)
+    prompts, _ = model.prompts([documents.text_to_image([1, 2], Image())] * 3, True)
+    now = model.prefill(model.weights, prompts, model.slots)
+    if segment == "draw":
+        lowered = model.draw.lower(model.weights, now, SEEDS, one, one > 0, 3.0, model.empty())
+    else:
+        lowered = model.write.lower(model.weights, now, SEEDS, one, GREEDY, True)
+    text, found = lowered.compile().as_text(), 0
+    cache = rf"f32\[3,1,{model.slots},16\]"
+    for body in set(re.findall(r"body=%?([\w.-]+)", text)):
+        inside = re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.MULTILINE | re.DOTALL).group()
+        found += bool(re.search(rf"{cache}\S* get-tuple-element\(", inside))
+        made_here = re.findall(rf"= {cache}\S* ([\w-]+)\(", inside)
+        assert set(made_here) <= {"get-tuple-element"} | ({"fusion"} if segment == "write" else set())
+    assert found
