@@ -197,29 +197,35 @@ def generate(
     prompts_file: str = "",
     caption: Sequence[str] = (),
     edit: Sequence[tuple[str, str]] = (),
+    go_on: Sequence[str] = (),
+    force_image: bool = False,
     samples: int = 1,
     out: str = "",
     overrides: tuple[tuple[str, str], ...] = (),
 ) -> dict:
-    """Draws prompts, describes pictures, changes pictures.
+    """Draws prompts, describes pictures, changes pictures, goes on with texts in text and pictures.
 
     Args:
       prompt: texts to draw. prompts_file: a file of them, see `evaluation.prompts`.
       caption: files of pictures to describe.
       edit: (file of a picture, what to do with it).
-      samples: pictures of each prompt and edit; they differ in their seeds, evaluate.seed and those after it.
+      go_on: texts to go on with; force_image: with a picture first.
+      samples: answers to each prompt, edit and text to go on with; they differ in their seeds, evaluate.seed and those
+        after it.
       out: PNG; "" = WORKDIR/generated.png.
 
     Returns:
-      "drawn": prompts in the order of the picture, "no_image": how many answers are none, "captions": file → text,
-      "written".
+      "drawn": what was asked for, in the order of the pictures, "no_image": how many answers are none, "captions": file
+      → text, "told": of each text to go on with what came, texts and numbers of pictures, "written".
 
     Raises:
       UserError: there is nothing to do, or a file or text cannot be used.
     """
     texts = [*prompt, *(p.text for p in (prompts.open_prompts(prompts_file) if prompts_file else ()))]
-    if not (texts or caption or edit):
-        raise UserError("generate: there is nothing to do; give --prompt TEXT, --prompts FILE, --caption IMG or --edit")
+    if not (texts or caption or edit or go_on):
+        raise UserError(
+            "generate: there is nothing to do; give --prompt TEXT, --prompts FILE, --caption IMG, --edit or --continue"
+        )
     if samples < 1:
         raise UserError(f"generate: --samples {samples} must be at least 1")
     speaker = open_speaker(workdir, overrides)
@@ -233,18 +239,32 @@ def generate(
         labels.append(f"{file}: {instruction}")
     given = [document for document in given for _ in range(samples)]
     labels = [label for label in labels for _ in range(samples)]
-    result: dict[str, Any] = {"drawn": labels, "no_image": 0, "captions": {}, "written": ""}
+    result: dict[str, Any] = {"drawn": labels, "no_image": 0, "captions": {}, "told": [], "written": ""}
+    told: list[list[str | np.ndarray]] = []
     with jax.set_mesh(speaker.built.mesh):
+        if go_on := [text for text in go_on for _ in range(samples)]:
+            begun = [documents.text_to_image(encode(text), Image()) for text in go_on]
+            told = speaker.tell(begun, [seed + n for n in range(len(begun))], force_image=force_image)
         if caption:
             held = eyes.encode(np.stack([eyes.read(file) for file in caption]))
             shown = [documents.image_to_text([], Image(h)) for h in held]
             said = speaker.say(shown, [seed + n for n in range(len(shown))])
             result["captions"] = dict(zip(caption, said, strict=True))
-        if given:
-            drawn = speaker.draw(given, [seed + n for n in range(len(given))])
-            path = out or str(epath.Path(workdir) / "generated.png")
-            grid = pictures.grid(drawn.pictures, drawn.labels(labels))
-            result |= {"no_image": int((~drawn.valid).sum()), "written": str(pictures.save_png(grid, path))}
+        drawn = speaker.draw(given, [seed + n for n in range(len(given))])
+    shown, labels = list(drawn.pictures), drawn.labels(labels)
+    for text, parts in zip(go_on, told, strict=True):
+        result["told"].append([])
+        for part in parts:
+            if not isinstance(part, str):
+                result["drawn"].append(text)
+                labels.append(text)
+                shown.append(part)
+                part = len(shown)
+            result["told"][-1].append(part)
+    if shown:
+        path = out or str(epath.Path(workdir) / "generated.png")
+        written = pictures.save_png(pictures.grid(np.stack(shown), labels), path)
+        result |= {"no_image": int((~drawn.valid).sum()), "written": str(written)}
     return result
 
 

@@ -59,10 +59,14 @@ def test_it_is_measured_while_it_trains_and_draws_and_describes(trained, tmp_pat
     Image.fromarray(scenes.render(scenes.sample_scene("heldout", 0))).save(tmp_path / "a.png")
     more = ["--prompt", "a small red circle", "--caption", tmp_path / "a.png"]
     more += ["--edit", tmp_path / "a.png", "make it blue"]
+    more += ["--continue", "a small red circle", "--force-image"]
     out = ["--out", tmp_path / "g.png", "--json", tmp_path / "g.json", "--samples", 2]
     assert run("generate", "--workdir", trained, *more, *out) == 0
     said = json.loads((tmp_path / "g.json").read_text())
-    assert len(said["drawn"]) == 4 and list(said["captions"]) == [str(tmp_path / "a.png")] and not said["no_image"]
+    told = [part for parts in said["told"] for part in parts if not isinstance(part, str)]
+    assert len(said["told"]) == 2 and all(parts[0] in told for parts in said["told"])
+    assert told == list(range(5, 5 + len(told))) and len(said["drawn"]) == 4 + len(told)
+    assert list(said["captions"]) == [str(tmp_path / "a.png")] and not said["no_image"]
     first = (tmp_path / "g.png").read_bytes()
     assert run("generate", "--workdir", trained, *more, *out) == 0 and (tmp_path / "g.png").read_bytes() == first
     assert run("generate", "--workdir", trained, "--prompt", "red " * 500) == cli.EXIT_USER
