@@ -1,7 +1,7 @@
 """Transfusion on scenes at 32 px, in pixels: one transformer writes text and denoises images. Hardware: 2 CPU cores.
 
 Variants: "linear" (maps of 4 x 4 pixels to a row), "unet" (a small U-Net in their place), "causal" (linear, without
-attention forwards inside an image), "flow" (linear, rectified flow). Pictures can't be drawn from such a run yet.
+attention forwards inside an image), "flow" (linear, rectified flow).
 """
 
 from ddt_jax import config, settings

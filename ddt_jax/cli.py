@@ -100,15 +100,25 @@ def _parser() -> argparse.ArgumentParser:
         "draw prompts, describe pictures and change pictures with a trained transformer",
         workdir=True,
         report=True,
-        more="Needs the image tokenizer: sequences.tokenizer of the run, or --config.sequences.tokenizer=DIR. How "
+        more="Codes need their tokenizer: sequences.tokenizer of the run, or --config.sequences.tokenizer=DIR. How "
         "tokens are drawn: --config.evaluate.text_to_image.NAME=VALUE (guidance, temperature, top_k, top_p, min_p), "
-        "image_to_text for texts. The same seed gives the same picture: --config.evaluate.seed=N.",
+        "image_to_text for texts; how images are denoised: its guidance, and --config.model.image.diffusion.NAME=VALUE "
+        "(solver, solver_steps). The same seed gives the same picture: --config.evaluate.seed=N.",
     )
     p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="draw this; can be repeated")
     p.add_argument("--prompts", default="", metavar="FILE", help="draw these: one on a line, or a benchmark's own file")
     p.add_argument("--caption", action="append", default=[], metavar="IMAGE", help="describe this picture")
     p.add_argument("--edit", action="append", default=[], nargs=2, metavar=("IMAGE", "TEXT"), help="change a picture")
-    p.add_argument("--samples", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    p.add_argument(
+        "--continue",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        dest="go_on",
+        help="go on with this in text and pictures, of a run whose images are denoised",
+    )
+    p.add_argument("--force-image", action="store_true", help="go on with a picture first")
+    p.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each text (default: 1)")
     p.add_argument("--out", default="", metavar="PNG", help="where the pictures go (default: WORKDIR/generated.png)")
     p = verb(
         "data",
@@ -304,11 +314,14 @@ def _generate(args, overrides) -> int:
         prompts_file=args.prompts,
         caption=args.caption,
         edit=args.edit,
+        go_on=args.go_on,
+        force_image=args.force_image,
         samples=args.samples,
         out=args.out,
         overrides=overrides,
     )
     lines = [f"{file}: {text}" for file, text in result["captions"].items()]
+    lines += [" ".join(p if isinstance(p, str) else f"[picture {p}]" for p in parts) for parts in result["told"]]
     lines += [f"{result['no_image']} of {len(result['drawn'])} answers are no image"] if result["no_image"] else []
     lines += [f"written: {result['written']}"] if result["written"] else []
     _report(args, result, "\n".join(lines))

@@ -299,10 +299,6 @@ def _check(e: settings.Experiment):
         bool(e.evaluate.lpips_backbone_file) == bool(e.evaluate.lpips_heads_file),
         "evaluate.lpips_backbone_file and evaluate.lpips_heads_file go together; set both or neither",
     )
-    need(
-        not (t.eval_every and isinstance(getattr(m, "image", None), settings.DiffusionImages)),
-        f"train.eval_every={t.eval_every} measures images that are codes, model.image.kind='diffusion'; set it to 0",
-    )
     if isinstance(m, settings.DDTTokenizer | settings.SelftokTokenizer):
         need(
             d.image_size % m.patch_size == 0,

@@ -1,10 +1,13 @@
-"""A trained transformer with the image tokenizer that draws for it: `ddt-jax generate`, and `evaluate` of its run."""
+"""A trained transformer that draws and describes: `ddt-jax generate`, and `evaluate` of its run.
+
+Where images are codes, their image tokenizer goes along.
+"""
 
 import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +21,9 @@ from ddt_jax.evaluation import asked, compositional, pictures, plots, prompts, r
 from ddt_jax.io import atomic
 from ddt_jax.multimodal import documents
 from ddt_jax.multimodal.answers import Answerer
+from ddt_jax.multimodal.diffusion_answers import DiffusionAnswerer
 from ddt_jax.multimodal.documents import Image
+from ddt_jax.multimodal.records import images_of
 from ddt_jax.training import corpus
 from ddt_jax.training.progress import Progress
 
@@ -26,7 +31,40 @@ _BATCH = 64  # prompts that are answered at once
 _NO_IMAGE = 128  # grey, where an answer is no image
 
 
-class Eyes:
+class Sight:
+    """How pictures become what documents hold of them, and back: as pixels, as they are.
+
+    Args:
+      data: how pictures are prepared.
+    """
+
+    def __init__(self, data: settings.Data):
+        self._data = data
+
+    def encode(self, images_BHWC) -> np.ndarray:
+        """uint8 [N, H, W, 3] → what documents hold of each."""
+        return np.asarray(images_BHWC)
+
+    def decode(self, held, seeds: Sequence[int]) -> np.ndarray:
+        """What documents hold of images, or a model answers, → uint8 [N, H, W, 3]; noise is keyed by seeds."""
+        del seeds
+        return np.asarray(held)
+
+    def are_images(self, answers) -> np.ndarray:
+        """bool [N]: which answers are images."""
+        return np.ones(len(answers), bool)
+
+    def blank(self, n: int) -> np.ndarray:
+        """uint8 [n, H, W, 3] that show nothing."""
+        size = self._data.image_size
+        return np.full((n, size, size, 3), _NO_IMAGE, np.uint8)
+
+    def read(self, file: str) -> np.ndarray:
+        """A picture from a file, cropped and resized as in training. Raises UserError if it is none."""
+        return images.read_file(file, self._data)
+
+
+class Eyes(Sight):
     """The image tokenizer of a run: pictures to codes in the order of its sequences, and back.
 
     Raises:
@@ -41,7 +79,8 @@ class Eyes:
                 "--config.sequences.tokenizer=DIR"
             )
         built, state = experiment.open_tokenizer(workdir, image)
-        self._data, self._mesh = built.settings.data, built.mesh
+        super().__init__(built.settings.data)
+        self._mesh = built.mesh
         self._arrays = experiment.weights(state), state.extra
         self._model, self._run = built.model, reconstruction.programs(built.model)
         self._step = 1 if image.order == built.model.token_order else -1
@@ -64,14 +103,8 @@ class Eyes:
                 found.append(np.asarray(drawn)[: len(some)])
         return np.concatenate([*found, self.blank(0)])
 
-    def blank(self, n: int) -> np.ndarray:
-        """uint8 [n, H, W, 3] that show nothing."""
-        size = self._data.image_size
-        return np.full((n, size, size, 3), _NO_IMAGE, np.uint8)
-
-    def read(self, file: str) -> np.ndarray:
-        """A picture from a file, cropped and resized as in training. Raises UserError if it is none."""
-        return images.read_file(file, self._data)
+    def are_images(self, answers):
+        return (answers >= 0).all(axis=1)
 
 
 class Drawn(NamedTuple):
@@ -97,16 +130,16 @@ class Speaker:
     built: experiment.Built
     state: Any
     corpus: corpus.Corpus
-    eyes: Eyes
-    answerer: Answerer
+    eyes: Sight
+    answerer: Answerer | DiffusionAnswerer
 
     def draw(self, given: Sequence[documents.Document], seeds: Sequence[int], done=None) -> Drawn:
         """Pictures that answer documents; see `Answerer.images`."""
         e = self.built.settings.evaluate
-        codes = self.answerer.images(given, e.text_to_image, seeds, done, free=e.free_images)
-        valid = (codes >= 0).all(axis=1)
-        drawn = self.eyes.blank(len(codes))
-        drawn[valid] = self.eyes.decode(codes[valid], np.asarray(seeds)[valid])
+        answers = self.answerer.images(given, e.text_to_image, seeds, done, free=e.free_images)
+        valid = self.eyes.are_images(answers)
+        drawn = self.eyes.blank(len(answers))
+        drawn[valid] = self.eyes.decode(answers[valid], np.asarray(seeds)[valid])
         return Drawn(drawn, valid)
 
     def say(self, given: Sequence[documents.Document], seeds: Sequence[int], done=None) -> list[str]:
@@ -114,12 +147,26 @@ class Speaker:
         e = self.built.settings.evaluate
         return self.answerer.texts(given, e.image_to_text, seeds, self.corpus.text.decode, done)
 
+    def tell(
+        self, given: Sequence[documents.Document], seeds: Sequence[int], done=None, *, force_image: bool = False
+    ) -> list[list[str | np.ndarray]]:
+        """Texts and pictures in turns that answer documents; see `DiffusionAnswerer.both`.
+
+        Raises:
+          UserError: images of the run are codes.
+        """
+        if not isinstance(self.answerer, DiffusionAnswerer):
+            raise UserError("generate: text and images in turns need a run with model.image.kind='diffusion'")
+        e = self.built.settings.evaluate
+        s = replace(e.image_to_text, guidance=e.text_to_image.guidance)
+        return self.answerer.both(given, s, seeds, self.corpus.text.decode, done, force_image=force_image)
+
     def encode_text(self, text: str) -> np.ndarray:
         return self.corpus.text.encode(text)
 
 
 def open_speaker(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> Speaker:
-    """The newest checkpoint of a multimodal run, with its tokenizer.
+    """The newest checkpoint of a multimodal run, with the image tokenizer of its codes.
 
     Raises:
       UserError: as `experiment.restore` and `Eyes`, or it is a run of another kind.
@@ -128,9 +175,10 @@ def open_speaker(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> S
     if not isinstance(s.model, settings.Multimodal):
         raise UserError(f"workdir: {workdir} is a run of kind {s.model.kind}; name one of kind multimodal")
     found = corpus.load(workdir, s)
-    eyes = Eyes(s)
+    in_codes = s.model.image.kind == "codes"
+    eyes = Eyes(s) if in_codes else Sight(s.data)
     built, state = experiment.restore(workdir, overrides)
-    answerer = Answerer(
+    answerer = (Answerer if in_codes else DiffusionAnswerer)(
         built.model,
         experiment.weights(state),
         state.extra,
@@ -149,29 +197,35 @@ def generate(
     prompts_file: str = "",
     caption: Sequence[str] = (),
     edit: Sequence[tuple[str, str]] = (),
+    go_on: Sequence[str] = (),
+    force_image: bool = False,
     samples: int = 1,
     out: str = "",
     overrides: tuple[tuple[str, str], ...] = (),
 ) -> dict:
-    """Draws prompts, describes pictures, changes pictures.
+    """Draws prompts, describes pictures, changes pictures, goes on with texts in text and pictures.
 
     Args:
       prompt: texts to draw. prompts_file: a file of them, see `evaluation.prompts`.
       caption: files of pictures to describe.
       edit: (file of a picture, what to do with it).
-      samples: pictures of each prompt and edit; they differ in their seeds, evaluate.seed and those after it.
+      go_on: texts to go on with; force_image: with a picture first.
+      samples: answers to each prompt, edit and text to go on with; they differ in their seeds, evaluate.seed and those
+        after it.
       out: PNG; "" = WORKDIR/generated.png.
 
     Returns:
-      "drawn": prompts in the order of the picture, "no_image": how many answers are none, "captions": file → text,
-      "written".
+      "drawn": what was asked for, in the order of the pictures, "no_image": how many answers are none, "captions": file
+      → text, "told": of each text to go on with what came, texts and numbers of pictures, "written".
 
     Raises:
       UserError: there is nothing to do, or a file or text cannot be used.
     """
     texts = [*prompt, *(p.text for p in (prompts.open_prompts(prompts_file) if prompts_file else ()))]
-    if not (texts or caption or edit):
-        raise UserError("generate: there is nothing to do; give --prompt TEXT, --prompts FILE, --caption IMG or --edit")
+    if not (texts or caption or edit or go_on):
+        raise UserError(
+            "generate: there is nothing to do; give --prompt TEXT, --prompts FILE, --caption IMG, --edit or --continue"
+        )
     if samples < 1:
         raise UserError(f"generate: --samples {samples} must be at least 1")
     speaker = open_speaker(workdir, overrides)
@@ -180,23 +234,37 @@ def generate(
     given = [documents.text_to_image(encode(text), Image()) for text in texts]
     labels = list(texts)
     for file, instruction in edit:
-        (codes,) = eyes.encode(eyes.read(file)[None])
-        given.append(documents.editing([Image(codes)], encode(instruction), Image()))
+        (held,) = eyes.encode(eyes.read(file)[None])
+        given.append(documents.editing([Image(held)], encode(instruction), Image()))
         labels.append(f"{file}: {instruction}")
     given = [document for document in given for _ in range(samples)]
     labels = [label for label in labels for _ in range(samples)]
-    result: dict[str, Any] = {"drawn": labels, "no_image": 0, "captions": {}, "written": ""}
+    result: dict[str, Any] = {"drawn": labels, "no_image": 0, "captions": {}, "told": [], "written": ""}
+    told: list[list[str | np.ndarray]] = []
     with jax.set_mesh(speaker.built.mesh):
+        if go_on := [text for text in go_on for _ in range(samples)]:
+            begun = [documents.text_to_image(encode(text), Image()) for text in go_on]
+            told = speaker.tell(begun, [seed + n for n in range(len(begun))], force_image=force_image)
         if caption:
-            codes = eyes.encode(np.stack([eyes.read(file) for file in caption]))
-            asked = [documents.image_to_text([], Image(c)) for c in codes]
-            said = speaker.say(asked, [seed + n for n in range(len(asked))])
+            held = eyes.encode(np.stack([eyes.read(file) for file in caption]))
+            shown = [documents.image_to_text([], Image(h)) for h in held]
+            said = speaker.say(shown, [seed + n for n in range(len(shown))])
             result["captions"] = dict(zip(caption, said, strict=True))
-        if given:
-            drawn = speaker.draw(given, [seed + n for n in range(len(given))])
-            path = out or str(epath.Path(workdir) / "generated.png")
-            grid = pictures.grid(drawn.pictures, drawn.labels(labels))
-            result |= {"no_image": int((~drawn.valid).sum()), "written": str(pictures.save_png(grid, path))}
+        drawn = speaker.draw(given, [seed + n for n in range(len(given))])
+    shown, labels = list(drawn.pictures), drawn.labels(labels)
+    for text, parts in zip(go_on, told, strict=True):
+        result["told"].append([])
+        for part in parts:
+            if not isinstance(part, str):
+                result["drawn"].append(text)
+                labels.append(text)
+                shown.append(part)
+                part = len(shown)
+            result["told"][-1].append(part)
+    if shown:
+        path = out or str(epath.Path(workdir) / "generated.png")
+        written = pictures.save_png(pictures.grid(np.stack(shown), labels), path)
+        result |= {"no_image": int((~drawn.valid).sum()), "written": str(written)}
     return result
 
 
@@ -218,11 +286,11 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     speaker = open_speaker(workdir, overrides)
     s, root = speaker.built.settings, epath.Path(workdir)
     if not s.sequences.eval_sources:
-        raise UserError("config: sequences.eval_sources is empty; name a folder of held-out codes")
+        raise UserError("config: sequences.eval_sources is empty; name held-out ones, of the kind of sequences.sources")
     e, seed = s.evaluate, s.evaluate.seed
     chosen, edits = asked.captioned(s, e.prompts), asked.edits(s, e.prompts, speaker.encode_text)
     if not chosen and not edits:
-        raise UserError("evaluate: no record of sequences.eval_sources has a caption; name a folder of which some have")
+        raise UserError("evaluate: no record of sequences.eval_sources has a caption; name one of which some have")
     captions = [r["caption"] for r in chosen]
     told, orders = [e.caption for e in edits], [e.instruction for e in edits]
     if e.verifier:  # both raise for what they cannot judge, before anything is drawn
@@ -235,7 +303,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     with jax.set_mesh(speaker.built.mesh), Progress(total, stream=sys.stderr, unit="answer") as progress:
         given = [documents.text_to_image(speaker.encode_text(text), Image()) for text in captions]
         drawn = speaker.draw(given, seeds, progress.update)
-        given = [documents.image_to_text([], Image(r["codes"][0])) for r in chosen]
+        given = [documents.image_to_text([], Image(images_of(r)[0])) for r in chosen]
         said = speaker.say(given, seeds, lambda n: progress.update(len(chosen) + n))
         given = [edit.document for edit in edits]
         changed = speaker.draw(given, edit_seeds, lambda n: progress.update(2 * len(chosen) + n))
@@ -251,12 +319,12 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     if found:
         tables.append(compositional.table(results))
     theirs = epath.Path(s.sequences.tokenizer) / "results.json"
-    if theirs.exists():
+    if s.sequences.tokenizer and theirs.exists():
         results["image_tokenizer"] = json.loads(theirs.read_text())
     results |= {**experiment.timing(root), "evaluate_seconds": round(time.perf_counter() - begun, 2)}
     table, grids = "\n".join(tables), {}
     if count := min(4 * e.pictures, len(chosen)):
-        shown = speaker.eyes.decode([r["codes"][0] for r in chosen[:count]], seeds[:count])
+        shown = speaker.eyes.decode([images_of(r)[0] for r in chosen[:count]], seeds[:count])
         grids["text_to_image"] = pictures.grid(drawn.pictures[:count], drawn.labels(captions)[:count])
         grids["image_to_text"] = pictures.grid(shown, said[:count])
     if count := min(4 * e.pictures, len(edits)):

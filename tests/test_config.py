@@ -85,12 +85,6 @@ def test_wrong_values_are_named(config_file, key, value, message):
     fails(message, [(key, value)], config_file)
 
 
-def test_denoised_images_are_not_measured_as_codes_while_they_are_trained():
-    model = settings.Multimodal(image=settings.DiffusionImages())
-    tree = config.dump(settings.Experiment(model=model, train=settings.Train(eval_every=10)))
-    fails("train.eval_every=10 measures images that are codes", tree)
-
-
 def test_an_autoencoder_has_no_codes_to_verify():
     tree = config.dump(settings.Experiment(model=settings.VAE(), evaluate=settings.Evaluate(verifier=True)))
     fails("model.kind='vae' is none; set evaluate.verifier=False", tree)

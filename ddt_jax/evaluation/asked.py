@@ -9,9 +9,9 @@ import numpy as np
 
 from ddt_jax import settings
 from ddt_jax.data.base import BadRecord
-from ddt_jax.data.codes import CodesSource
 from ddt_jax.multimodal.documents import Document
-from ddt_jax.multimodal.records import own_document
+from ddt_jax.multimodal.records import images_of, own_document
+from ddt_jax.training import corpus
 
 
 class Edit(NamedTuple):
@@ -19,7 +19,7 @@ class Edit(NamedTuple):
 
     Attributes:
       document: whose last answer is the edited picture.
-      source, target: codes int32 [K] of the pictures before and after.
+      source, target: the pictures before and after, as documents hold them: codes int32 [K], or pixels.
       instruction: what to do.
       caption: of the picture before; "" if none is known.
     """
@@ -38,7 +38,7 @@ def captioned(s: settings.Experiment, most: int) -> list[dict]:
 
 
 def edits(s: settings.Experiment, most: int, encode: Callable[[str], np.ndarray]) -> list[Edit]:
-    """Edits in those folders of sequences.eval_sources whose records are read with documents of their own.
+    """Edits in those parts of sequences.eval_sources whose records are read with documents of their own.
 
     An edit is a document of two turns: one image and a text, answered by one image.
     """
@@ -48,8 +48,8 @@ def edits(s: settings.Experiment, most: int, encode: Callable[[str], np.ndarray]
 
 
 def _records(s, part) -> Iterator[dict]:
-    """The records of a folder that can be read."""
-    source = CodesSource(part.folder, cache_dir=s.data.cache_dir)
+    """The records of a part that can be read."""
+    source = corpus.open_records(s, part)
     for i in range(len(source)):
         with contextlib.suppress(BadRecord):
             yield source[i]
@@ -68,4 +68,5 @@ def _edit(record, encode) -> Edit | None:
     except BadRecord:
         return None
     caption = record.get("caption", "") if before == 0 else ""
-    return Edit(document, record["codes"][before], record["codes"][after], said, caption)
+    images = images_of(record)
+    return Edit(document, images[before], images[after], said, caption)

@@ -1,6 +1,7 @@
-"""How well a transformer predicts held-out documents: text with and without images before it, and codes by position.
+"""How well a transformer predicts held-out documents: text with and without images before it; codes by position, or
+what is noised by its level.
 
-Legend: B rows, S positions, R places for targets, K codes of an image.
+Legend: B rows, S positions, R places for targets, K codes of an image, or its rows where it is not made of codes.
 """
 
 import functools
@@ -14,10 +15,12 @@ import numpy as np
 from ddt_jax import mesh as meshes
 from ddt_jax.data.permutation import keyed_generator
 from ddt_jax.evaluation import gather
-from ddt_jax.multimodal.model import Multimodal
+from ddt_jax.multimodal.row_model import RowModel
+
+_SEED = 0  # of the noise of held-out images
 
 
-def held_out(model: Multimodal, params, extra, batches: Iterable[dict], *, mesh) -> dict[str, Any]:
+def held_out(model: RowModel, params, extra, batches: Iterable[dict], *, mesh) -> dict[str, Any]:
     """Figures over the documents of batches.
 
     Args:
@@ -31,36 +34,53 @@ def held_out(model: Multimodal, params, extra, batches: Iterable[dict], *, mesh)
       image_accuracy_by_position [K]; image_bits_shuffled: the same documents, the codes of each image in a random
       order, and the difference to image_bits as image_bits_lost_by_shuffling: how much the order of codes tells. A
       figure of which there is no target is left out. tokens: how many targets were counted.
+      Where images are denoised, text is predicted from images as they are, and in place of figures of codes there are
+      diffusion, mse_t25, mse_t50, mse_t75 and mse_t100, the terms of `DiffusionMultimodal.loss_fn`, of one draw of
+      noise, which is the same for the same batches.
     """
-    program = _program(model)
-    by_rows, num_tokens = meshes.batch_sharding(mesh), model.config.image.num_tokens
+    program, in_codes = _program(model), model.config.image.kind == "codes"
+    by_rows = meshes.batch_sharding(mesh)
+    num_tokens = model.config.image.num_tokens if in_codes else model.form.rows
     sums: dict[str, np.ndarray] = {}
+    denoising: list[dict[str, tuple]] = []
 
-    def score(batch):
-        put = meshes.put_batch({name: batch[name] for name in model.inputs}, mesh)
-        return [gather.local_rows(x, by_rows) for x in program(params, extra, put)]
+    def put(batch):
+        return meshes.put_batch({name: batch[name] for name in model.inputs}, mesh)
+
+    def score(arrays):
+        return [gather.local_rows(x, by_rows) for x in program(params, extra, arrays)]
 
     def add(name, values):
         sums[name] = sums.get(name, 0) + np.asarray(values, np.float64)
 
     for number, batch in enumerate(batches):
-        nll_BR, right_BR = score(batch)
+        arrays = put(batch)
+        nll_BR, right_BR = score(arrays)
         place_BR, after_BR = _kinds(batch, num_tokens)
         text = (batch["rows"] >= 0) & (place_BR < 0)
         for name, chosen in (("all", text), ("after", text & after_BR), ("without", text & ~after_BR)):
             add(name, (nll_BR[chosen].sum(), chosen.sum()))
+        if not in_codes:
+            key = jax.random.fold_in(jax.random.key(_SEED), number)
+            denoising.append(_denoising_program(model)(params, extra, arrays, key))
+            continue
         add("codes", _by_place(place_BR, nll_BR, right_BR, num_tokens))
-        nll_BR, right_BR = score(batch | {"tokens": _shuffled(batch, num_tokens, number)})
+        nll_BR, right_BR = score(put(batch | {"tokens": _shuffled(batch, num_tokens, number)}))
         add("shuffled", _by_place(place_BR, nll_BR, right_BR, num_tokens))
     sums = gather.added(sums)
 
-    results: dict[str, Any] = {"tokens": int(sums["all"][1] + sums["codes"][2].sum())}
+    codes_K = sums["codes"][2] if in_codes else np.zeros(num_tokens)
+    results: dict[str, Any] = {"tokens": int(sums["all"][1] + codes_K.sum())}
     for name, key in (("", "all"), ("_after_image", "after"), ("_without_image", "without")):
         nll, count = sums[key]
         if count:
             results[f"text_perplexity{name}"] = math.exp(nll / count)
-    nll_K, right_K, count_K = sums["codes"]
-    if count_K.sum():
+    for name in denoising[0] if denoising else ():
+        total, count = np.sum([np.asarray(part[name], np.float64) for part in denoising], axis=0)
+        if count:
+            results[name] = float(total / count)
+    if codes_K.sum():
+        nll_K, right_K, count_K = sums["codes"]
         results["image_bits"] = float(nll_K.sum() / count_K.sum() / math.log(2))
         results["image_bits_by_position"] = (nll_K / count_K / math.log(2)).tolist()
         results["image_accuracy_by_position"] = (right_K / count_K).tolist()
@@ -79,6 +99,18 @@ def _program(model):
         return found.nll, found.right
 
     return jax.jit(rows)
+
+
+@functools.lru_cache(maxsize=4)
+def _denoising_program(model):
+    """(sum, count) of each diffusion term, over all rows of all processes."""
+
+    def terms(params, extra, batch, key):
+        sums, counts = model.terms(params, extra, batch, key)
+        names = [name for name in sums if name == "diffusion" or name.startswith("mse_")]
+        return {name: (sums[name], counts[name]) for name in names}
+
+    return jax.jit(terms)
 
 
 def _kinds(batch, num_tokens):

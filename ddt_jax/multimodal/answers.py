@@ -105,12 +105,9 @@ class Answerer:
         )
 
     def _batches(self, layouts, seeds) -> Iterator[tuple]:
-        """(prompts, seeds int32 [B]), the last batch filled up with its first prompt."""
-        longest = max(map(len, layouts), default=0)
-        width = -(-longest // _STEP) * _STEP
-        for at in range(0, len(layouts), self.batch):
-            some = list(range(at, min(at + self.batch, len(layouts))))
-            some += some[:1] * (self.batch - len(some))
+        """(prompts, seeds int32 [B])."""
+        width = width_of(layouts)
+        for some in filled_batches(len(layouts), self.batch):
             yield self._prompts([layouts[i] for i in some], width), np.array([seeds[i] for i in some], np.int32)
 
     def _prompts(self, layouts, width) -> generate.Prompts:
@@ -127,6 +124,18 @@ class Answerer:
         pad = self.vocabulary["PAD"]
         program = _program(self.config, sampling, constraint, stop, pad)
         return program(self.params, self.places, prompts, seeds, unconditional)
+
+
+def width_of(layouts: Sequence[sequence.Layout]) -> int:
+    """What prompts are filled up to."""
+    return -(-max(map(len, layouts), default=0) // _STEP) * _STEP
+
+
+def filled_batches(count: int, batch: int) -> Iterator[list[int]]:
+    """Numbers of the prompts of each batch, the last one filled up with its first prompt."""
+    for at in range(0, count, batch):
+        some = list(range(at, min(at + batch, count)))
+        yield some + some[:1] * (batch - len(some))
 
 
 @functools.lru_cache(maxsize=16)

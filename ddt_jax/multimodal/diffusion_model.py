@@ -101,11 +101,14 @@ class DiffusionMultimodal(RowModel):
         mse_t25, mse_t50, mse_t75, mse_t100: the same without weights, of noise levels up to 0.25, up to 0.5, ...
         images_used: share of the places for images that hold one.
         """
+        return *self.terms(params, extra, batch, rng, self.dropout_keys(rng, batch["slot"])), {}
+
+    def terms(self, params, extra, batch, rng, dropout_keys_B=None):
+        """(sums, counts) of `loss_fn`; dropout_keys_B: None drops nothing."""
         learn_BI = batch["image_learn"]
         latents_BIHWC, noise_BIHWC, t_BI = self.draw(extra, batch, rng)
         x_BIHWC = self.process.noised(latents_BIHWC, noise_BIHWC, t_BI)
-        keys_B = self.dropout_keys(rng, batch["slot"])
-        total, rows, predicted_BIHWC = self.forward(params, extra, batch, x_BIHWC, t_BI, keys_B)
+        total, rows, predicted_BIHWC = self.forward(params, extra, batch, x_BIHWC, t_BI, dropout_keys_B)
         some_BR = (batch["rows"] >= 0).astype(jnp.float32)
         sums, counts = self.text_terms(total, rows, some_BR, some_BR)
         target_BIHWC = self.process.target(latents_BIHWC, noise_BIHWC, t_BI)
@@ -121,7 +124,7 @@ class DiffusionMultimodal(RowModel):
             add(f"mse_t{100 * k // _QUARTERS}", error_BI, learn_BI & (quarter_BI == k))
         used_BI = batch["image_start"] >= 0
         sums["images_used"], counts["images_used"] = jnp.sum(used_BI, dtype=jnp.float32), jnp.float32(used_BI.size)
-        return sums, counts, {}
+        return sums, counts
 
     def draw(self, extra, batch, rng):
         """What a step trains at: (latents, noise) [B, I, H, W, C] and noise levels [B, I], 0 where nothing is learned.
@@ -163,7 +166,7 @@ class DiffusionMultimodal(RowModel):
         """
         images = ImageRows(batch["image_start"], self.form.rows)
         at_BR, targets_BR, weights_BR = self.targets(batch)
-        visible = self._visible(batch, images)
+        visible = self.visible(batch, images)
         coder = {"params": params[PARAMS]}
         rows_BIRD, way = self.coder.apply(coder, x_BIHWC, t_BI, method="encode")
 
@@ -184,7 +187,8 @@ class DiffusionMultimodal(RowModel):
         total, rows, _ = self.forward(params, extra, batch, latents_BIHWC, clean_BI, dropout_keys_B)
         return total, rows, jnp.zeros(batch["rows"].shape, bool)
 
-    def _visible(self, batch, images):
+    def visible(self, batch, images: ImageRows) -> spans.Spans:
+        """What the rows of a batch see."""
         given_BS = batch["given"] if self.config.whole_prompts else None
         if self.config.image.attention == "bidirectional":
             return images.visible(batch["start"], given_BS)

@@ -138,7 +138,7 @@ class RecordDocuments:
         if name == OWN:  # where all is learned, all but BOS is an answer
             return own_document(record, self._text.encode)
         caption = self._text.encode(record.get("caption", ""))
-        return self._pair(name, caption, Image(_images(record)[0]))
+        return self._pair(name, caption, Image(images_of(record)[0]))
 
     def _pair(self, name, text, image):
         document = documents.PAIR_FORMATS[name](text, image)
@@ -148,7 +148,7 @@ class RecordDocuments:
 def own_document(record: Mapping[str, Any], encode: Callable[[str], np.ndarray]) -> Document | None:
     """The document that a record brings; None if it brings none. Raises BadRecord if it makes no sense."""
 
-    images = _images(record)
+    images = images_of(record)
 
     def part(value):
         if isinstance(value, str):
@@ -165,8 +165,8 @@ def own_document(record: Mapping[str, Any], encode: Callable[[str], np.ndarray])
         raise BadRecord(str(error)) from None
 
 
-def _images(record):
-    """Contents of a record's images."""
+def images_of(record: Mapping[str, Any]) -> Any:
+    """Contents of a record's images: codes, or pixels."""
     return record["codes"] if "codes" in record else record["images"]
 
 

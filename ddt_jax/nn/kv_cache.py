@@ -19,7 +19,7 @@ class Cache:
         scanned one. Inside a loop on the device the unrolled form is written and read in place; of the scanned one,
         reading copies a layer.
       length: slots in use, int32 scalar or [B]. New rows go behind them. What lies there is never read unless spans
-        say so: rows that must not stay (an image that is being denoised) are forgotten by setting the length back.
+        say so: rows that must not stay are forgotten by setting the length back.
     """
 
     keys: Any
@@ -47,6 +47,39 @@ class Cache:
     def advanced(self, rows: int):
         """With so many more slots in use."""
         return self.replace(length=self.length + rows)
+
+
+@flax.struct.dataclass
+class Beside:
+    """A cache that new rows see and leave as it is: their keys and values stand behind all of its slots.
+
+    So a loop that computes the same rows again and again (an image that is being denoised) carries no cache. Spans have
+    two intervals, [0, length) and what is seen of the new rows, from `slots` on.
+
+    Attributes:
+      cache: of as many rows as are computed, or of one that all of them share; of an unrolled stack.
+    """
+
+    cache: Cache
+
+    @property
+    def slots(self) -> int:
+        """T."""
+        return self.cache.keys[0].shape[-2]
+
+    def write(self, layer, k_BGSE, v_BGSE):
+        """As `Cache.write`; nothing is written."""
+        return self, *(
+            self._behind(x[layer], new) for x, new in ((self.cache.keys, k_BGSE), (self.cache.values, v_BGSE))
+        )
+
+    def _behind(self, slots_BGTE, new_BGSE):
+        slots_BGTE = jnp.broadcast_to(slots_BGTE, (new_BGSE.shape[0], *slots_BGTE.shape[1:]))
+        return jnp.concatenate([slots_BGTE, new_BGSE.astype(slots_BGTE.dtype)], axis=2)
+
+    def advanced(self, rows: int):
+        del rows
+        return self
 
 
 def _put_rows(slots_BGTE, new_BGSE, length):

@@ -164,7 +164,10 @@ class Sequences:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. The filters apply in this order, each to what the one before has left."""
+    """How tokens are drawn. The filters apply in this order, each to what the one before has left.
+
+    Of images that are denoised, `guidance` alone counts, with what is predicted of noise in place of logits.
+    """
 
     tokens: int = 256  # new ones, at most; 0 = what an image needs
     guidance: float = 1.0  # g: logits u + g (c - u) of an unconditional and a conditional prompt; 1 = none

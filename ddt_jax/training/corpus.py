@@ -82,7 +82,10 @@ def _place(part: settings.CodesFolder | settings.Pictures) -> tuple:
     return (part.folder,) if part.kind == "codes" else (part.source, part.records)
 
 
-def _open(s: settings.Experiment, part) -> CodesSource | PictureRecords:
+def open_records(
+    s: settings.Experiment, part: settings.CodesFolder | settings.Pictures
+) -> CodesSource | PictureRecords:
+    """A part's records, `CodesSource` or `PictureRecords`. Raises UserError if they cannot be opened."""
     if part.kind == "codes":
         return CodesSource(part.folder, cache_dir=s.data.cache_dir)
     return PictureRecords(part.source, s.data, part.records)
@@ -98,7 +101,7 @@ def _open_all(s):
                 f"config: {_place(part)[0]} is a source of {part.kind}, but model.image.kind={s.model.image.kind!r} "
                 f"reads {wanted}; name sources of kind {wanted!r} in sequences"
             )
-    return {_place(part): _open(s, part) for part in parts}
+    return {_place(part): open_records(s, part) for part in parts}
 
 
 def _decided_by_codes(image: settings.CodeImages, codes: list[CodesSource]) -> dict:
@@ -166,7 +169,7 @@ def open_rows(
     q = s.sequences
     documents, weights = {}, {}
     for number, part in enumerate(parts):
-        records = _open(s, part)
+        records = open_records(s, part)
         formats = {name: share for name, share in vars(part.formats).items() if share}
         answers_only = s.model.whole_prompts  # who sees all of a prompt has nothing to predict in it
         documents[str(number)] = RecordDocuments(records, corpus.text, formats, s.seed, answers_only=answers_only)

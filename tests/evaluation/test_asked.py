@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -63,3 +65,18 @@ def test_an_edit_is_asked_as_it_was_learned(folder):
         answer = learned.tokens[len(prompt) :]
         assert vocabulary.id_to_code(answer[:4]).tolist() == edit.target.tolist()
         assert answer[4:].tolist() == [vocabulary["EOV"], vocabulary["EOS"]]
+
+
+def test_pictures_are_asked_about_as_codes_are(tmp_path):
+    scenes, edited = (settings.Pictures(source=f"{x}:heldout", records=3) for x in ("scenes", "scenes_edits"))
+    data = settings.Data(image_size=32, cache_dir=str(tmp_path))
+    s = settings.Experiment(data=data, sequences=settings.Sequences(eval_sources=(scenes,)))
+    found = asked.captioned(s, 9)
+    assert len(found) == 3 and all(record["caption"] and record["images"][0].shape == (32, 32, 3) for record in found)
+    assert asked.edits(s, 9, encode) == []
+    edited = dataclasses.replace(edited, formats=settings.Formats(own=1.0))
+    s = dataclasses.replace(s, sequences=settings.Sequences(eval_sources=(edited,)))
+    for edit in asked.edits(s, 9, encode):
+        assert edit.source.shape == edit.target.shape == (32, 32, 3) and (edit.source != edit.target).any()
+        assert edit.instruction and edit.caption
+    assert len(asked.edits(s, 9, encode)) == 3

@@ -74,3 +74,35 @@ def test_figures_of_what_is_not_there_are_left_out(batch):
     found = language.held_out(Knowing(), {}, {}, [only], mesh=mesh)
     assert "image_bits" not in found and "text_perplexity_after_image" not in found
     assert found["text_perplexity"] == pytest.approx(np.exp(1.0))
+
+
+class Denoising(Knowing):
+    """Errs by 1 at each image of a batch's first row and by 4 at those of others, half of it in the third quarter."""
+
+    config = SimpleNamespace(image=settings.DiffusionImages())
+    form = ImageForm("diffusion", K, shape=(2,))
+
+    def score(self, params, extra, batch):
+        found = super().score(params, extra, batch)
+        return found[0], Rows(jnp.ones_like(found[1].nll), found[1].right), found[2]
+
+    def terms(self, params, extra, batch, key):
+        error = jnp.where(batch["slot"] == 0, 1.0, 4.0).sum() + 0.5 * jax.random.uniform(key)
+        sums = {"next_token": 9.0, "diffusion": error, "mse_t50": 0.0, "mse_t75": error / 2, "images_used": 1.0}
+        count = jnp.float32(batch["slot"].size)
+        return sums, dict(zip(sums, (1.0, count, 0.0, count, 1.0), strict=True))
+
+
+def test_what_is_noised_takes_the_place_of_codes(batch):
+    """Sums over batches are divided by counts over batches; what was at no image is left out."""
+    mesh = meshes.make_mesh(settings.Mesh(data=1, fsdp=1), jax.devices()[:1])
+    codes = batch["tokens"] >= VOCABULARY.codes_start
+    latents = batch | {"tokens": np.where(codes, VOCABULARY["PAD"], batch["tokens"])}
+    last = {name: value[1:] for name, value in latents.items()}
+    found = language.held_out(Denoising(), {}, {}, [latents, last], mesh=mesh)
+    noise = sum(0.5 * float(jax.random.uniform(jax.random.fold_in(jax.random.key(0), i))) for i in range(2))
+    assert found["diffusion"] == pytest.approx((1 + 4 + 4 + noise) / 3)
+    assert found["mse_t75"] == pytest.approx(found["diffusion"] / 2) and "mse_t50" not in found
+    assert found["text_perplexity"] == pytest.approx(np.e, rel=1e-5)
+    assert not {name for name in found if name.startswith("image")} and "next_token" not in found
+    assert found == language.held_out(Denoising(), {}, {}, [latents, last], mesh=mesh)

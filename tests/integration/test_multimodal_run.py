@@ -120,6 +120,7 @@ def test_mistakes_are_one_line_before_anything_is_written(root, trained, tmp_pat
         (["evaluate", "--workdir", trained, "--config.evaluate.text_to_image.top_p=0"], "top_p in (0, 1]"),
         (["generate", "--workdir", root / "tokenizer", "--prompt", "x"], "is a run of kind"),
         (["generate", "--workdir", trained, "--prompt", "red " * 500], "leaves no room"),
+        (["generate", "--workdir", trained, "--continue", "x"], "need a run with model.image.kind='diffusion'"),
         (["export", "llama", "--workdir", trained, "--to", tmp_path / "x"], "train without it to export"),
         (["generate", "--workdir", trained, "--caption", tmp_path / "none.png"], "does not exist"),
         (
