@@ -34,7 +34,7 @@ quickstart: ## train on the built-in data, evaluate, write pictures (about 10 mi
 	@$(BIN)/ddt-jax train --config configs/quickstart.py --workdir $(WORKDIR)
 	@$(BIN)/ddt-jax evaluate --workdir $(WORKDIR) --json $(WORKDIR)/results.json
 
-whole-way: ## tokenizer, codes, transformer, pictures from captions (11 to 15 minutes on 2 cores)
+whole-way: ## tokenizer, codes, transformer, pictures from captions (11 to 16 minutes on 2 cores)
 	@$(INSTALL) $(VENV) "" $(PYTHON)
 	@$(BIN)/ddt-jax train --config configs/quickstart.py --workdir $(WHOLE)/tokenizer
 	@$(BIN)/ddt-jax evaluate --workdir $(WHOLE)/tokenizer --config.evaluate.probe_images=0

@@ -1,8 +1,8 @@
 """A small LLaMA on text and the codes of scenes: the second half of `make whole-way`. Hardware: 2 CPU cores.
 
 It reads tokenizer/, codes/train and codes/heldout in runs/whole, where `make whole-way` puts them, or in another
-folder: "configs/llama_scenes.py:runs/mine". Expect half of the pictures and a third of the captions fully right, after
-about 8 minutes (docs/soak/whole_way.json).
+folder: "configs/llama_scenes.py:runs/mine". About 9 minutes; docs/transformer.md has what came of
+pictures and captions.
 """
 
 from ddt_jax import config, settings
