@@ -82,7 +82,7 @@ def logits_of(model, params, extra, tokens_1S, given_1S=None):
 
 
 @examples(deadline=None)  # the first of a shape is compiled
-@given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 12))
+@given(st.lists(st.booleans(), min_size=12, max_size=12), st.sampled_from([0, 1, 5, 12]))
 def test_places_count_codes_in_a_row_at_once_or_one_by_one(is_code, cut):
     places, tokens = Places(np.zeros((4, 2)), 100), np.where(is_code, 105, 7)[None]
     expected, place = [], 0
@@ -170,7 +170,7 @@ def test_gradients_reach_the_maps_and_not_the_vectors():
     params, extra = state(model)
     batch = rows(np.random.default_rng(1).integers(0, VOCABULARY.size, (2, 12))) | {"slot": jnp.arange(2)}
     loss = lambda params: model.loss_fn(params, extra, batch, jax.random.key(0))[0]["next_token"]  # noqa: E731
-    for name, gradient in jax.grad(loss)(params)[PARAMS].items():
+    for name, gradient in jax.jit(jax.grad(loss))(params)[PARAMS].items():
         assert jnp.abs(gradient).max() > 0, name
 
 
@@ -179,8 +179,9 @@ def test_the_loss_is_that_of_the_logits_of_each_place():
     params, extra = state(model)
     tokens = np.random.default_rng(1).integers(VOCABULARY.codes_start - 4, VOCABULARY.size, (2, 12))
     batch = rows(tokens) | {"slot": jnp.arange(2)}
-    sums, counts, _ = model.loss_fn(params, extra, batch, jax.random.key(0))
-    likely = jax.nn.log_softmax(logits_of(model, params, extra, jnp.asarray(tokens)))[:, :-1]
+    sums, counts, _ = jax.jit(model.loss_fn)(params, extra, batch, jax.random.key(0))
+    logits = jax.jit(lambda tokens: logits_of(model, params, extra, tokens))(jnp.asarray(tokens))
+    likely = jax.nn.log_softmax(logits)[:, :-1]
     expected = -jnp.take_along_axis(likely, tokens[:, 1:, None], axis=-1).mean()
     np.testing.assert_allclose(sums["next_token"] / counts["next_token"], expected, rtol=1e-5)
 
@@ -215,6 +216,6 @@ def test_what_is_generated_is_what_the_whole_sequence_makes_likeliest(guidance, 
 
 
 def test_what_is_not_asked_for_costs_nothing():
-    params, extra = make().init(jax.random.key(0))
+    params, extra = jax.eval_shape(make().init, jax.random.key(0))
     assert PARAMS not in params and not extra
     assert code_embedding.places({}, {}, 3) is None

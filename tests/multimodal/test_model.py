@@ -41,8 +41,11 @@ def make(vocabulary, **changes):
 
 
 def state(model):
-    params, extra = model.init(jax.random.key(0))
-    return split(params)[0], jax.tree.map(lambda x: x, {k: split(v)[0] for k, v in extra.items()})
+    def init():
+        params, extra = model.init(jax.random.key(0))
+        return split(params)[0], {k: split(v)[0] for k, v in extra.items()}
+
+    return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})()
 
 
 def given(model, batch):
@@ -52,7 +55,7 @@ def given(model, batch):
 def test_terms_are_those_of_logits_over_every_target(vocabulary, batch):
     model = make(vocabulary)
     params, extra = state(model)
-    sums, counts, stats = model.loss_fn(params, extra, given(model, batch), jax.random.key(1))
+    sums, counts, stats = jax.jit(model.loss_fn)(params, extra, given(model, batch), jax.random.key(1))
     # Document by document, so that nothing of packing is shared with what is tested.
     nll, right, codes, logits = [], [], [], plain_logits(model, params)
     for row in range(8):
@@ -90,8 +93,9 @@ def test_parts_of_a_batch_add_up_to_it(vocabulary, batch):
     model = make(vocabulary)
     params, extra = state(model)
     whole = given(model, batch)
-    all_sums, all_counts, _ = model.loss_fn(params, extra, whole, jax.random.key(1))
-    parts = [model.loss_fn(params, extra, {k: v[i::2] for k, v in whole.items()}, jax.random.key(1)) for i in range(2)]
+    loss = jax.jit(model.loss_fn)
+    all_sums, all_counts, _ = loss(params, extra, whole, jax.random.key(1))
+    parts = [loss(params, extra, {k: v[i::2] for k, v in whole.items()}, jax.random.key(1)) for i in range(2)]
     for name in all_sums:
         np.testing.assert_allclose(sum(p[0][name] for p in parts), all_sums[name], rtol=1e-5, err_msg=name)
         np.testing.assert_allclose(sum(p[1][name] for p in parts), all_counts[name], rtol=1e-6, err_msg=name)
@@ -106,7 +110,7 @@ def test_with_lora_only_the_updates_are_parameters(vocabulary, batch):
     def loss(params):
         return model.loss_fn(params, extra, given(model, batch), jax.random.key(1))[0]["next_token"]
 
-    grads = jax.grad(loss)(params)
+    grads = jax.jit(jax.grad(loss))(params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)) > 0
 
