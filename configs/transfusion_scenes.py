@@ -7,7 +7,7 @@ attention forwards inside an image), "flow" (linear, rectified flow).
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 
-SOURCES = (("train", 80_000), ("heldout", 2048))  # records, as many as `make whole-way` takes
+SOURCES = (("train", 160_000), ("heldout", 2048))  # records, as many as `make whole-way` takes
 VARIANTS = ("linear", "unet", "causal", "flow")
 
 
@@ -23,10 +23,7 @@ def get_config(variant="linear"):
         diffusion=settings.RectifiedFlow(clip=1.0) if variant == "flow" else settings.DDPM(clip=1.0),
     )
     c.model = config.defaults(settings.Multimodal, image=image)
-    # The transformer of configs/llama_scenes.py, for comparison.
-    c.model.transformer.width, c.model.transformer.mlp_width = 96, 256
-    c.model.transformer.depth, c.model.transformer.heads, c.model.transformer.kv_heads = 3, 3, 3
-    c.model.transformer.scan_layers = False
+    c.model.transformer = config.sibling(__file__, "llama_scenes").get_config().model.transformer  # to compare with
     train, held_out = (settings.Pictures(source=f"scenes:{x}", records=n) for x, n in SOURCES)
     c.sequences.sources, c.sequences.eval_sources = (config.dump(train),), (config.dump(held_out),)
     c.sequences.context = 192  # two images with their captions

@@ -228,6 +228,8 @@ def generate(
         )
     if samples < 1:
         raise UserError(f"generate: --samples {samples} must be at least 1")
+    if force_image and not go_on:
+        raise UserError("generate: --force-image says how --continue begins; give --continue TEXT, or leave it out")
     speaker = open_speaker(workdir, overrides)
     seed = speaker.built.settings.evaluate.seed
     encode, eyes = speaker.encode_text, speaker.eyes

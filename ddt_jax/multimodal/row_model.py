@@ -6,6 +6,7 @@ It offers what `tokenizers.base.ImageModel` asks of a model, over batches of `ba
 Legend: B rows, S positions, R positions before a target, D width.
 """
 
+import abc
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from ddt_jax.nn import lora
 FROZEN = "frozen"  # in `extra`: what does not move where LoRA is trained
 
 
-class RowModel:
+class RowModel(abc.ABC):
     """Backbone, next-token terms, and what else all of them share.
 
     Args:
@@ -52,9 +53,9 @@ class RowModel:
         of_images, more = self.init_images(jax.random.fold_in(rng, 1))
         return params | of_images, extra | more
 
+    @abc.abstractmethod
     def init_images(self, rng) -> tuple[dict, dict]:
         """What images add to (params, extra)."""
-        raise NotImplementedError
 
     def backbone_params(self, params, extra, beside: str) -> Any:
         """The backbone's parameters. beside: the entry of params that is of images."""
