@@ -116,6 +116,7 @@ def test_mistakes_are_one_line_before_anything_is_written(root, trained, tmp_pat
     assert run("train", "--config", "configs/smoke.py", "--workdir", other, *seed) == 0
     for arguments, message in (
         (["generate", "--workdir", trained], "there is nothing to do"),
+        (["generate", "--workdir", trained, "--prompt", "x", "--force-image"], "says how --continue begins"),
         (["reconstruct", "--workdir", trained, "x.png"], "name the workdir of its image tokenizer"),
         (["evaluate", "--workdir", trained, "--config.evaluate.text_to_image.top_p=0"], "top_p in (0, 1]"),
         (["generate", "--workdir", root / "tokenizer", "--prompt", "x"], "is a run of kind"),
