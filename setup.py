@@ -90,7 +90,7 @@ setup(
     package_data=PACKAGE_DATA,
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["ddt-jax = ddt_jax.cli:main"]},
+    entry_points={"console_scripts": ["ddt-jax = ddt_jax.cli:console"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

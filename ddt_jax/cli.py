@@ -423,7 +423,6 @@ def main(argv: list[str] | None = None) -> int:
     # C++ libraries below us log what is no news to a user; a value set outside wins.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    host_memory.keep_freed_memory()
     try:
         args, overrides = _arguments(sys.argv[1:] if argv is None else argv)
         return _VERBS[args.verb](args, overrides)
@@ -438,5 +437,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def console() -> int:
+    """The program: `main` in a process that may be started anew for its memory."""
+    host_memory.use_huge_pages()
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

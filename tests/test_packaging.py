@@ -84,7 +84,7 @@ def test_every_requirement_has_both_bounds():
 @pytest.mark.smoke
 def test_installed_command_runs_our_main():
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="ddt-jax")
-    assert entry.value == "ddt_jax.cli:main"
+    assert entry.value == "ddt_jax.cli:console"
     assert callable(entry.load())
 
 

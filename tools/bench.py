@@ -356,10 +356,8 @@ def main(argv=None) -> int:
     if wrong:
         parser.error(f"unknown: {' '.join(wrong)}")
     options.overrides = rest
-    from ddt_jax import host_memory
     from ddt_jax.errors import UserError
 
-    host_memory.keep_freed_memory()  # as the command line program does
     try:
         print(json.dumps(BENCHMARKS[options.name](options), indent=2))
     except UserError as error:
@@ -369,4 +367,7 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    from ddt_jax import host_memory
+
+    host_memory.use_huge_pages()  # as the command line program does
     sys.exit(main())

@@ -20,14 +20,18 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LARGE = {"ddt_selftok_256.py", "ddt_selftok_1024.py", "ddt_llama_256.py", "ddt_llama_8b.py", "vae.py"}
 SMALL = [*sorted({path.name for path in CONFIGS.glob("*.py")} - LARGE), "vae.py:small", "ddt_selftok_256.py:small"]
 # What text and codes would decide, in a run that has them.
+VOCABULARY = ("model.transformer.vocab_size", "1024")
 SIZES = (
-    ("model.transformer.vocab_size", "1024"),
+    VOCABULARY,
     ("model.image.num_tokens", "16"),
     ("model.image.codebook_size", "512"),
     ("model.image.code_width", "8"),
 )
 OVERRIDES = {
     "llama_scenes.py": SIZES,
+    "llama_edits.py": SIZES,
+    "llama_spatial_scenes.py": SIZES,
+    "transfusion_scenes.py": (VOCABULARY,),
     # Two resolutions have every kind of layer; each further one is as many convolutions again to compile.
     "vae.py:small": (("model.sizes.block_out_channels", "16,32"),),
     "spatial_scenes.py": (("model.block_out_channels", "16,"),),  # the same network: what changes resolution is above
