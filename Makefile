@@ -1,13 +1,12 @@
 # Every target makes its own environment in .venv (tools/venv.sh) and installs what it needs; nothing else is touched.
 #
-#   make quickstart      trains a small image tokenizer, evaluates it and writes pictures
-#   make whole-way       the same, then a transformer on its codes, which draws captions
+#   make quickstart      trains a small image tokenizer, then a transformer on its codes; scores and pictures of both
+#   make tokenizer       the first half of it
 #   make test            the quick tests; make test-slow: the rest
 #   make PYTHON=python3.12 VENV=.venv-3.12 test     with another Python, in another folder
 
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
-WHOLE ?= runs/whole
 ifeq ($(origin PYTHON),undefined)
 PYTHON := python3
 PYTHON_CHOSEN := 0
@@ -23,26 +22,24 @@ WORKERS ?= 2
 TPU_ENV := JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-4
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart whole-way test test-slow test-tpu test-newest lint format clean
+.PHONY: help quickstart tokenizer test test-slow test-tpu test-newest lint format clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 	    printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-quickstart: ## train on the built-in data, evaluate, write pictures (about 10 minutes on 2 cores)
-	@$(INSTALL) $(VENV) "" $(PYTHON)
-	@$(BIN)/ddt-jax train --config configs/quickstart.py --workdir $(WORKDIR)
-	@$(BIN)/ddt-jax evaluate --workdir $(WORKDIR) --json $(WORKDIR)/results.json
-
-whole-way: ## tokenizer, codes, transformer, pictures from captions (11 to 16 minutes on 2 cores)
-	@$(INSTALL) $(VENV) "" $(PYTHON)
-	@$(BIN)/ddt-jax train --config configs/quickstart.py --workdir $(WHOLE)/tokenizer
-	@$(BIN)/ddt-jax evaluate --workdir $(WHOLE)/tokenizer --config.evaluate.probe_images=0
-	@$(BIN)/ddt-jax tokenize --workdir $(WHOLE)/tokenizer --to $(WHOLE)/codes/train --records 160000
-	@$(BIN)/ddt-jax tokenize --workdir $(WHOLE)/tokenizer --to $(WHOLE)/codes/heldout --source scenes:heldout \
+quickstart: tokenizer ## the whole way: tokenizer, codes, transformer, pictures of captions (about 15 minutes on 2 cores)
+	@$(BIN)/ddt-jax tokenize --workdir $(WORKDIR)/tokenizer --to $(WORKDIR)/codes/train --records 160000
+	@$(BIN)/ddt-jax tokenize --workdir $(WORKDIR)/tokenizer --to $(WORKDIR)/codes/heldout --source scenes:heldout \
 	    --records 2048
-	@$(BIN)/ddt-jax train --config configs/llama_scenes.py:$(WHOLE) --workdir $(WHOLE)/transformer
-	@$(BIN)/ddt-jax evaluate --workdir $(WHOLE)/transformer --json $(WHOLE)/results.json
+	@$(BIN)/ddt-jax train --config configs/llama_scenes.py:$(WORKDIR) --workdir $(WORKDIR)/transformer
+	@$(BIN)/ddt-jax evaluate --workdir $(WORKDIR)/transformer
+	@$(BIN)/python tools/quickstart_results.py $(WORKDIR)
+
+tokenizer: ## the first part of it alone: train the tokenizer, evaluate it, write pictures (about 4 minutes)
+	@$(INSTALL) $(VENV) "" $(PYTHON)
+	@$(BIN)/ddt-jax train --config configs/quickstart.py --workdir $(WORKDIR)/tokenizer
+	@$(BIN)/ddt-jax evaluate --workdir $(WORKDIR)/tokenizer --config.evaluate.probe_images=0
 
 test: ## quick tests (at most 15 minutes on 2 cores)
 	@$(INSTALL) $(VENV) test $(PYTHON)

@@ -1,6 +1,6 @@
-"""A small LLaMA on text and the codes of scenes: the second half of `make whole-way`. Hardware: 2 CPU cores.
+"""A small LLaMA on text and the codes of scenes: the second half of `make quickstart`. Hardware: 2 CPU cores.
 
-It reads tokenizer/, codes/train and codes/heldout in runs/whole, where `make whole-way` puts them, or in another
+It reads tokenizer/, codes/train and codes/heldout in runs/quickstart, where `make quickstart` puts them, or in another
 folder: "configs/llama_scenes.py:runs/mine". About 9 minutes; docs/transformer.md has what came of
 pictures and captions.
 """
@@ -8,7 +8,7 @@ pictures and captions.
 from ddt_jax import config, settings
 
 
-def get_config(root="runs/whole"):
+def get_config(root="runs/quickstart"):
     c = config.defaults()
     c.name = "llama_scenes"
     c.model = config.defaults(settings.Multimodal)

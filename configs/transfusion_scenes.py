@@ -7,7 +7,7 @@ attention forwards inside an image), "flow" (linear, rectified flow).
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 
-SOURCES = (("train", 160_000), ("heldout", 2048))  # records, as many as `make whole-way` takes
+SOURCES = (("train", 160_000), ("heldout", 2048))  # records, as many as `make quickstart` takes
 VARIANTS = ("linear", "unet", "causal", "flow")
 
 

@@ -1,7 +1,7 @@
 """Long measurements, run by hand; each leaves its figures in docs/soak/NAME.json for good.
 
     python tools/soak.py quickstart               configs/quickstart.py for seeds 0, 1, 2, against its gates
-    python tools/soak.py whole_way                `make whole-way`, against its gates
+    python tools/soak.py whole_way                `make quickstart`, against its gates
     python tools/soak.py scenes                   configs/ddt_scenes.py, then its renderer, against the gates
     python tools/soak.py spatial                  configs/spatial_scenes.py, at the bits of configs/ddt_scenes.py
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images

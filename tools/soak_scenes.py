@@ -38,7 +38,7 @@ def quickstart(options, folder: Path) -> dict:
 
 
 def whole_way(options, folder: Path) -> dict:
-    """What `make whole-way` does: tokenizer, codes, transformer, pictures from captions and captions of pictures."""
+    """What `make quickstart` does: tokenizer, codes, transformer, pictures from captions and captions of pictures."""
     seed, tokenizer = options.seeds[0], folder / "tokenizer"
     without = ("--config.evaluate.probe_images=0",)
     seen, outcomes = programs.train_and_evaluate("configs/quickstart.py", tokenizer, seed, options, to_evaluate=without)
