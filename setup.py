@@ -55,6 +55,7 @@ EXTRAS = {
         "torchmetrics>=1.9,<1.10",
         "transformers>=5.24,<6",
     ],
+    "transfusion": ["torch>=2.13.0,<2.13.1", "transfusion-pytorch>=0.19.4,<0.19.5"],
     "test": [
         "fsspec>=2026.4,<2027",
         "hypothesis>=6.170,<7",
