@@ -38,6 +38,8 @@ class DrawnFID:
 
     def __init__(self, params, digest: str, s: settings.Experiment, data: settings.Data, mesh):
         e = s.evaluate
+        if e.fid_images < 2:
+            raise UserError(f"config: evaluate.fid_images={e.fid_images} must be two or more, or 0 for no FID")
         meshes.check_batch(e.batch_size, mesh, "evaluate.batch_size")
         self._batch, self._mesh = e.batch_size, mesh
         self._params, self._features = judges.everywhere(params, mesh), jax.jit(inception.features)
@@ -48,8 +50,8 @@ class DrawnFID:
             pixels.update(np.ascontiguousarray(picture))
         if len(self.captions) < 2:
             raise UserError(
-                f"evaluate: FID needs two pictures or more, not {len(self.captions)}; set evaluate.fid_images, "
-                "or leave out evaluate.inception_file"
+                "evaluate: FID needs two captions or more in sequences.eval_sources; set evaluate.fid_images=0, "
+                "or name other sources"
             )
         self._folder = files.cache_folder(s.data.cache_dir) / "fid"
         self._key = {"pixels": pixels.hexdigest(), "images": len(self.captions), "weights": digest}

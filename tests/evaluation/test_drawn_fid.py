@@ -100,7 +100,8 @@ def test_features_of_the_originals_are_computed_once_for_the_same_pictures_and_w
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fid_images": 1}, "two pictures or more, not 1"),
+        ({"fid_images": 1}, "fid_images=1 must be two or more"),
+        ({"fid_images": -1}, "fid_images=-1 must be two or more"),
         ({"gone": True}, "bring them back"),
     ],
 )
