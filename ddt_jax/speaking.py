@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddt_jax import experiment, settings
+from ddt_jax import config, experiment, settings
 from ddt_jax.data import images
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation import asked, compositional, pictures, plots, prompts, reconstruction
@@ -311,6 +311,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         changed = speaker.draw(given, edit_seeds, lambda n: progress.update(2 * len(chosen) + n))
     tables = [_language_table(results)]
     results |= {"prompts": len(chosen)} | ({"edits": len(edits)} if edits else {})
+    results["drawn_with"] = drawn_with(s)
     found: compositional.Figures = {}
     if e.free_images:
         found |= compositional.valid("t2i", drawn.valid) | compositional.valid("edit", changed.valid)
@@ -343,6 +344,23 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     ]
     written += plots.loss_curve(root / "metrics.jsonl", root / "loss.png")
     return {"results": results, "table": table, "written": [str(p) for p in written]}
+
+
+def drawn_with(s: settings.Experiment) -> dict[str, Any]:
+    """The settings by which answers are drawn, as they stand in results.json: a run can be evaluated with others than
+    those that it was trained with.
+    """
+    image, e = s.model.image, s.evaluate
+    text_to_image = config.dump(e.text_to_image)
+    if image.kind == "diffusion":  # of which nothing but guidance counts
+        names = ("solver", "solver_steps", "clip")
+        text_to_image = {"guidance": e.text_to_image.guidance} | {n: getattr(image.diffusion, n) for n in names}
+    return {
+        "text_to_image": text_to_image,
+        "image_to_text": config.dump(e.image_to_text),
+        "free_images": e.free_images,
+        "seed": e.seed,
+    }
 
 
 def _language_table(results) -> str:
