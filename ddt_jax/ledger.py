@@ -167,7 +167,7 @@ def _before(s, codecs) -> tuple[dict[str, float], list[str]]:
         cost["tokenizer"], more = _training(workdir, codecs)
         uncounted += more
         if cost["tokenizer"]:
-            images = sum(_images(corpus.open_records(s, part)) for part in s.sequences.sources)
+            images = sum(_images(corpus.open_records(s, part)) for part in s.sequences.sources if part.kind == "codes")
             cost["encoding"] = images * encode_flops(experiment.saved_settings(workdir))
     return cost, uncounted
 
@@ -251,7 +251,7 @@ def _alike(s: settings.Experiment, found: corpus.Corpus, loader: RowLoader) -> d
 
     def described(part):
         records = corpus.open_records(s, part)
-        return [records.origin, len(records), part.weight, config.dump(part.formats)]
+        return [records.origin, len(records), part.weight, config.dump(getattr(part, "formats", None))]
 
     q = s.sequences
     transformer, optimizer = config.dump(s.model.transformer), config.dump(s.optimizer)

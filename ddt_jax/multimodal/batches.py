@@ -209,7 +209,7 @@ def _check(source, vocabulary, form):
             f"mixture: text of {source.name} is of tokenizer {source.text_fingerprint[:8]}…, the vocabulary is for "
             f"{vocabulary.text_fingerprint[:8]}…; use one text tokenizer"
         )
-    if form.kind == "codes" and source.num_codes != vocabulary.num_codes:
+    if form.kind == "codes" and source.num_codes not in (0, vocabulary.num_codes):
         raise UserError(
             f"mixture: {source.name} has {source.num_codes:,} image codes, the vocabulary {vocabulary.num_codes:,}; "
             "use codes of one tokenizer"
