@@ -4,14 +4,15 @@ Variants: "codes" (DDT tokens), "spatial" (Chameleon), "transfusion" (denoised p
 this one. A variant takes the folder of its tokenizer and codes: "codes:runs/mine"; without it runs/comparison/ARM.
 
 From `llama_scenes.py` all three take backbone, optimizer, rows of a batch, text, formats and how they are evaluated;
-from Chameleon's recipe QK-norm and z-loss. A row holds two documents: `context` is what that takes.
-`tools/compare.py plan` says with which steps and rates they are trained.
+from Chameleon's recipe QK-norm and z-loss. A row holds two documents in each, so that equal steps see equal data;
+`context` is what these take. `tools/compare.py plan` says with which steps and rates they are trained.
 """
 
 from ddt_jax import config
 from ddt_jax.errors import UserError
 
 CODES, PATCHES = 16, 64  # of an image: what it is in the two arms of codes, and in the third
+DOCUMENTS, CONTEXT = 2, 80  # of a row; shorter ones leave long captions alone
 SIBLINGS = {"codes": "llama_scenes", "spatial": "llama_spatial_scenes", "transfusion": "transfusion_scenes"}
 
 
@@ -29,8 +30,8 @@ def get_config(variant="codes"):
     c.model.transformer = both.model.transformer
     c.model.transformer.qk_norm, c.model.transformer.z_loss = True, 1e-5
     c.model.whole_prompts = both.model.whole_prompts
-    if arm == "transfusion":
-        c.sequences.context = both.sequences.context + 2 * (PATCHES - CODES)
+    c.sequences.images = DOCUMENTS
+    c.sequences.context = CONTEXT + (DOCUMENTS * (PATCHES - CODES) if arm == "transfusion" else 0)
     c.sequences.targets, c.sequences.text_vocab_size = both.sequences.targets, both.sequences.text_vocab_size
     for parts in (c.sequences.sources, c.sequences.eval_sources):
         for part in parts:

@@ -153,7 +153,8 @@ def test_arms_of_the_comparison_differ_in_their_images_alone():
     formats = [c["sequences"][parts][0]["formats"] for c in (codes, denoised) for parts in ("sources", "eval_sources")]
     assert all(f == formats[0] for f in formats)
     base = config.dump(config.load(f"{ROOT}/configs/llama_scenes.py:runs/comparison/codes"))
-    assert config.difference(base, codes) == ["model.transformer.qk_norm", "model.transformer.z_loss", "name"]
+    more = ["model.transformer.qk_norm", "model.transformer.z_loss", "name", "sequences.context", "sequences.images"]
+    assert config.difference(base, codes) == more
 
 
 @pytest.mark.smoke

@@ -15,7 +15,8 @@ from ddt_jax.training import corpus
 from ddt_jax.training.checkpoint import Checkpoints
 from ddt_jax.training.state import TrainState
 
-SMOKE = str(Path(__file__).parents[1] / "configs" / "smoke.py:linear")
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMOKE = f"{CONFIGS}/smoke.py:linear"
 RECORDS, STEPS, ROWS = 60, 7, 8
 TRANSFORMER = {"width": 32, "depth": 2, "heads": 2, "kv_heads": 2, "mlp_width": 64, "scan_layers": False}
 
@@ -224,3 +225,29 @@ def test_what_cannot_be_used_is_one_line(root, codes, tmp_path):
         with pytest.raises(UserError) as error:
             ledger.rows("a", workdir)
         assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rows_of_the_comparison_hold_two_documents_whatever_images_are(tmp_path):
+    """configs/comparison_scenes.py: as many texts and images in as many rows, and rows that are full."""
+    count, file = 3000, f"{CONFIGS}/comparison_scenes.py"
+    source = open_source("scenes:train")
+    plan = Plan("f" * 64, 16, 512, 32, "coarse_to_fine", False, "scenes:train", count, count)
+    for split in ("train", "heldout"):
+        writer = CodesWriter(tmp_path / "codes" / split, plan)
+        zeros = np.zeros((1, 16), np.int32)
+        writer.write(0, ({"caption": source[i]["caption"], "codes": zeros} for i in range(count)))
+        writer.write_vectors(np.zeros((512, 8)))
+        writer.complete()
+    held = []
+    for variant in (f"codes:{tmp_path}", "transfusion"):
+        s = config.load(f"{file}:{variant}", (("data.cache_dir", str(tmp_path)),))
+        first = s.sequences.sources[0]
+        sources = (first if first.kind == "codes" else replace(first, records=count),)
+        s, found = corpus.resolve(replace(s, sequences=replace(s.sequences, sources=sources, eval_sources=())))
+        batcher = corpus.open_rows(s, found, sources).batcher
+        held.append(np.array([batcher.contents(row) for row in range(1000)]))
+        positions = held[-1] @ [1, 1, batcher.form.rows + 2]
+        assert positions.mean() / s.sequences.context > 0.92
+    assert (held[0][:, 2] == 2).all() and (held[1][:, 2] == 2).all()
+    # Of documents of one length either may come first; over a block that is nothing.
+    np.testing.assert_allclose(held[0].sum(axis=0), held[1].sum(axis=0), rtol=0.005)
