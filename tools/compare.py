@@ -43,7 +43,11 @@ def table(options) -> int:
     from ddt_jax.evaluation import comparison
     from ddt_jax.io import atomic
 
-    codecs = pairs(options.codec, "codec")
+    codecs, to = pairs(options.codec, "codec"), Path(options.to)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"compare: cannot write to {to}: {error.strerror or error}") from error
     rows = []
     for arm, workdirs in pairs(options.arm, "arm").items():
         for workdir in filter(None, workdirs.split(",")):
@@ -51,7 +55,6 @@ def table(options) -> int:
             rows += ledger.rows(arm, workdir, codecs)
     found = comparison.compare(rows, tolerance=options.tolerance)
     text = comparison.markdown(found)
-    to = Path(options.to)
     atomic.write_text(to / "comparison.md", text)
     atomic.write_text(to / "comparison.json", json.dumps(comparison.as_json(found, rows), indent=2) + "\n")
     print(text)

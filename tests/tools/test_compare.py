@@ -84,13 +84,18 @@ def test_a_plan_has_a_grid_of_equal_cost_and_then_seeds_and_a_sweep(compare, cap
         (["plan", *ARMS, "--seeds", "0", "--to", "x"], "must be at least 1"),
         (["plan", "--arm", f"a={ROOT}/configs/smoke.py", "--to", "x"], "name configs of transformers"),
         (["plan", "--arm", f"a={CONFIG}:seed", "--to", "x"], "has no arm 'seed'; choose from codes, spatial"),
-        (["--arm", "a=/nowhere/x", "--to", "x"], "holds no run"),
+        (["--arm", "a=/nowhere/x", "--to", "/dev/null/x"], "cannot write to /dev/null/x: Not a directory"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(compare, capsys, arguments, message):
     assert compare.main(arguments) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in said and not Path("x").exists()
+
+
+def test_a_workdir_without_a_run_is_one_line(compare, tmp_path, capsys):
+    assert compare.main(["--arm", "a=/nowhere/x", "--to", str(tmp_path)]) == 2
+    assert "/nowhere/x holds no run" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def fake_rows(arm, workdir, codecs):
