@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddt_jax import experiment, settings
+from ddt_jax import config, experiment, settings
 from ddt_jax.data import images
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation import asked, compositional, drawn_fid, pictures, plots, prompts, reconstruction, suite
@@ -321,6 +321,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
             distance = fid.results(itertools.chain(drawn.pictures[: len(fid.captions)], more))
     tables = [_language_table(results)]
     results |= {"prompts": len(chosen)} | ({"edits": len(edits)} if edits else {}) | distance
+    results["drawn_with"] = drawn_with(s)
     if fid:
         tables.append(
             f"FID of {distance['t2i_fid_images']:,} pictures drawn from captions: {distance['t2i_fid']:.3f}\n"
@@ -370,6 +371,23 @@ def _drawn_on(speaker: Speaker, texts: Sequence[str], seed: int, done) -> Iterat
         given = [documents.text_to_image(speaker.encode_text(text), Image()) for text in texts[at : at + _AHEAD]]
         seeds = [seed + at + n for n in range(len(given))]
         yield from speaker.draw(given, seeds, lambda n, at=at: done(at + n)).pictures
+
+
+def drawn_with(s: settings.Experiment) -> dict[str, Any]:
+    """The settings by which answers are drawn, as they stand in results.json: a run can be evaluated with others than
+    those that it was trained with.
+    """
+    image, e = s.model.image, s.evaluate
+    text_to_image = config.dump(e.text_to_image)
+    if image.kind == "diffusion":  # of which nothing but guidance counts
+        names = ("solver", "solver_steps", "clip")
+        text_to_image = {"guidance": e.text_to_image.guidance} | {n: getattr(image.diffusion, n) for n in names}
+    return {
+        "text_to_image": text_to_image,
+        "image_to_text": config.dump(e.image_to_text),
+        "free_images": e.free_images,
+        "seed": e.seed,
+    }
 
 
 def _language_table(results) -> str:

@@ -35,8 +35,9 @@ class Edit(NamedTuple):
 
 
 def captioned(s: settings.Experiment, most: int) -> list[dict]:
-    """Records of sequences.eval_sources with a caption, at most so many."""
-    records = (record for part in s.sequences.eval_sources for record in _records(s, part))
+    """Records of sequences.eval_sources with a caption and an image, at most so many."""
+    parts = (part for part in s.sequences.eval_sources if part.kind != "texts")
+    records = (record for part in parts for record in _records(s, part))
     return list(islice((record for record in records if record.get("caption")), most))
 
 
@@ -75,7 +76,7 @@ def edits(s: settings.Experiment, most: int, encode: Callable[[str], np.ndarray]
 
     An edit is a document of two turns: one image and a text, answered by one image.
     """
-    parts = [part for part in s.sequences.eval_sources if part.formats.own]
+    parts = [part for part in s.sequences.eval_sources if part.kind != "texts" and part.formats.own]
     found = (edit for part in parts for record in _records(s, part) if (edit := _edit(record, encode)))
     return list(islice(found, most))
 

@@ -23,6 +23,7 @@ from ddt_jax.settings.multimodal import (
     RopeScaling,
     Sampling,
     Sequences,
+    Texts,
     Transformer,
     UNetCoder,
 )

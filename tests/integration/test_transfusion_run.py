@@ -50,6 +50,7 @@ def test_it_is_measured_while_it_trains_and_draws_and_describes(trained, tmp_pat
     results = json.loads((trained / "results.json").read_text())
     assert results["prompts"] == results["edits"] == 5 and "image_bits" not in results
     assert results["diffusion"] < half_way["eval/diffusion"]
+    assert results["plain_perplexity"] > 1 and results["drawn_with"]["text_to_image"]["solver_steps"] == 4
     assert results["text_perplexity"] < half_way["eval/text_perplexity"]
     for name in ("t2i_all_correct", "caption_all_correct", "edit_all_correct"):
         assert 0 <= results[name] <= 1
