@@ -27,6 +27,6 @@ def get_config(root="runs/quickstart"):
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
     c.train.batch_size = 32
-    c.train.steps = 4400
+    c.train.steps = 4900
     c.evaluate.verifier = True
     return c
