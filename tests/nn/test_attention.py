@@ -85,6 +85,52 @@ def test_skip_causal_rows_see_what_the_paper_says():
         np.testing.assert_array_equal(inside[0] | inside[1], clean[None] & before | own, err_msg=f"{blocks} x {size}")
 
 
+@pytest.mark.parametrize(("blocks", "size"), [(1, 3), (3, 2), (4, 1)])
+def test_blocks_with_the_keys_they_see_equal_the_mask(blocks, size):
+    """Skip-causal attention without a mask, forwards and backwards, with shared keys and bent logits."""
+    s, seen = 2 * blocks * size, spans.skip_causal(blocks, size)
+    rng = np.random.default_rng(1)
+    q = rng.normal(size=(B, 4, s, E)).astype(np.float32)
+    k, v = (rng.normal(size=(B, 2, s, E)).astype(np.float32) for _ in range(2))
+
+    def of(method):
+        def run(q, k, v):
+            out = attend(q, k, v, seen, method=method, soft_cap=2.0)
+            return jnp.sum(jnp.sin(out)), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(q, k, v)
+        return out, *gradients
+
+    for found, expected in zip(of("blocks"), of("dense"), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    out = attend(q, k, v, seen, method="blocks")
+    mask = np.asarray(visible(seen, s))[0]
+    for j in range(s):
+        push = 5 * np.float32(np.arange(s) == j)[:, None]
+        other = attend(q, k + push, v - push, seen, method="blocks")
+        np.testing.assert_array_equal((np.asarray(other) != np.asarray(out)).any((0, 1, 3)), mask[:, j], err_msg=f"{j}")
+
+
+def test_blocks_are_taken_where_they_pay():
+    """Large ones, and not so many that the program grows long; nothing of all rows by all keys is left."""
+
+    def holds(blocks, size, rows):
+        """Whether logits of so many rows by as many keys are ever held."""
+        q = jnp.zeros((1, 1, 2 * blocks * size, E))
+        text = str(jax.make_jaxpr(lambda q: attend(q, q, q, spans.skip_causal(blocks, size)))(q))
+        return f",{rows},{rows}]" in text
+
+    assert not holds(4, 16, 128) and holds(4, 16, 16)
+    assert holds(4, 4, 32) and holds(17, 16, 544)
+    assert not holds(1, 1024, 1024)  # a long block goes by tiles, as any other long attention
+
+
+def test_other_spans_have_no_blocks():
+    q, k, v = arrays(T)
+    with pytest.raises(ValueError, match="'blocks' takes the spans of skip_causal"):
+        attend(q, k, v, spans.causal(T), method="blocks")
+
+
 @pytest.mark.parametrize("size", [1, 6, 64])
 def test_one_block_is_full_attention_within_the_image(size):
     """N = 1: full-sequence diffusion; the noised rows never see the clean ones."""
