@@ -90,7 +90,7 @@ def evaluate_drawing(
     Args:
       batches: of `Loader.eval_batches`; rows of this process.
       count: pictures to be judged; of them, the first settings.pictures are kept.
-      verify: (images uint8 [D, H, W, C], labels [D]) → results.
+      verify: (images uint8 [D, H, W, C], labels [D], or None of a model that is told none) → results.
       progress: told how many held-out images have been seen.
 
     Returns:
@@ -131,7 +131,7 @@ def evaluate_drawing(
     label_D = np.resize(table["label"], max(shown, count)).astype(np.int32)
     drawn = draw(model, params, extra, label_D, settings, mesh=mesh)
     if verify is not None:
-        results |= verify(drawn, label_D)
+        results |= verify(drawn, label_D if model.classes else None)
     captions = _captions(label_D[:shown], class_names) if model.classes else None
     return Report(results | {"drawn": len(drawn)}, drawn[:shown], captions)
 
@@ -159,16 +159,16 @@ def draw(model: ACDiT, params, extra, label_D, settings: settings_lib.Evaluate, 
 def count_objects(images, label_D) -> dict[str, Any]:
     """Of pictures of scenes, whose class is the number of their objects: shares that a program reads as asked.
 
-    scenes_count: as many objects; scenes_clean: nothing in the picture but background and objects.
+    scenes_clean: nothing in the picture but background and objects. With labels also scenes_count: as many objects, and
+    scenes_count_chance: of who always draws the commonest number.
     """
     from ddt_jax.data.scenes_verifier import read_scene
 
     read = read_scene(images)
-    right = {
-        "scenes_count": sum(len(r.objects) == n for r, n in zip(read, label_D, strict=True)),
-        "scenes_clean": sum(r.clean for r in read),
-    }
-    found: dict[str, Any] = {}
+    right, found = {"scenes_clean": sum(r.clean for r in read)}, {}
+    if label_D is not None:
+        right["scenes_count"] = sum(r.count == n for r, n in zip(read, label_D, strict=True))
+        found["scenes_count_chance"] = float(np.bincount(label_D).max() / len(read))
     for name, successes in right.items():
         found[name] = successes / len(read)
         found[f"{name}_interval"] = list(metrics.binomial_interval(successes, len(read)))

@@ -108,6 +108,8 @@ def test_objects_are_counted_by_the_reader_of_scenes():
     images, label = np.stack([r["image"] for r in records]), np.array([r["label"] for r in records])
     found = drawing.count_objects(images, label)
     assert found["scenes_count"] == found["scenes_clean"] == 1.0 and found["scenes_count_interval"][0] > 0.7
+    assert found["scenes_count_chance"] == np.bincount(label).max() / 12
+    assert drawing.count_objects(images, None).keys() == {"scenes_clean", "scenes_clean_interval"}
     wrong = drawing.count_objects(images, np.where(np.arange(12) < 3, label + 1, label))
     assert wrong["scenes_count"] == 0.75 and wrong["scenes_clean"] == 1.0
     noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)

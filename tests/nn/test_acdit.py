@@ -101,9 +101,8 @@ def test_a_fresh_network_predicts_zero():
     np.testing.assert_array_equal(out, np.zeros_like(clean))
 
 
-def test_published_sizes_share_one_norm_and_one_projection_between_clean_and_noised_tokens():
-    """Only the modulation is not shared, and clean tokens pass it by: with gates and scales of zero and equal inputs
-    the first block's clean and noised rows are alike."""
+def test_clean_and_noised_tokens_share_all_weights_but_the_modulation():
+    """With gates of one, and no shift or scale, the clean and noised rows of equal tokens are alike."""
     module = network(depth=1, block_size=TOKENS)
     params, (clean, _, t, label) = parameters(module), inputs(module)
     params["stack"]["block_0"]["adaln"] = jax.tree.map(np.zeros_like, params["stack"]["block_0"]["adaln"])
