@@ -7,6 +7,7 @@ import pytest
 
 from ddt_jax import settings
 from ddt_jax.tokenizers.acdit import ACDiT
+from tests.tokenizers.acdit_reference import Reference
 
 pytestmark = pytest.mark.slow
 
@@ -50,20 +51,12 @@ def ours(tensors):
     }
 
 
-@pytest.fixture(scope="module")
-def reference(oracle):
-    torch = oracle("torch")
-    from tests.tokenizers import acdit_reference
-
-    return torch, acdit_reference.Reference
-
-
 @pytest.mark.parametrize(("size", "rope"), [(4, "nd"), (4, "released"), (1, "nd"), (16, "nd")])
-def test_forward_loss_and_gradients_are_those_of_the_reference(reference, size, rope):
-    torch, network = reference
+def test_forward_loss_and_gradients_are_those_of_the_reference(oracle, size, rope):
+    torch = oracle("torch")
     values = 3
-    theirs = network(
-        depth=DEPTH, width=WIDTH, heads=HEADS, values=values, classes=CLASSES, side=SIDE, size=size, kind=rope
+    theirs = Reference(
+        torch, depth=DEPTH, width=WIDTH, heads=HEADS, values=values, classes=CLASSES, side=SIDE, size=size, kind=rope
     )
     rng = np.random.default_rng(1)
     n = SIDE * SIDE // size
@@ -73,7 +66,6 @@ def test_forward_loss_and_gradients_are_those_of_the_reference(reference, size, 
     predicted = theirs(given[0], given[1], given[2], given[3]).detach().numpy()
     loss = theirs.loss(*given)
     loss.backward()
-    named = {name: theirs[name] for name in theirs.names}
 
     with jax.enable_x64(True):
         config = settings.ACDiT(
@@ -81,7 +73,7 @@ def test_forward_loss_and_gradients_are_those_of_the_reference(reference, size, 
             codec=settings.IdentityCodec(), patch_size=1,
         )  # fmt: skip
         model = ACDiT(config, SIDE, B)
-        params = jax.tree.map(jnp.asarray, ours(named))
+        params = jax.tree.map(jnp.asarray, ours(theirs.w))
         t = (step + 1) / 1000  # step n of the reference is our n + 1
 
         found = jax.jit(model.network.apply)({"params": params}, clean, noise, t, label)
@@ -98,7 +90,7 @@ def test_forward_loss_and_gradients_are_those_of_the_reference(reference, size, 
 
         total, gradients = jax.jit(jax.value_and_grad(value))(params)
         np.testing.assert_allclose(total, loss.item(), rtol=1e-9)
-        expected = ours({name: value.grad for name, value in named.items()})
+        expected = ours({name: value.grad for name, value in theirs.w.items()})
         assert jax.tree.structure(expected) == jax.tree.structure(gradients)
         most = max(np.abs(x).max() for x in jax.tree.leaves(expected))
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True):
@@ -106,11 +98,11 @@ def test_forward_loss_and_gradients_are_those_of_the_reference(reference, size, 
             assert np.abs(b).max() > 0, path
 
 
-def test_the_reference_itself_tells_the_variants_apart(reference):
+def test_the_reference_itself_tells_the_variants_apart(oracle):
     """Else the test above would not see which of them ours is."""
-    torch, network = reference
+    torch = oracle("torch")
     sizes = {"depth": 1, "width": WIDTH, "heads": HEADS, "values": 3, "classes": CLASSES, "side": SIDE, "size": 4}
     clean, noise = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 1, SIDE * SIDE, 3)))
-    out = [network(**sizes, kind=k)(clean, noise, torch.full((1, 4), 9.0).double(), torch.tensor([0])) for k in
+    out = [Reference(torch, **sizes, kind=k)(clean, noise, torch.full((1, 4), 9.0).double(), torch.tensor([0])) for k in
            ("nd", "released")]  # fmt: skip
     assert (out[0] - out[1]).abs().max() > 0.01
