@@ -22,11 +22,11 @@ WORKERS ?= 2
 TPU_ENV := JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-4
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tokenizer test test-slow test-tpu test-newest lint format clean
+.PHONY: help quickstart tokenizer test test-slow test-tpu test-transfusion test-newest lint format clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
-	    printf '  make %-12s %s\n' "$$name" "$$text"; done
+	    printf '  make %-16s %s\n' "$$name" "$$text"; done
 
 quickstart: tokenizer ## the whole way: tokenizer, codes, transformer, pictures of captions (about 15 minutes on 2 cores)
 	@$(BIN)/ddt-jax tokenize --workdir $(WORKDIR)/tokenizer --to $(WORKDIR)/codes/train --records 160000
@@ -43,7 +43,7 @@ tokenizer: ## the first part of it alone: train the tokenizer, evaluate it, writ
 
 test: ## quick tests (at most 15 minutes on 2 cores)
 	@$(INSTALL) $(VENV) test $(PYTHON)
-	$(PYTEST) -m "not slow and not tpu_compile" -n $(WORKERS)
+	$(PYTEST) -m "not slow and not tpu_compile and not transfusion" -n $(WORKERS)
 
 test-slow: ## oracles, several processes, kills; then test-tpu
 	@$(INSTALL) $(VENV) test,oracle $(PYTHON)
@@ -54,6 +54,11 @@ test-tpu: ## compile the small configs' train steps for a TPU, in .venv-tpu
 	@$(INSTALL) $(VENV)-tpu test,tpu $(PYTHON)
 	@$(VENV)-tpu/bin/python -c 'import libtpu' # without it the tests would be skipped, not fail
 	$(TPU_ENV) $(VENV)-tpu/bin/python -m pytest -m tpu_compile tests/tpu
+
+test-transfusion: ## masks, loss and cache against transfusion-pytorch, in .venv-transfusion
+	@$(INSTALL) $(VENV)-transfusion test,transfusion $(PYTHON)
+	@$(VENV)-transfusion/bin/python -c 'import transfusion_pytorch' # without it the tests would be skipped, not fail
+	JAX_PLATFORMS=cpu $(VENV)-transfusion/bin/python -m pytest -m transfusion tests/multimodal
 
 test-newest: ## smoke tests under the newest Python (3.12 or later) of this machine, in .venv-newest
 	@newest=$$(tools/newest_python.sh) || { echo "test-newest: no Python 3.12 or later was found, so the newest JAX is not tested"; exit 0; }; \
@@ -72,5 +77,5 @@ format: ## let ruff rewrite the files
 	$(BIN)/ruff format .
 
 clean: ## remove environments, caches and build outputs; runs/ stays
-	rm -rf .venv .venv-tpu .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tpu .venv-transfusion .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -51,10 +51,12 @@ EXTRAS = {
     "torch": ["torch>=2.13,<3"],
     "oracle": [
         "diffusers>=0.42.1,<0.43",
+        "pycocoevalcap>=1.2,<1.3",
         "torch>=2.13.0,<2.13.1",
         "torchmetrics>=1.9,<1.10",
         "transformers>=5.24,<6",
     ],
+    "transfusion": ["torch>=2.13.0,<2.13.1", "transfusion-pytorch>=0.19.4,<0.19.5"],
     "test": [
         "fsspec>=2026.4,<2027",
         "hypothesis>=6.170,<7",

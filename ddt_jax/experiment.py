@@ -348,8 +348,9 @@ def measure_rows(built: Built, state: TrainState, found: corpus.Corpus) -> dict[
         seen += int((batches[-1]["document"].max(axis=1) + 1).sum()) * jax.process_count()
     count = gather.agreed(len(batches))  # rows of other processes may hold more documents, or fewer
     batches = [*batches[:count], *(loader.batch_at(i) for i in range(len(batches), count))]
+    marks = [id_ for _, id_ in found.vocabulary.special]
     with jax.set_mesh(built.mesh):
-        return language.held_out(built.model, weights(state), state.extra, batches, mesh=built.mesh)
+        return language.held_out(built.model, weights(state), state.extra, batches, mesh=built.mesh, marks=marks)
 
 
 def _hooks(built: Built, feed: feeds.Feed, writer, progress) -> tuple[loop.Hook, ...]:

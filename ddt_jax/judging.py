@@ -114,7 +114,10 @@ def compare(workdirs: list[str], out: str) -> dict:
         except ValueError as error:
             raise UserError(f"compare: {path} is no JSON ({error}); evaluate that run again") from error
         if "psnr_by_tokens" not in runs[name]:
-            raise UserError(f"compare: the model of {workdir} has no tokens; name runs of tokenizers only")
+            raise UserError(
+                f"compare: the model of {workdir} has no tokens; name runs of tokenizers only, or compare transformers "
+                "with tools/compare.py"
+            )
     notes = _differences(runs)
     table = tables.side_by_side(runs) + "".join(f"\n{note}" for note in notes) + ("\n" if notes else "")
     return {"runs": runs, "table": table, "written": str(plots.comparison_plot(runs, out))}

@@ -3,10 +3,11 @@
 Where images are codes, their image tokenizer goes along.
 """
 
+import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddt_jax import experiment, settings
+from ddt_jax import config, experiment, settings
 from ddt_jax.data import images
 from ddt_jax.errors import UserError
-from ddt_jax.evaluation import asked, compositional, pictures, plots, prompts, reconstruction
+from ddt_jax.evaluation import asked, compositional, drawn_fid, pictures, plots, prompts, reconstruction, suite
 from ddt_jax.io import atomic
 from ddt_jax.multimodal import documents
 from ddt_jax.multimodal.answers import Answerer
@@ -28,18 +29,19 @@ from ddt_jax.training import corpus
 from ddt_jax.training.progress import Progress
 
 _BATCH = 64  # prompts that are answered at once
+_AHEAD = 1024  # pictures for FID that are held at once
 _NO_IMAGE = 128  # grey, where an answer is no image
 
 
 class Sight:
     """How pictures become what documents hold of them, and back: as pixels, as they are.
 
-    Args:
+    Attributes:
       data: how pictures are prepared.
     """
 
     def __init__(self, data: settings.Data):
-        self._data = data
+        self.data = data
 
     def encode(self, images_BHWC) -> np.ndarray:
         """uint8 [N, H, W, 3] → what documents hold of each."""
@@ -56,12 +58,12 @@ class Sight:
 
     def blank(self, n: int) -> np.ndarray:
         """uint8 [n, H, W, 3] that show nothing."""
-        size = self._data.image_size
+        size = self.data.image_size
         return np.full((n, size, size, 3), _NO_IMAGE, np.uint8)
 
     def read(self, file: str) -> np.ndarray:
         """A picture from a file, cropped and resized as in training. Raises UserError if it is none."""
-        return images.read_file(file, self._data)
+        return images.read_file(file, self.data)
 
 
 class Eyes(Sight):
@@ -280,7 +282,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
       "results", "table" (Markdown) and "written".
 
     Raises:
-      UserError: as `open_speaker`, or there is nothing held out.
+      UserError: as `open_speaker` and `DrawnFID`, or there is nothing held out.
     """
     begun = time.perf_counter()
     if jax.process_count() > 1:
@@ -298,10 +300,15 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     if e.verifier:  # both raise for what they cannot judge, before anything is drawn
         compositional.captions(captions, captions)
         wanted = compositional.edited(told, orders)
+    fid = None
+    if e.inception_file and e.fid_images and chosen:
+        fid = drawn_fid.DrawnFID(*suite.read_inception(e), s, speaker.eyes.data, speaker.built.mesh)
+    further, distance = fid.captions[len(chosen) :] if fid else [], {}
     seeds, edit_seeds = ([seed + n for n in range(len(x))] for x in (chosen, edits))
     results: dict[str, Any] = {"step": int(speaker.state.step)}
     results |= experiment.measure_rows(speaker.built, speaker.state, speaker.corpus)
-    total = 2 * len(chosen) + len(edits)
+    asked_first = 2 * len(chosen) + len(edits)
+    total = asked_first + len(further)
     with jax.set_mesh(speaker.built.mesh), Progress(total, stream=sys.stderr, unit="answer") as progress:
         given = [documents.text_to_image(speaker.encode_text(text), Image()) for text in captions]
         drawn = speaker.draw(given, seeds, progress.update)
@@ -309,8 +316,16 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         said = speaker.say(given, seeds, lambda n: progress.update(len(chosen) + n))
         given = [edit.document for edit in edits]
         changed = speaker.draw(given, edit_seeds, lambda n: progress.update(2 * len(chosen) + n))
+        if fid:
+            more = _drawn_on(speaker, further, seed + len(chosen), lambda n: progress.update(asked_first + n))
+            distance = fid.results(itertools.chain(drawn.pictures[: len(fid.captions)], more))
     tables = [_language_table(results)]
-    results |= {"prompts": len(chosen)} | ({"edits": len(edits)} if edits else {})
+    results |= {"prompts": len(chosen)} | ({"edits": len(edits)} if edits else {}) | distance
+    results["drawn_with"] = drawn_with(s)
+    if fid:
+        tables.append(
+            f"FID of {distance['t2i_fid_images']:,} pictures drawn from captions: {distance['t2i_fid']:.3f}\n"
+        )
     found: compositional.Figures = {}
     if e.free_images:
         found |= compositional.valid("t2i", drawn.valid) | compositional.valid("edit", changed.valid)
@@ -343,6 +358,36 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     ]
     written += plots.loss_curve(root / "metrics.jsonl", root / "loss.png")
     return {"results": results, "table": table, "written": [str(p) for p in written]}
+
+
+def _drawn_on(speaker: Speaker, texts: Sequence[str], seed: int, done) -> Iterator[np.ndarray]:
+    """Pictures of texts, some at a time, drawn when they are asked for.
+
+    Args:
+      seed: of the first; the others' are those after it.
+      done: told how many are drawn.
+    """
+    for at in range(0, len(texts), _AHEAD):
+        given = [documents.text_to_image(speaker.encode_text(text), Image()) for text in texts[at : at + _AHEAD]]
+        seeds = [seed + at + n for n in range(len(given))]
+        yield from speaker.draw(given, seeds, lambda n, at=at: done(at + n)).pictures
+
+
+def drawn_with(s: settings.Experiment) -> dict[str, Any]:
+    """The settings by which answers are drawn, as they stand in results.json: a run can be evaluated with others than
+    those that it was trained with.
+    """
+    image, e = s.model.image, s.evaluate
+    text_to_image = config.dump(e.text_to_image)
+    if image.kind == "diffusion":  # of which nothing but guidance counts
+        names = ("solver", "solver_steps", "clip")
+        text_to_image = {"guidance": e.text_to_image.guidance} | {n: getattr(image.diffusion, n) for n in names}
+    return {
+        "text_to_image": text_to_image,
+        "image_to_text": config.dump(e.image_to_text),
+        "free_images": e.free_images,
+        "seed": e.seed,
+    }
 
 
 def _language_table(results) -> str:

@@ -40,6 +40,6 @@ def oracle() -> Callable:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
             give_up = pytest.fail if os.environ.get("DDT_JAX_REQUIRE_DATA") == "1" else pytest.skip
-            give_up(f"{error.name} is not installed: pip install -e .[oracle]")
+            give_up(f"{error.name} is not installed: pip install -e .[oracle] (transfusion_pytorch: .[transfusion])")
 
     return load

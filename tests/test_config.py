@@ -135,6 +135,28 @@ def test_configs_beside_llama_scenes_change_what_they_say_and_no_more():
         assert edits["sequences"][name][:1] == base["sequences"][name]
 
 
+def test_arms_of_the_comparison_differ_in_their_images_alone():
+    """The base is whatever llama_scenes.py is at the moment; Chameleon's two additions are everybody's."""
+    file = f"{ROOT}/configs/comparison_scenes.py"
+    codes, spatial, denoised = (
+        config.dump(config.load(f"{file}:{arm}")) for arm in ("codes", "spatial:runs/comparison/codes", "transfusion")
+    )
+    assert config.difference(codes, spatial) == ["name"]
+    assert set(config.difference(codes, denoised)) == {
+        *(f"model.image.{name}" for name in codes["model"]["image"].keys() | denoised["model"]["image"].keys()),
+        "name",
+        "sequences.context",
+        "sequences.sources",
+    }
+    assert denoised["sequences"]["context"] - codes["sequences"]["context"] == 2 * (64 - 16)  # two documents, longer
+    assert denoised["evaluate"] == codes["evaluate"] and codes["evaluate"]["images"] == 2048
+    formats = [c["sequences"][parts][0]["formats"] for c in (codes, denoised) for parts in ("sources", "eval_sources")]
+    assert all(f == formats[0] for f in formats)
+    base = config.dump(config.load(f"{ROOT}/configs/llama_scenes.py:runs/comparison/codes"))
+    more = ["model.transformer.qk_norm", "model.transformer.z_loss", "name", "sequences.context", "sequences.images"]
+    assert config.difference(base, codes) == more
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_named_config_is_as_reviewed(path):

@@ -1,4 +1,4 @@
-"""Parquet files in Hugging Face image layout: a struct column {bytes, path}, or a plain binary column.
+"""Parquet files in Hugging Face image layout: a struct column {bytes, path}, or a plain binary column; or of text.
 
 Random access works by row group: the footers say which rows a group holds, and decoded groups stay in memory up to a
 limit (`?cache_mb=`, per process). A data set that fits is decoded once. One that does not is decoded again and again
@@ -21,9 +21,9 @@ LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")
 
 
 class Columns(NamedTuple):
-    """Which columns to read. `image_is_struct`: the bytes are in a field of it."""
+    """Which columns to read. `image`: None of files of text; `image_is_struct`: the bytes are in a field of it."""
 
-    image: str
+    image: str | None
     image_is_struct: bool
     caption: str | None
     label: str | None
@@ -34,11 +34,14 @@ class Columns(NamedTuple):
         return [column for column in (image, self.caption, self.label) if column]
 
 
-def find_columns(schema, where: str, image=None, caption=None, label=None) -> Columns:
+def find_columns(schema, where: str, image=None, caption=None, label=None, *, images: bool = True) -> Columns:
     """Finds the columns by Hugging Face's metadata, then by shape and name; an argument names one instead.
 
+    Args:
+      images: whether there must be a column of them; if not, there must be one of text, and no other is read.
+
     Raises:
-      UserError: there is no image column, or a named one does not exist.
+      UserError: there is no such column, or a named one does not exist.
     """
     import pyarrow as pa
 
@@ -60,6 +63,11 @@ def find_columns(schema, where: str, image=None, caption=None, label=None) -> Co
             raise UserError(f"data: {where} has no column {name} (option {option}); it has {listed}")
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = metadata.get("info", {}).get("features", {})
+    if not images:
+        caption = caption or next((n for n in CAPTION_NAMES if n in types and is_text(types[n])), None)
+        if caption is None or not is_text(types[caption]):
+            raise UserError(f"data: {where} has no column of text; it has {listed}; name one with ?caption=")
+        return Columns(None, False, caption, None, None)
     # In order of trust: what the metadata call an image, the struct's shape, a usual name, the only binary column.
     images = [name for name in types if features.get(name, {}).get("_type") == "Image"]
     images += [name for name in types if is_struct(types[name])]
@@ -84,10 +92,12 @@ class ParquetSource:
     """Rows of all files that match a glob, in the order of their names.
 
     Raises:
-      UserError: no file, no image column, or a file that is not Parquet.
+      UserError: no file, a missing column, or a file that is not Parquet.
     """
 
-    def __init__(self, pattern: str, *, image=None, caption=None, label=None, cache_mb: str = "1024"):
+    def __init__(
+        self, pattern: str, *, image=None, caption=None, label=None, cache_mb: str = "1024", images: bool = True
+    ):
         if not cache_mb.isdigit():
             raise UserError(f"data: cache_mb={cache_mb} is not a number of MiB")
         self.name = f"parquet:{pattern}"
@@ -97,7 +107,7 @@ class ParquetSource:
             footers = list(pool.map(_footer, self._paths))
         self._columns = None
         for path, (_, schema) in zip(self._paths, footers, strict=True):
-            columns = find_columns(schema, path.rsplit("/", 1)[-1], image, caption, label)
+            columns = find_columns(schema, path.rsplit("/", 1)[-1], image, caption, label, images=images)
             if self._columns and columns.to_read() != self._columns.to_read():
                 first = self._paths[0].rsplit("/", 1)[-1]
                 raise UserError(
@@ -137,9 +147,9 @@ class ParquetSource:
         file, row = self._by_file.locate(index)
         group, row = self._groups[file].locate(row)
         image, caption, label = (column and column[row].as_py() for column in self._group(file, group))
-        if image is None:
+        if image is None and self._columns.image:
             raise BadRecord("no image bytes")
-        record = Record(image=image)
+        record = Record(image=image) if self._columns.image else Record()
         if caption and caption.strip():
             record["caption"] = caption.strip()
         if label is not None:
@@ -158,11 +168,11 @@ class ParquetSource:
                 table = self._reader(file).read_row_group(group, columns=columns.to_read(), use_threads=False)
             except OSError as error:  # pyarrow's word for a page that does not decode
                 raise BadRecord(f"corrupt row group ({str(error).splitlines()[0]})") from None
-            image = table.column(columns.image).combine_chunks()
+            names = (columns.image, columns.caption, columns.label)
+            found = [table.column(name).combine_chunks() if name else None for name in names]
             if columns.image_is_struct:
-                image = image.flatten()[0]
-            rest = [table.column(name).combine_chunks() if name else None for name in (columns.caption, columns.label)]
-            self._cache[file, group] = ([image, *rest], table.nbytes)
+                found[0] = found[0].flatten()[0]
+            self._cache[file, group] = (found, table.nbytes)
             self._cached_bytes += table.nbytes
             while self._cached_bytes > self._budget and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.popitem(last=False)[1][1]

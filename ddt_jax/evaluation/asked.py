@@ -2,13 +2,16 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from ddt_jax import settings
-from ddt_jax.data.base import BadRecord
+from ddt_jax.data.base import BadRecord, open_source
+from ddt_jax.data.images import prepare
+from ddt_jax.errors import UserError
 from ddt_jax.multimodal.documents import Document
 from ddt_jax.multimodal.records import images_of, own_document
 from ddt_jax.training import corpus
@@ -32,9 +35,40 @@ class Edit(NamedTuple):
 
 
 def captioned(s: settings.Experiment, most: int) -> list[dict]:
-    """Records of sequences.eval_sources with a caption, at most so many."""
-    records = (record for part in s.sequences.eval_sources for record in _records(s, part))
+    """Records of sequences.eval_sources with a caption and an image, at most so many."""
+    parts = (part for part in s.sequences.eval_sources if part.kind != "texts")
+    records = (record for part in parts for record in _records(s, part))
     return list(islice((record for record in records if record.get("caption")), most))
+
+
+def with_pictures(s: settings.Experiment, data: settings.Data, most: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(caption, picture uint8 [S, S, 3]) of the records of `captioned`, one after the other.
+
+    Args:
+      data: how the pictures are prepared that codes were made of. Where images are no codes, records have them.
+
+    Raises:
+      UserError: those pictures are not where they were, or can no longer be read.
+    """
+    return islice((pair for part in s.sequences.eval_sources for pair in _with_pictures(s, data, part)), most)
+
+
+def _with_pictures(s, data, part):
+    if part.kind != "codes":
+        captioned = (record for record in _records(s, part) if record.get("caption"))
+        yield from ((record["caption"], images_of(record)[0]) for record in captioned)
+        return
+    spec = corpus.open_records(s, part).plan.source
+    try:
+        source = open_source(spec, image_size=data.image_size, cache_dir=s.data.cache_dir)
+        for record in _records(s, part):
+            if record.get("caption"):
+                yield record["caption"], prepare(source[record["index"]]["image"], replace(data, flip=False))
+    except (UserError, BadRecord, IndexError) as error:
+        raise UserError(
+            f"evaluate: FID needs the pictures of {spec}, which {part.folder} was made of: {error}; bring them back, "
+            "or leave out evaluate.inception_file"
+        ) from error
 
 
 def edits(s: settings.Experiment, most: int, encode: Callable[[str], np.ndarray]) -> list[Edit]:
@@ -42,7 +76,7 @@ def edits(s: settings.Experiment, most: int, encode: Callable[[str], np.ndarray]
 
     An edit is a document of two turns: one image and a text, answered by one image.
     """
-    parts = [part for part in s.sequences.eval_sources if part.formats.own]
+    parts = [part for part in s.sequences.eval_sources if part.kind != "texts" and part.formats.own]
     found = (edit for part in parts for record in _records(s, part) if (edit := _edit(record, encode)))
     return list(islice(found, most))
 

@@ -31,7 +31,7 @@ class LPIPS:
     """
 
     def __init__(self, params, backbone: lpips_lib.Backbone, mesh):
-        self._params = _everywhere(params, mesh)
+        self._params = everywhere(params, mesh)
 
         def distance(params, a_BHWC, b_BHWC):
             return lpips_lib.distance(params, to_float(a_BHWC), to_float(b_BHWC), backbone=backbone)
@@ -56,7 +56,7 @@ class RFID:
     """
 
     def __init__(self, params, mesh, known: frechet.Moments | None, keep: Callable[[frechet.Moments], Any]):
-        self._params = _everywhere(params, mesh)
+        self._params = everywhere(params, mesh)
         self._features = jax.jit(inception.features)
         self._is_known = bool(gather.agreed(known is not None))
         self._originals = known if self._is_known and jax.process_index() == 0 else None
@@ -181,7 +181,7 @@ def _nearer(image_BHWC, to_BHWC, than_BHWC):
     return to_B < than_B
 
 
-def _everywhere(params, mesh):
+def everywhere(params, mesh):
     """Arrays of the host, whole on each device of the mesh."""
     place = functools.partial(jax.ShapeDtypeStruct, sharding=meshes.replicated(mesh))
     return jax.tree.map(lambda x: meshes.put_whole(x, place(x.shape, x.dtype)), params)

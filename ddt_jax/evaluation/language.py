@@ -6,7 +6,7 @@ Legend: B rows, S positions, R places for targets, K codes of an image, or its r
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -20,12 +20,15 @@ from ddt_jax.multimodal.row_model import RowModel
 _SEED = 0  # of the noise of held-out images
 
 
-def held_out(model: RowModel, params, extra, batches: Iterable[dict], *, mesh) -> dict[str, Any]:
+def held_out(
+    model: RowModel, params, extra, batches: Iterable[dict], *, mesh, marks: Collection[int] = ()
+) -> dict[str, Any]:
     """Figures over the documents of batches.
 
     Args:
       batches: finite, of `RowBatcher`, this process's rows; as many on every process.
       mesh: over which rows are put.
+      marks: ids of special tokens.
 
     Returns:
       text_perplexity, text_perplexity_after_image and text_perplexity_without_image (targets with and without an image
@@ -58,8 +61,10 @@ def held_out(model: RowModel, params, extra, batches: Iterable[dict], *, mesh) -
         nll_BR, right_BR = score(arrays)
         place_BR, after_BR = _kinds(batch, num_tokens)
         text = (batch["rows"] >= 0) & (place_BR < 0)
-        for name, chosen in (("all", text), ("after", text & after_BR), ("without", text & ~after_BR)):
-            add(name, (nll_BR[chosen].sum(), chosen.sum()))
+        target_BR = np.take_along_axis(batch["tokens"], np.maximum(batch["rows"], 0) + 1, axis=1)
+        for kind, some in (("text", text), ("plain", text & ~np.isin(target_BR, list(marks)))):
+            for name, chosen in (("", some), ("_after_image", some & after_BR), ("_without_image", some & ~after_BR)):
+                add(f"{kind}_perplexity{name}", (nll_BR[chosen].sum(), chosen.sum()))
         if not in_codes:
             key = jax.random.fold_in(jax.random.key(_SEED), number)
             denoising.append(_denoising_program(model)(params, extra, arrays, key))
@@ -70,11 +75,11 @@ def held_out(model: RowModel, params, extra, batches: Iterable[dict], *, mesh) -
     sums = gather.added(sums)
 
     codes_K = sums["codes"][2] if in_codes else np.zeros(num_tokens)
-    results: dict[str, Any] = {"tokens": int(sums["all"][1] + codes_K.sum())}
-    for name, key in (("", "all"), ("_after_image", "after"), ("_without_image", "without")):
-        nll, count = sums[key]
+    results: dict[str, Any] = {"tokens": int(sums["text_perplexity"][1] + codes_K.sum())}
+    for name in (name for name in sums if "_perplexity" in name):
+        nll, count = sums[name]
         if count:
-            results[f"text_perplexity{name}"] = math.exp(nll / count)
+            results[name] = math.exp(nll / count)
     for name in denoising[0] if denoising else ():
         total, count = np.sum([np.asarray(part[name], np.float64) for part in denoising], axis=0)
         if count:

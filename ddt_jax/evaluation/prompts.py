@@ -17,7 +17,9 @@ from ddt_jax.errors import UserError
 
 T2I_COMPBENCH = ("color", "shape", "texture", "spatial", "3d_spatial", "non_spatial", "numeracy", "complex")
 _COMPBENCH_NAME = re.compile(rf"({'|'.join(T2I_COMPBENCH)})(_(train|val)\w*)?\.txt")
-KINDS = "GenEval's JSON lines, MagicBrush's turns or sessions, questions of VQA v2, or a prompt on each line"
+KINDS = (
+    "GenEval's JSON lines, MagicBrush's turns or sessions, questions of VQA v2, captions of COCO, or one prompt a line"
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ def open_prompts(path: str) -> list[Prompt]:
             return geneval(path)
         case {"questions": _}:
             return vqa(path)
+        case {"images": _, "annotations": _}:
+            return coco(path)
+        case {"images": [{"sentences": _}, *_]}:
+            return karpathy(path)
         case {"annotations": _}:
             raise UserError(f"prompts: {path} holds answers; name the file of questions, which finds them beside it")
         case [{"instruction": _}, *_] | [{"input": _}, *_]:
@@ -173,6 +179,55 @@ def vqa(questions: str, annotations: str | None = None) -> list[Prompt]:
         meta = {"question_id": number, "image_id": image, "image": f"COCO_{subset}_{image:012d}.jpg"}
         prompts.append(Prompt(_field(record, "question", str, where), "vqa", meta | answers.get(number, {})))
     return _some(questions, prompts)
+
+
+def coco(path: str) -> list[Prompt]:
+    """MS-COCO's captions (arXiv 1504.00325): captions_val2014.json and its like.
+
+    Fields: `images`, a list of {"id", "file_name"}; `annotations`, a list of {"image_id", "caption"}. A prompt for each
+    image that has captions: the first of them. The task is "coco". `meta` has `image_id`, `image`, the name of its
+    file, and `captions`, all of them.
+    """
+    tree, captions = _json(path), {}
+    for i, record in enumerate(_field(tree, "annotations", list, path)):
+        where = f"{path} annotations[{i}]"
+        captions.setdefault(_field(record, "image_id", int, where), []).append(_field(record, "caption", str, where))
+    prompts = []
+    for i, record in enumerate(_field(tree, "images", list, path)):
+        where = f"{path} images[{i}]"
+        number, name = _field(record, "id", int, where), _field(record, "file_name", str, where)
+        if number in captions:
+            prompts.append(_of_image(number, name, captions[number]))
+    return _some(path, prompts)
+
+
+def karpathy(path: str, split: str = "test") -> list[Prompt]:
+    """Karpathy's splits of MS-COCO (arXiv 1412.2306): dataset_coco.json, of which captions are mostly judged on `test`.
+
+    Fields: `images`, a list of {"split", "cocoid", "filename", "sentences"} with sentences a list of {"raw"}. Prompts
+    are as of `coco`.
+
+    Raises:
+      UserError: also for a split that no image is in.
+    """
+    prompts, splits = [], set()
+    for i, record in enumerate(_field(_json(path), "images", list, path)):
+        where = f"{path} images[{i}]"
+        splits.add(_field(record, "split", str, where))
+        if record["split"] == split:
+            if not (said := _field(record, "sentences", list, where)):
+                raise UserError(f"prompts: {where}: field sentences is empty")
+            captions = [_field(one, "raw", str, f"{where} sentences[{j}]") for j, one in enumerate(said)]
+            number, name = _field(record, "cocoid", int, where), _field(record, "filename", str, where)
+            prompts.append(_of_image(number, name, captions))
+    if not prompts:
+        raise UserError(f"prompts: {path} has no split {split}, but {', '.join(sorted(splits))}")
+    return prompts
+
+
+def _of_image(number: int, name: str, captions: list[str]) -> Prompt:
+    captions = [caption.strip() for caption in captions]
+    return Prompt(captions[0], "coco", {"image_id": number, "image": name, "captions": captions})
 
 
 def _turns(path: str, tree: Any) -> Iterator[tuple[str, str, Any]]:

@@ -58,7 +58,7 @@ def read_weights(s: settings.Experiment) -> Weights:
       UserError: if a file does not hold what it should, or the images are too small for the network.
     """
     e = s.evaluate
-    found = digest = None
+    found = None
     if e.lpips_backbone_file:
         least = lpips.MIN_SIZE[e.lpips_backbone]
         if s.data.image_size < least:
@@ -67,11 +67,15 @@ def read_weights(s: settings.Experiment) -> Weights:
                 f"data.image_size is {s.data.image_size}; leave out evaluate.lpips_backbone_file"
             )
         found = lpips.load(e.lpips_backbone, e.lpips_backbone_file, e.lpips_heads_file)
-    network = None
-    if e.inception_file:
-        network = inception.load(e.inception_file)
-        digest = hashlib.sha256(epath.Path(e.inception_file).read_bytes()).hexdigest()
-    return Weights(found, network, digest or "")
+    return Weights(found, *read_inception(e))
+
+
+def read_inception(e: settings.Evaluate) -> tuple[Any, str]:
+    """Inception's parameters and the digest of their file; (None, "") where none is named. Raises UserError."""
+    if not e.inception_file:
+        return None, ""
+    params = inception.load(e.inception_file)
+    return params, hashlib.sha256(epath.Path(e.inception_file).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,18 @@ class RowBatcher:
         source, rank = self._mixture(row)
         return int(source), int(rank)
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Of each source, documents that are packed together: their order is the seed's up to that."""
+        return tuple(stream.packing.block for stream in self._streams)
+
+    def contents(self, row: int) -> np.ndarray:
+        """(marks, text tokens, images) of the documents that are planned for a global row, int [3]; reads none."""
+        number, rank = self.source_of(row)
+        planned = self._sources[number].counts(*self._streams[number].row(rank))
+        cut = SizesOf(self._sources[number], self.form, self.limits).excess(planned)
+        return planned[:, :3].sum(axis=0) - np.array([0, cut.sum(), 0])
+
     def row(self, row: int) -> tuple[list[Layout], list[tuple[str, str]]]:
         """Documents of a global row, laid out, and what was wrong with others."""
         number, rank = self.source_of(row)
@@ -171,6 +183,7 @@ class RowLoader(BatchLoader):
 
     def __init__(self, batcher: RowBatcher, data: Data):
         super().__init__(data, batcher, "documents could not be used", "left out of their rows")
+        self.batcher = batcher
 
     def _good(self, batch):
         return int((batch["document"].max(axis=1) + 1).sum())
@@ -196,7 +209,7 @@ def _check(source, vocabulary, form):
             f"mixture: text of {source.name} is of tokenizer {source.text_fingerprint[:8]}…, the vocabulary is for "
             f"{vocabulary.text_fingerprint[:8]}…; use one text tokenizer"
         )
-    if form.kind == "codes" and source.num_codes != vocabulary.num_codes:
+    if form.kind == "codes" and source.num_codes not in (0, vocabulary.num_codes):
         raise UserError(
             f"mixture: {source.name} has {source.num_codes:,} image codes, the vocabulary {vocabulary.num_codes:,}; "
             "use codes of one tokenizer"

@@ -1,5 +1,5 @@
 """Documents from records of images and captions, in formats that a mixture weighs: of codes (data/codes.py), or of
-pictures (data/pictures.py), where images are not made of codes.
+pictures (data/pictures.py), where images are not made of codes; and of texts alone (data/texts.py).
 
 A record with a caption becomes one of `documents.PAIR_FORMATS`. A record may also bring a document of its own, with
 which it stands under the format "own":
@@ -23,6 +23,7 @@ from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord, nearest
 from ddt_jax.data.codes import CodesSource
 from ddt_jax.data.pictures import PictureRecords
+from ddt_jax.data.texts import TextRecords
 from ddt_jax.errors import UserError
 from ddt_jax.io import atomic
 from ddt_jax.multimodal import documents
@@ -48,7 +49,7 @@ class DocumentSource(Protocol):
 
     Attributes:
       name: for messages.
-      num_codes: image codes its images are made of; 0 if they are not made of codes.
+      num_codes: image codes its images are made of; 0 if they are not made of codes, or there are none.
       text_fingerprint: of the tokenizer its text ids are of.
     """
 
@@ -71,7 +72,7 @@ class RecordDocuments:
     """The documents of records.
 
     Args:
-      records: of codes or of pictures.
+      records: of codes, of pictures, or of texts alone.
       formats: weights of FORMATS; a document's format depends on its number in the series alone.
       seed: of the order of formats.
       answers_only: what is given is not learned, in no format.
@@ -84,7 +85,7 @@ class RecordDocuments:
 
     def __init__(
         self,
-        records: CodesSource | PictureRecords,
+        records: CodesSource | PictureRecords | TextRecords,
         text: TextTokenizer,
         formats: Mapping[str, float],
         seed: int,
@@ -138,7 +139,10 @@ class RecordDocuments:
         if name == OWN:  # where all is learned, all but BOS is an answer
             return own_document(record, self._text.encode)
         caption = self._text.encode(record.get("caption", ""))
-        return self._pair(name, caption, Image(images_of(record)[0]))
+        images = images_of(record)
+        if not len(images) and name != "text_only":
+            raise BadRecord("it has no image")
+        return self._pair(name, caption, Image(images[0]) if len(images) else Image())
 
     def _pair(self, name, text, image):
         document = documents.PAIR_FORMATS[name](text, image)
@@ -191,7 +195,7 @@ def text_lengths(records: CodesSource, text: TextTokenizer, shards=None) -> np.n
     return np.concatenate([*found, np.zeros((0, _COLUMNS), np.int32)])
 
 
-def picture_lengths(records: PictureRecords, text: TextTokenizer) -> np.ndarray:
+def picture_lengths(records: PictureRecords | TextRecords, text: TextTokenizer) -> np.ndarray:
     """As `text_lengths`. What was measured is kept under the source's name: a text that changes there is left out."""
     mark = hashlib.sha256(f"{records.name} {len(records)} {text.fingerprint}".encode()).hexdigest()[:16]
     path = files.cache_folder(records.cache_dir) / "lengths" / f"{mark}.npy"

@@ -1,9 +1,10 @@
 """Floating-point operations of the matrix products and convolutions of a function, counted where it is traced.
 
 The compiler's own count takes the body of a loop once and knows nothing of library calls; this one multiplies by the
-trips of a loop and sees the function as it is written. A multiplication and an addition are two operations; all that
-is no product (normalisation, activations, softmax, the optimizer's element-wise part) is left out, as in published
-figures.
+trips of a loop and sees the function as it is written, less what no result depends on, which no compiler runs either:
+a train step asks its loss once more for the counts of terms alone. A multiplication and an addition are two operations;
+all that is no product (normalisation, activations, softmax, the optimizer's element-wise part) is left out, as in
+published figures.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def count(function: Callable, *args: Any) -> float:
@@ -24,7 +26,9 @@ def count(function: Callable, *args: Any) -> float:
       The count. Gradients, and what is computed again for them, count when the function makes them. Of branches the
       dearest counts; a loop whose trips are not known when it is traced counts once.
     """
-    return _of(jax.make_jaxpr(function)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _of(needed)
 
 
 def _of(jaxpr) -> float:

@@ -24,6 +24,7 @@ from ddt_jax.settings.multimodal import (
     RopeScaling,
     Sampling,
     Sequences,
+    Texts,
     Transformer,
     UNetCoder,
 )
@@ -396,11 +397,12 @@ class Evaluate:
     lpips_backbone: Literal["alexnet", "vgg16"] = "alexnet"
     lpips_backbone_file: str = ""  # torchvision's .pth of the classifier; without files LPIPS is left out
     lpips_heads_file: str = ""  # the heads of LPIPS 0.1 for this backbone
-    inception_file: str = ""  # pt_inception-2015-12-05-6726825d.pth; without it rFID is left out
+    inception_file: str = ""  # pt_inception-2015-12-05-6726825d.pth; without it rFID and t2i_fid are left out
     probe_images: int = 4096  # of data.source, from whose codes probes and entropies are learned; 0 = neither
     counterfactuals: int = 6  # images in the picture with tokens of two images; 0 = none
     save_images: str = ""  # folder for originals and reconstructions as PNG pairs; "" = none
     prompts: int = 256  # multimodal: captions that are drawn, images that are captioned, images that are edited
+    fid_images: int = 2048  # multimodal, with inception_file: captions that are drawn for t2i_fid
     free_images: bool = False  # multimodal: nothing holds an image to be K codes; what is none counts as wrong
     text_to_image: Sampling = field(default_factory=lambda: Sampling(tokens=0, guidance=2.0, temperature=0.7))
     image_to_text: Sampling = field(default_factory=lambda: Sampling(tokens=64, temperature=0.0))

@@ -147,6 +147,16 @@ class Pictures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Texts without images, as one part of a mixture, whatever images are in the others."""
+
+    kind: Literal["texts"] = "texts"
+    source: str = ""  # parquet:GLOB, or parquet:GLOB?caption=COLUMN
+    records: int = 0  # only so many, from the first; 0 = all
+    weight: float = 1.0  # share of rows, any scale
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sequences:
     """What a multimodal transformer reads: a mixture of sources, packed into rows of one length."""
 
@@ -157,8 +167,8 @@ class Sequences:
     images: int = 0  # images a row can hold; 0 = as many as fit
     targets: int = 0  # positions of a row that the loss looks at; 0 = no limit of their own
     truncate: bool = False  # cut texts that are longer than a row, rather than refuse them
-    sources: tuple[CodesFolder | Pictures, ...] = ()
-    eval_sources: tuple[CodesFolder | Pictures, ...] = ()  # held-out ones, of the same tokenizers
+    sources: tuple[CodesFolder | Pictures | Texts, ...] = ()
+    eval_sources: tuple[CodesFolder | Pictures | Texts, ...] = ()  # held-out ones, of the same tokenizers
     tokenizer: str = ""  # workdir of the image tokenizer, which draws what is generated
 
 

@@ -19,6 +19,7 @@ from ddt_jax import settings
 from ddt_jax.data.base import BadRecord
 from ddt_jax.data.codes import CodesSource
 from ddt_jax.data.pictures import PictureRecords
+from ddt_jax.data.texts import TextRecords
 from ddt_jax.errors import UserError
 from ddt_jax.io import atomic
 from ddt_jax.multimodal.batches import RowBatcher, RowLimits, RowLoader
@@ -31,6 +32,8 @@ from ddt_jax.training import weights
 
 _FOLDER, _VOCABULARY = "text", "vocabulary.json"
 _TEXTS = 20_000  # of which a text tokenizer is made
+Part = settings.CodesFolder | settings.Pictures | settings.Texts
+Records = CodesSource | PictureRecords | TextRecords
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def resolve(s: settings.Experiment, workdir: str = "") -> tuple[settings.Experim
             "or pictures where images are not codes"
         )
     found = _open_all(s)
-    decided = _decided_by_codes(image, list(found.values())) if image.kind == "codes" else {}
+    decided = _decided_by_codes(image, _codes(found.values())) if image.kind == "codes" else {}
     text = _text_tokenizer(s, workdir, (found[_place(part)] for part in q.sources))
     vocabulary = Vocabulary.extend(
         text.vocab_size,
@@ -77,17 +80,17 @@ def resolve(s: settings.Experiment, workdir: str = "") -> tuple[settings.Experim
     return s, Corpus(text, vocabulary, _form(s))
 
 
-def _place(part: settings.CodesFolder | settings.Pictures) -> tuple:
+def _place(part: Part) -> tuple:
     """What tells the records of one part from those of another."""
-    return (part.folder,) if part.kind == "codes" else (part.source, part.records)
+    return (part.folder,) if part.kind == "codes" else (part.source, part.records, part.kind)
 
 
-def open_records(
-    s: settings.Experiment, part: settings.CodesFolder | settings.Pictures
-) -> CodesSource | PictureRecords:
-    """A part's records, `CodesSource` or `PictureRecords`. Raises UserError if they cannot be opened."""
+def open_records(s: settings.Experiment, part: Part) -> Records:
+    """A part's records. Raises UserError if they cannot be opened."""
     if part.kind == "codes":
         return CodesSource(part.folder, cache_dir=s.data.cache_dir)
+    if part.kind == "texts":
+        return TextRecords(part.source, s.data.cache_dir, part.records)
     return PictureRecords(part.source, s.data, part.records)
 
 
@@ -96,7 +99,7 @@ def _open_all(s):
     parts = (*s.sequences.sources, *s.sequences.eval_sources)
     wanted = "codes" if s.model.image.kind == "codes" else "pictures"
     for part in parts:
-        if part.kind != wanted:
+        if part.kind not in (wanted, "texts"):
             raise UserError(
                 f"config: {_place(part)[0]} is a source of {part.kind}, but model.image.kind={s.model.image.kind!r} "
                 f"reads {wanted}; name sources of kind {wanted!r} in sequences"
@@ -104,8 +107,21 @@ def _open_all(s):
     return {_place(part): open_records(s, part) for part in parts}
 
 
+def _codes(found: Iterable[Records]) -> list[CodesSource]:
+    return [records for records in found if isinstance(records, CodesSource)]
+
+
+def _formats(part: Part) -> dict[str, float]:
+    """Shares of formats, by name, without those that have none."""
+    if part.kind == "texts":
+        return {"text_only": 1.0}
+    return {name: share for name, share in vars(part.formats).items() if share}
+
+
 def _decided_by_codes(image: settings.CodeImages, codes: list[CodesSource]) -> dict:
-    """Settings of images that their codes decide; raises UserError if codes differ, or others are set."""
+    """Settings of images that their codes decide; raises UserError if codes lack or differ, or others are set."""
+    if not codes:
+        raise UserError("config: sequences.sources has texts alone; a folder of codes must say what images are")
     plan = codes[0].plan
     for other in codes[1:]:
         if (other.plan.tokenizer, other.plan.order) != (plan.tokenizer, plan.order):
@@ -134,7 +150,8 @@ def _form(s: settings.Experiment) -> ImageForm:
 
 def code_vectors(s: settings.Experiment) -> np.ndarray:
     """Vectors of codes by id, float32 [V, C], zeros where an id is none: codes are the last ids of the vocabulary."""
-    found = CodesSource(s.sequences.sources[0].folder, cache_dir=s.data.cache_dir).code_vectors()
+    folder = next(part.folder for part in s.sequences.sources if part.kind == "codes")
+    found = CodesSource(folder, cache_dir=s.data.cache_dir).code_vectors()
     return np.pad(found, ((s.model.transformer.vocab_size - len(found), 0), (0, 0)))
 
 
@@ -162,15 +179,13 @@ def copy_text(workdir, folder) -> None:
         path.copy(epath.Path(folder) / path.name, overwrite=True)
 
 
-def open_rows(
-    s: settings.Experiment, corpus: Corpus, parts: Iterable[settings.CodesFolder | settings.Pictures]
-) -> RowLoader:
+def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[Part]) -> RowLoader:
     """Batches of this process, of a mixture of sources. Raises UserError if they do not fit the settings."""
     q = s.sequences
     documents, weights = {}, {}
     for number, part in enumerate(parts):
         records = open_records(s, part)
-        formats = {name: share for name, share in vars(part.formats).items() if share}
+        formats = _formats(part)
         answers_only = s.model.whole_prompts  # who sees all of a prompt has nothing to predict in it
         documents[str(number)] = RecordDocuments(records, corpus.text, formats, s.seed, answers_only=answers_only)
         weights[str(number)] = part.weight
@@ -188,7 +203,7 @@ def open_rows(
     return RowLoader(batcher, s.data)
 
 
-def _text_tokenizer(s: settings.Experiment, workdir, sources: Iterable[CodesSource | PictureRecords]) -> TextTokenizer:
+def _text_tokenizer(s: settings.Experiment, workdir, sources: Iterable[Records]) -> TextTokenizer:
     """That of the run, of the weights that it begins with, of the settings, or one made of the sources' texts."""
     q = s.sequences
     kept = epath.Path(workdir) / _FOLDER if workdir else None
@@ -217,7 +232,7 @@ def _of_weights(init_from: str) -> TextTokenizer | None:
     return None
 
 
-def _texts(source: CodesSource | PictureRecords) -> Iterator[str]:
+def _texts(source: Records) -> Iterator[str]:
     """Captions, and what documents of the records' own say."""
     for i in range(len(source)):
         record = {}

@@ -45,6 +45,12 @@ def test_captions_come_in_the_order_of_folders_and_records(folder):
     assert len(asked.captioned(s, 99)) == 6
 
 
+def test_nobody_is_asked_to_draw_texts_without_images(folder):
+    s = experiment(settings.Texts(source="parquet:/nowhere/*.parquet"), settings.CodesFolder(folder=folder))
+    assert [record["caption"] for record in asked.captioned(s, 9)] == ["one", "two", "three"]
+    assert asked.edits(s, 9, encode) == []
+
+
 def test_edits_are_conversations_of_one_picture_and_its_change(folder):
     own = settings.CodesFolder(folder=folder, formats=settings.Formats(own=1.0))
     first, second = asked.edits(experiment(own), 99, encode)

@@ -67,6 +67,28 @@ def test_text_is_told_apart_by_images_before_it_and_codes_by_their_place(batch):
     assert found["tokens"] == 2 * batch["target"].sum()
 
 
+class Marking(Knowing):
+    """As `Knowing`, but a mark costs 5 nats."""
+
+    def score(self, params, extra, batch):
+        total, rows, image = super().score(params, extra, batch)
+        token = jnp.take_along_axis(batch["tokens"], jnp.maximum(batch["rows"], 0) + 1, axis=1)
+        is_mark = (token >= VOCABULARY.text_size) & ~image
+        return total, Rows(jnp.where(is_mark, 5.0, rows.nll), rows.right), image
+
+
+def test_plain_text_is_that_without_marks(batch):
+    mesh = meshes.make_mesh(settings.Mesh(data=1, fsdp=1), jax.devices()[:1])
+    marks = [id_ for _, id_ in VOCABULARY.special]
+    found = language.held_out(Marking(), {}, {}, [batch], mesh=mesh, marks=marks)
+    # Three tokens each: in the first document, the third and the first text of the last; in the second and the last's
+    # second text.
+    assert found["plain_perplexity_without_image"] == pytest.approx(np.exp(1.0))
+    assert found["plain_perplexity_after_image"] == pytest.approx(np.exp(2.0))
+    assert found["plain_perplexity"] == pytest.approx(np.exp((9 * 1 + 6 * 2) / 15))
+    assert found["text_perplexity"] > found["plain_perplexity"] + 1
+
+
 def test_figures_of_what_is_not_there_are_left_out(batch):
     only = {name: value[1:] for name, value in batch.items()}
     only["rows"] = np.where(only["rows"] < 4, only["rows"], -1)  # the document of text alone

@@ -150,6 +150,44 @@ def test_vqa_finds_its_answers_by_number(tmp_path):
     assert refused(questions).endswith("has no answers to question_id 42001")
 
 
+COCO = {
+    "info": {},
+    "licenses": [],
+    "images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}, {"id": 3, "file_name": "three.jpg"}],
+    "annotations": [
+        {"image_id": 7, "id": 1, "caption": "A cat.\n"},
+        {"image_id": 7, "id": 2, "caption": "one cat on a mat"},
+    ],
+}
+KARPATHY = {
+    "dataset": "coco",
+    "images": [
+        {
+            "split": s,
+            "cocoid": n,
+            "filename": f"{n}.jpg",
+            "sentences": [{"raw": f"{s} {n}", "tokens": [s]}, {"raw": "a"}],
+        }
+        for n, s in ((1, "train"), (2, "test"), (3, "restval"), (4, "test"))
+    ],
+}
+
+
+def test_coco_has_a_prompt_for_each_image_with_captions_and_all_of_them(tmp_path):
+    (one,) = open_prompts(written(tmp_path, "captions_val2014.json", COCO))
+    meta = {"image_id": 7, "image": "COCO_val2014_000000000007.jpg", "captions": ["A cat.", "one cat on a mat"]}
+    assert one == Prompt("A cat.", "coco", meta)
+
+
+def test_karpathys_test_split_is_read_and_the_others_by_name(tmp_path):
+    path = written(tmp_path, "dataset_coco.json", KARPATHY)
+    two, four = open_prompts(path)
+    assert two == Prompt("test 2", "coco", {"image_id": 2, "image": "2.jpg", "captions": ["test 2", "a"]})
+    assert four.meta["image_id"] == 4 and [p.text for p in prompts.karpathy(path, "restval")] == ["restval 3"]
+    with pytest.raises(UserError, match="has no split val, but restval, test, train"):
+        prompts.karpathy(path, "val")
+
+
 def changed(record, **fields):
     """A record with other fields; None takes one away."""
     return {k: v for k, v in (record | fields).items() if v is not None}
@@ -172,6 +210,10 @@ def changed(record, **fields):
         ("t.json", [TURNS[0] | {"input": "9-input.png"}], "t.json turn 1: there is no image images/9/9-input.png in "),
         ("q.json", changed(QUESTIONS, data_subtype=None), "q.json has no field data_subtype"),
         ("q.json", changed(QUESTIONS, questions=[{"question": "?"}]), "q.json questions[0] has no field question_id"),
+        ("c.json", changed(COCO, images=[{"id": 7}]), "c.json images[0] has no field file_name"),
+        ("c.json", changed(COCO, annotations=[{"image_id": 7}]), "c.json annotations[0] has no field caption"),
+        ("k.json", {"images": [{"sentences": [], "split": "test"}]}, "k.json images[0]: field sentences is empty"),
+        ("k.json", {"images": [{"sentences": [], "split": 3}]}, "k.json images[0]: field split is not a text but '3'"),
         ("x.json", {"a": 1}, "x.json is JSON of no known kind; wanted are GenEval's"),
         ("x.json", [], "x.json is JSON of no known kind"),
         ("x.json", '{\n"a": [1,\n', "x.json is not whole JSON (Expecting value: line 3"),

@@ -11,7 +11,7 @@ from ddt_jax.data import scenes
 from ddt_jax.data.codes import CodesSource
 from ddt_jax.multimodal import documents
 from ddt_jax.multimodal.backbone import Backbone
-from ddt_jax.nn import spans
+from ddt_jax.nn import inception, spans
 from tests.integration.test_survival import command, finish, free_port, spawn
 
 pytestmark = pytest.mark.slow
@@ -47,13 +47,19 @@ def losses(workdir):
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_it_learns_and_is_evaluated_and_draws(root, trained, capsys):
+def test_it_learns_and_is_evaluated_and_draws(root, trained, capsys, monkeypatch):
     curve = losses(trained)
     assert curve[-1] < 0.8 * curve[0]
-    assert run("evaluate", "--workdir", trained, "--config.evaluate.prompts=9", "--config.evaluate.images=40") == 0
+    monkeypatch.setattr(inception, "load", lambda path: np.float32(1))
+    monkeypatch.setattr(inception, "features", lambda params, x: x.mean((1, 2)) * params)
+    (root / "fid.pth").write_bytes(b"weights")
+    few = ["--config.evaluate.prompts=9", "--config.evaluate.images=40", "--config.evaluate.fid_images=14"]
+    few += [f"--config.evaluate.inception_file={root / 'fid.pth'}", f"--config.data.cache_dir={root / 'cache'}"]
+    assert run("evaluate", "--workdir", trained, *few) == 0
     results = json.loads((trained / "results.json").read_text())
     assert 0 <= results["t2i_all_correct"] <= 1 and results["prompts"] == 9 and results["caption_parsed"] >= 0
     assert results["text_perplexity"] < 500 and results["image_bits"] > 0
+    assert results["t2i_fid"] > 0 and results["t2i_fid_images"] == 14
     for name in ("text_to_image.png", "image_to_text.png", "loss.png"):
         with Image.open(trained / name) as picture:
             assert picture.width > 100

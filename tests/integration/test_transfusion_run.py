@@ -9,6 +9,7 @@ from PIL import Image
 from ddt_jax import cli, speaking
 from ddt_jax.data import scenes
 from ddt_jax.multimodal import documents
+from ddt_jax.nn import inception
 
 pytestmark = pytest.mark.slow
 SMALL = ["--config.model.transformer.width=48", "--config.model.transformer.mlp_width=96"]
@@ -49,6 +50,7 @@ def test_it_is_measured_while_it_trains_and_draws_and_describes(trained, tmp_pat
     results = json.loads((trained / "results.json").read_text())
     assert results["prompts"] == results["edits"] == 5 and "image_bits" not in results
     assert results["diffusion"] < half_way["eval/diffusion"]
+    assert results["plain_perplexity"] > 1 and results["drawn_with"]["text_to_image"]["solver_steps"] == 4
     assert results["text_perplexity"] < half_way["eval/text_perplexity"]
     for name in ("t2i_all_correct", "caption_all_correct", "edit_all_correct"):
         assert 0 <= results[name] <= 1
@@ -71,6 +73,22 @@ def test_it_is_measured_while_it_trains_and_draws_and_describes(trained, tmp_pat
     assert run("generate", "--workdir", trained, *more, *out) == 0 and (tmp_path / "g.png").read_bytes() == first
     assert run("generate", "--workdir", trained, "--prompt", "red " * 500) == cli.EXIT_USER
     assert "leaves no room" in capsys.readouterr().err
+
+
+def test_drawn_pictures_have_a_fid_where_weights_are_named(trained, monkeypatch, tmp_path):
+    """More captions are drawn for it than for the other figures, which stay what they are."""
+    monkeypatch.setattr(inception, "load", lambda path: np.float32(1))
+    monkeypatch.setattr(inception, "features", lambda params, x: x.mean((1, 2)) * params)
+    (tmp_path / "fid.pth").write_bytes(b"weights")
+    few = ["--config.evaluate.batch_size=8", f"--config.data.cache_dir={tmp_path}"]
+    assert run("evaluate", "--workdir", trained, *few) == 0
+    without = json.loads((trained / "results.json").read_text())
+    weights = [f"--config.evaluate.inception_file={tmp_path / 'fid.pth'}", "--config.evaluate.fid_images=9"]
+    assert run("evaluate", "--workdir", trained, *few, *weights) == 0
+    results = json.loads((trained / "results.json").read_text())
+    assert results.pop("t2i_fid") > 0 and results.pop("t2i_fid_images") == 9
+    assert "FID of 9 pictures drawn from captions" in (trained / "results.md").read_text()
+    assert results.pop("evaluate_seconds") and without.pop("evaluate_seconds") and results == without
 
 
 def test_text_and_images_come_in_turns(trained):

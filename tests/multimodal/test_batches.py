@@ -104,6 +104,21 @@ def test_rows_hold_the_documents_of_the_plan_in_their_formats(make, scenes_codes
             assert layout.tokens.tolist() == expected.tokens.tolist()
 
 
+def test_contents_of_rows_are_known_without_reading_them(make, vocabulary):
+    """Truncated texts included: 24 positions hold an image and less than most captions."""
+    for limits in (RowLimits(256), RowLimits(24, truncate=True)):
+        batcher = make({"pairs": 1.0}, limits, batch_size=8)
+        batch, errors = batcher.make(2)
+        ids, special = batch["tokens"], [id_ for _, id_ in vocabulary.special]
+        used = batch["document"] >= 0
+        is_mark, is_code = np.isin(ids, special), ids >= vocabulary.codes_start
+        images = (batch["image_start"] >= 0).sum(axis=1)
+        marks = (used & is_mark).sum(axis=1) - 2 * images  # BOV and EOV are an image's own
+        expected = np.stack([marks, (used & ~is_mark & ~is_code).sum(axis=1), images], axis=1)
+        assert not errors and batcher.blocks == (2048,) == (batcher._streams[0].packing.block,)
+        np.testing.assert_array_equal([batcher.contents(16 + n) for n in range(8)], expected)
+
+
 def test_formats_and_sources_keep_their_shares(make):
     batcher = make()
     numbers = np.arange(6000)

@@ -50,6 +50,17 @@ def test_the_dearest_branch_counts():
     assert flops.count(branches, w) == 2 * 2 * 5**3
 
 
+def test_what_no_result_needs_does_not_count():
+    w = shape(5, 5)
+
+    @jax.jit
+    def run(w):
+        turned, _ = jax.lax.scan(lambda x, _: (x @ w, x @ w @ w), w, length=3)
+        return turned, (w @ w).shape[0]
+
+    assert flops.count(run, w) == 3 * 2 * 5**3
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_convolution_and_its_gradients(stride, groups):

@@ -42,6 +42,24 @@ def test_a_train_step_is_held_against_one_product_of_matrices(bench, capsys):
 
 
 @pytest.mark.slow
+def test_a_mixed_step_is_held_against_two_of_the_same_positions_and_images(bench, capsys):
+    sizes = {"transformer.width": 48, "transformer.depth": 1, "transformer.mlp_width": 64, "image.patch_size": 8}
+    small = [f"--config.model.{name}={value}" for name, value in sizes.items()]
+    small += ["--config.train.batch_size=16", "--config.sequences.context=100", "--config.optimizer.name=adamw"]
+    assert bench.main(["mixed", "--repeats", "2", *small]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # An image has 16 positions and 4 marks, and a text alone as many: two pairs of 40 in a row.
+    assert found["context"] == 80 and found["images"] == 32
+    assert found["positions"] == {"mixed": 16 * 80, "text": 8 * 80, "images": 8 * 80}
+    seconds, (step, gradient) = found["seconds"], found["gflop_over_apart"]
+    assert found["step_over_apart"] == pytest.approx(seconds["mixed"] / seconds["apart"], rel=0.05)
+    assert found["gradient_over_apart"] == pytest.approx(
+        seconds["mixed_gradient"] / seconds["apart_gradient"], rel=0.05
+    )
+    assert step == gradient == pytest.approx(1, abs=0.02)  # the same rows through the model; AdamW has no products
+
+
+@pytest.mark.slow
 def test_a_cache_is_held_against_forwards_over_the_whole_text(bench, capsys, monkeypatch):
     tiny = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 1, "mlp_width": 32}
     for name, value in {"WIDE": tiny, "SMALL": tiny, "TOKENS": 16, "LENGTHS": (8, 32), "FEW": 2, "MANY": 6}.items():
@@ -67,7 +85,8 @@ def test_blocks_are_held_against_a_mask(bench, capsys, monkeypatch):
 @pytest.mark.slow
 def test_the_verbs_for_llama_are_measured_in_processes_of_their_own(bench, capsys, monkeypatch, tmp_path):
     tiny = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4}
-    monkeypatch.setattr(bench, "LLAMA", bench.LLAMA | tiny | {"vocab_size": 1024, "num_key_value_heads": 2})
+    llama = importlib.import_module("bench_llama")
+    monkeypatch.setattr(llama, "LLAMA", llama.LLAMA | tiny | {"vocab_size": 1024, "num_key_value_heads": 2})
     held = np.ones(1_000_000_000, np.uint8)  # what this process holds must not count
     assert bench.main(["llama", "--gigabytes", "0.002", "--folder", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -86,6 +105,13 @@ def test_the_first_call_is_not_timed_and_the_least_of_the_others_counts(bench):
 def test_settings_that_cannot_be_used_are_one_line(bench, capsys):
     assert bench.main(["step", "--config", str(ROOT / "configs" / "ddt_selftok_256.py")]) == 2
     assert capsys.readouterr().err.startswith("bench: config: model.codec.weights is empty")
+
+
+def test_a_mixed_step_needs_images_that_are_denoised(bench, capsys):
+    assert bench.main(["mixed", "--config", str(ROOT / "configs" / "smoke.py")]) == 2
+    assert capsys.readouterr().err.startswith(
+        "bench: mixed needs a config with model.image.kind='diffusion', not smoke"
+    )
 
 
 def test_what_is_not_an_option_is_refused(bench, capsys):

@@ -16,8 +16,9 @@ compile_tpu = importlib.import_module("tools.compile_tpu")
 pytestmark = pytest.mark.tpu_compile
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# The published tokenizers need a pod, and the autoencoder's default is for images of 256 px.
+# The published models need a pod, and the autoencoder's default is for images of 256 px.
 LARGE = {"ddt_selftok_256.py", "ddt_selftok_1024.py", "ddt_llama_256.py", "ddt_llama_8b.py", "vae.py"}
+LARGE |= {"transfusion_256.py"}
 SMALL = [*sorted({path.name for path in CONFIGS.glob("*.py")} - LARGE), "vae.py:small", "ddt_selftok_256.py:small"]
 # What text and codes would decide, in a run that has them.
 VOCABULARY = ("model.transformer.vocab_size", "1024")
@@ -28,6 +29,7 @@ SIZES = (
     ("model.image.code_width", "8"),
 )
 OVERRIDES = {
+    "comparison_scenes.py": SIZES,
     "llama_scenes.py": SIZES,
     "llama_edits.py": SIZES,
     "llama_spatial_scenes.py": SIZES,

@@ -2,6 +2,8 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ddt_jax import settings
@@ -179,3 +181,26 @@ def test_sources_that_images_are_not_made_of_are_one_line(folder, tmp_path):
     codes = replace(s.sequences, sources=(settings.CodesFolder(folder=folder),))
     with pytest.raises(UserError, match="is a source of codes, but model.image.kind='diffusion' reads pictures"):
         corpus.resolve(replace(s, sequences=codes))
+
+
+def test_texts_alone_stand_beside_codes(folder, tmp_path):
+    pq.write_table(pa.table({"text": ["a red circle, said at length", "", "two squares"] * 20}), tmp_path / "a.parquet")
+    s = experiment(folder)
+    texts = settings.Texts(source=f"parquet:{tmp_path}/a.parquet")
+    both = replace(s, sequences=replace(s.sequences, sources=(texts, *s.sequences.sources)))
+    both = replace(both, data=settings.Data(cache_dir=str(tmp_path), max_bad_fraction=0.5))
+    both, found = corpus.resolve(both)
+    assert both.model.image.num_tokens == 4 and both.model.image.tokenizer == "f" * 64
+    batch = corpus.open_rows(both, found, both.sequences.sources).batch_at(0)
+    of_text = batch["source"] == 0
+    assert of_text.sum() == 2 and not (batch["tokens"][of_text] >= found.vocabulary.codes_start).any()
+    assert (batch["tokens"][~of_text] >= found.vocabulary.codes_start).any()
+    said = set()
+    for step in range(6):
+        batch = corpus.open_rows(both, found, both.sequences.sources).batch_at(step)
+        rows = zip(*(batch[name][batch["source"] == 0] for name in ("tokens", "document")), strict=True)
+        said |= {found.text.decode(ids[at == n][1:-1]) for ids, at in rows for n in range(at.max() + 1)}
+    assert said == {"a red circle, said at length", "two squares"}  # what has no text is left out
+    alone = replace(s, sequences=replace(s.sequences, sources=(texts,)))
+    with pytest.raises(UserError, match="sequences.sources has texts alone; a folder of codes must say"):
+        corpus.resolve(alone)

@@ -1,0 +1,41 @@
+"""Three ways of an image into one transformer, on scenes, all else alike (docs/comparison.md). Hardware: 2 CPU cores.
+
+Variants: "codes" (DDT tokens), "spatial" (Chameleon), "transfusion" (denoised pixels), each from its own config beside
+this one. A variant takes the folder of its tokenizer and codes: "codes:runs/mine"; without it runs/comparison/ARM.
+
+From `llama_scenes.py` all three take backbone, optimizer, rows of a batch, text, formats and how they are evaluated;
+from Chameleon's recipe QK-norm and z-loss. A row holds two documents in each, so that equal steps see equal data;
+`context` is what these take. `tools/compare.py plan` says with which steps and rates they are trained.
+"""
+
+from ddt_jax import config
+from ddt_jax.errors import UserError
+
+CODES, PATCHES = 16, 64  # of an image: what it is in the two arms of codes, and in the third
+DOCUMENTS, CONTEXT = 2, 80  # of a row; shorter ones leave long captions alone
+SIBLINGS = {"codes": "llama_scenes", "spatial": "llama_spatial_scenes", "transfusion": "transfusion_scenes"}
+
+
+def get_config(variant="codes"):
+    arm, _, root = variant.partition(":")
+    if arm not in SIBLINGS:
+        raise UserError(f"config: comparison_scenes has no arm {arm!r}; choose from {', '.join(SIBLINGS)}")
+    root = root or f"runs/comparison/{arm}"
+    both = config.sibling(__file__, "llama_scenes").get_config(root)
+    own = config.sibling(__file__, SIBLINGS[arm])
+    c = own.get_config() if arm == "transfusion" else own.get_config(root)
+    c.name = f"comparison_scenes_{arm}"
+    for name in ("optimizer", "train", "evaluate"):
+        c[name] = both[name]
+    c.model.transformer = both.model.transformer
+    c.model.transformer.qk_norm, c.model.transformer.z_loss = True, 1e-5
+    c.model.whole_prompts = both.model.whole_prompts
+    c.sequences.images = DOCUMENTS
+    c.sequences.context = CONTEXT + (DOCUMENTS * (PATCHES - CODES) if arm == "transfusion" else 0)
+    c.sequences.targets, c.sequences.text_vocab_size = both.sequences.targets, both.sequences.text_vocab_size
+    for parts in (c.sequences.sources, c.sequences.eval_sources):
+        for part in parts:
+            part["formats"], part["weight"] = both.sequences.sources[0]["formats"], 1.0
+    c.evaluate.prompts = 1024
+    c.evaluate.images = 2048  # all held-out documents, in whichever order rows hold them
+    return c

@@ -1,0 +1,333 @@
+"""Systems against each other at equal cost: what is chosen of each arm, the figures with their intervals, and every way
+in which runs do not keep the protocol of docs/comparison.md.
+
+Everything here is a pure function of `Row`s; `ddt_jax/ledger.py` makes them of workdirs.
+
+An arm is one system: a grid of learning rates on the tuning seed (the lowest that all arms have), then more seeds at
+the best rate, then a sweep of sampling settings. Both choices look at the tuning seed alone, at the mean of the shares
+in `CHOSEN_BY`; of equal ones the lowest rate is taken.
+"""
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scipy import special
+
+from ddt_jax.errors import UserError
+from ddt_jax.evaluation.metrics import binomial_interval
+
+MIN_SEEDS = 3
+TOLERANCE = 0.02  # by how much total training costs may differ, largest over smallest
+
+# Figure of results.json → heading. Perplexity of text without marks: the only text that all arms predict alike.
+FIGURES = {
+    "plain_perplexity": "text perplexity",
+    "caption_all_correct": "captions right",
+    "t2i_all_correct": "pictures right",
+}
+SHARES = tuple(name for name in FIGURES if name.endswith("_all_correct"))
+CHOSEN_BY = SHARES
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run, as it was evaluated with one choice of sampling settings.
+
+    Attributes:
+      run: its workdir, for messages.
+      step, steps: where it was evaluated, how many it was to have.
+      flops: name → operations: "training" of the run itself; the rest is what its input cost.
+      seen: name → how many it learned from: images, text tokens, positions of images.
+      alike: dotted name → value of everything that has to be the same in all runs.
+      uncounted: costs that are not in `flops`, a line each.
+      sampling: "text_to_image" and "image_to_text" settings, as JSON.
+      results: of `ddt-jax evaluate`.
+    """
+
+    arm: str
+    run: str
+    seed: int
+    lr: float
+    step: int
+    steps: int
+    flops: dict[str, float]
+    seen: dict[str, float]
+    alike: dict[str, Any]
+    sampling: dict[str, Any]
+    results: dict[str, Any]
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def total_flops(self) -> float:
+        return sum(self.flops.values())
+
+    @property
+    def point(self) -> str:
+        """Sampling settings as a key."""
+        return json.dumps(self.sampling, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is reported of an arm: its runs at the chosen rate and sampling settings, one for each seed."""
+
+    name: str
+    lr: float
+    rows: tuple[Row, ...]
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    arms: tuple[Arm, ...]
+    violations: tuple[str, ...]
+
+
+def compare(rows: Sequence[Row], *, tolerance: float = TOLERANCE) -> Comparison:
+    """Chooses, computes and checks.
+
+    Args:
+      rows: of at least two arms.
+      tolerance: see TOLERANCE.
+
+    Raises:
+      UserError: there are fewer than two arms, or the tuning seed has no run with the shares of CHOSEN_BY in one.
+    """
+    names = list(dict.fromkeys(row.arm for row in rows))
+    if len(names) < 2:
+        raise UserError("compare: a comparison takes two arms or more; give --arm NAME=DIR,DIR again")
+    by_arm = {name: [row for row in rows if row.arm == name] for name in names}
+    seed = _tuning_seed(by_arm)
+    chosen = {name: _choose(name, of, seed) for name, of in by_arm.items()}
+    arms = []
+    for name, (lr, point) in chosen.items():
+        final = tuple(sorted((r for r in by_arm[name] if r.lr == lr and r.point == point), key=lambda row: row.seed))
+        arms.append(Arm(name, lr, final, {figure: _figure(figure, final) for figure in FIGURES}))
+    violations = [
+        *_unlike(rows),
+        *_costs(rows, tolerance),
+        *_unfinished(rows),
+        *_grids(by_arm, seed),
+        *_edges(by_arm, chosen),
+        *_seeds(by_arm, chosen),
+        *_sweeps(by_arm, chosen),
+        *_missing(arms),
+    ]
+    return Comparison(tuple(arms), tuple(dict.fromkeys(violations)))
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of independent values. Infinite for fewer than two."""
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2:
+        return -math.inf, math.inf
+    half = special.stdtrit(n - 1, 0.5 + confidence / 2) * statistics.stdev(values) / math.sqrt(n)
+    return mean - float(half), mean + float(half)
+
+
+def _figure(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Mean over seeds, interval of 95 %, and what that is of.
+
+    "seeds": Student's over the runs. A share also has Wilson's interval of all answers together, "answers": seeds are
+    few and may agree by chance, while all of them are asked the same. The wider of the two is given.
+    """
+    values = [row.results[name] for row in rows if row.results.get(name) is not None]
+    if not values:
+        return {}
+    low, high = interval(values)
+    found = {"value": statistics.fmean(values), "low": low, "high": high, "of": "seeds", "values": values}
+    counts = [row.results.get(f"{name}_n", 0) for row in rows if row.results.get(name) is not None]
+    if name in SHARES and all(counts):
+        right = sum(round(value * n) for value, n in zip(values, counts, strict=True))
+        answers = binomial_interval(right, sum(counts))
+        if not math.isfinite(high - low) or answers[1] - answers[0] > high - low:
+            found |= {"low": answers[0], "high": answers[1], "of": "answers"}
+        found |= {"low": max(found["low"], 0.0), "high": min(found["high"], 1.0)}
+    if not math.isfinite(found["high"] - found["low"]):
+        found |= {"low": None, "high": None, "of": "nothing"}
+    return found
+
+
+def _tuning_seed(by_arm) -> int:
+    common = set.intersection(*({row.seed for row in of} for of in by_arm.values()))
+    if not common:
+        seeds = "; ".join(f"{name} {sorted({row.seed for row in of})}" for name, of in by_arm.items())
+        raise UserError(f"compare: no seed is in every arm ({seeds}); rates are chosen on one that is")
+    return min(common)
+
+
+def _choose(name, rows, seed) -> tuple[float, str]:
+    """(learning rate, key of sampling settings) that do best on the tuning seed.
+
+    Rates are held against each other at sampling settings that all of them have, where there are any.
+    """
+    scored = {(row.lr, row.point): _score(row) for row in rows if row.seed == seed and _score(row) is not None}
+    if not scored:
+        raise UserError(
+            f"compare: no run of {name} with seed {seed} has {' and '.join(CHOSEN_BY)}, by which rates are chosen; "
+            "evaluate them with evaluate.verifier=True"
+        )
+    rates, points = sorted({lr for lr, _ in scored}), sorted({point for _, point in scored})
+    common = [point for point in points if all((lr, point) in scored for lr in rates)] or points
+    lr = max(rates, key=lambda lr: max(s for (r, point), s in scored.items() if r == lr and point in common))
+    return lr, max((point for point in points if (lr, point) in scored), key=lambda point: scored[lr, point])
+
+
+def _score(row) -> float | None:
+    values = [row.results.get(name) for name in CHOSEN_BY]
+    return None if None in values else statistics.fmean(values)
+
+
+# What does not keep the protocol. Each yields lines that name the arms, the values and what was asked for.
+
+
+def _unlike(rows) -> Iterable[str]:
+    names = dict.fromkeys(name for row in rows for name in row.alike)
+    for name in names:
+        of_value: dict[str, list[str]] = {}
+        for row in rows:
+            of_value.setdefault(json.dumps(row.alike.get(name), sort_keys=True), []).append(row.arm)
+        if len(of_value) > 1:
+            listed = "; ".join(f"{', '.join(dict.fromkeys(arms))} {value}" for value, arms in of_value.items())
+            yield f"{name} is not the same in all runs: {listed}"
+
+
+def _costs(rows, tolerance) -> Iterable[str]:
+    low, high = (key(rows, key=lambda row: row.total_flops) for key in (min, max))
+    if high.total_flops > (1 + tolerance) * low.total_flops:
+        more = high.total_flops / low.total_flops - 1
+        yield (
+            f"total training FLOPs are not equal: {low.total_flops:.3e} of {low.run} ({low.arm}), "
+            f"{high.total_flops:.3e} of {high.run} ({high.arm}), {more:.1%} more; at most {tolerance:.1%} are allowed"
+        )
+    for row in rows:
+        for line in row.uncounted:
+            yield f"{row.arm}: {line}"
+
+
+def _unfinished(rows) -> Iterable[str]:
+    for row in rows:
+        if row.step != row.steps:
+            yield f"{row.arm}: {row.run} was evaluated at step {row.step:,} of {row.steps:,}"
+
+
+def _grids(by_arm, seed) -> Iterable[str]:
+    grids = {name: sorted({row.lr for row in of}) for name, of in by_arm.items()}
+    if len({tuple(grid) for grid in grids.values()}) > 1:
+        listed = "; ".join(f"{name} {_rates(grid)}" for name, grid in grids.items())
+        yield f"learning rates were not tuned over the same grid: {listed}"
+    for name, of in by_arm.items():
+        lacking = sorted(set(grids[name]) - {row.lr for row in of if row.seed == seed})
+        if lacking:
+            yield f"{name}: learning rates {_rates(lacking)} have no run with seed {seed}, on which rates are chosen"
+
+
+def _edges(by_arm, chosen) -> Iterable[str]:
+    for name, (lr, _) in chosen.items():
+        grid = sorted({row.lr for row in by_arm[name]})
+        if lr in (grid[0], grid[-1]):
+            yield f"{name}: the best learning rate, {lr:g}, is at the edge of its grid, {_rates(grid)}; go beyond it"
+
+
+def _seeds(by_arm, chosen) -> Iterable[str]:
+    seeds = {}
+    for name, (lr, _) in chosen.items():
+        runs = {(row.run, row.seed) for row in by_arm[name] if row.lr == lr}
+        seeds[name] = sorted({seed for _, seed in runs})
+        if len(seeds[name]) < MIN_SEEDS:
+            yield f"{name}: {len(seeds[name])} seeds at learning rate {lr:g}; the protocol asks for {MIN_SEEDS}"
+    for name, of in by_arm.items():
+        for (lr, seed), count in Counter((lr, seed) for lr, seed, _ in {(r.lr, r.seed, r.run) for r in of}).items():
+            if count > 1:
+                yield f"{name}: {count} runs have seed {seed} at learning rate {lr:g}; give each run once"
+    if len({tuple(found) for found in seeds.values()}) > 1:
+        listed = "; ".join(f"{name} {', '.join(map(str, found))}" for name, found in seeds.items())
+        yield f"seeds, and with them the order of data, are not the same: {listed}"
+
+
+def _sweeps(by_arm, chosen) -> Iterable[str]:
+    guidances, sizes, texts = {}, {}, {}
+    for name, (lr, _) in chosen.items():
+        points: dict[str, set[str]] = {}
+        for row in by_arm[name]:
+            if row.lr == lr:
+                points.setdefault(row.run, set()).add(row.point)
+        every = set.union(*points.values())
+        for run, found in points.items():
+            if found != every:
+                yield f"{name}: {run} was evaluated with {len(found)} of the {len(every)} sampling settings of its arm"
+        settings = [json.loads(point) for point in every]
+        guidances[name] = sorted({s["text_to_image"]["guidance"] for s in settings})
+        texts[name] = sorted({json.dumps(s["image_to_text"], sort_keys=True) for s in settings})
+        sizes[name] = len(every)
+    if len({tuple(found) for found in guidances.values()}) > 1:
+        listed = "; ".join(f"{name} {', '.join(f'{g:g}' for g in found)}" for name, found in guidances.items())
+        yield f"guidance was not swept over the same values: {listed}"
+    if len(set(sizes.values())) > 1:
+        listed = "; ".join(f"{name} {count}" for name, count in sizes.items())
+        yield f"not as many sampling settings were tried in each arm: {listed}"
+    if len({tuple(found) for found in texts.values()}) > 1:
+        yield f"captions were not drawn with the same settings: {', '.join(f'{n} {v}' for n, v in texts.items())}"
+
+
+def _missing(arms) -> Iterable[str]:
+    for arm in arms:
+        for name in FIGURES:
+            without = [row.run for row in arm.rows if row.results.get(name) is None]
+            if without:
+                yield f"{arm.name}: {', '.join(without)} has no {name}; evaluate it again"
+
+
+def _rates(rates) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
+def markdown(found: Comparison) -> str:
+    """Two tables, figures and costs, and below them what does not keep the protocol."""
+    lines = ["| arm | seeds | " + " | ".join(FIGURES.values()) + " |", "|---|---:|" + "---:|" * len(FIGURES)]
+    for arm in found.arms:
+        cells = (_cell(name, arm.figures[name]) for name in FIGURES)
+        lines.append(f"| {arm.name} | {len(arm.rows)} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Means over seeds with intervals of 95 %: of seeds, Student's over runs; of answers, Wilson's over all",
+    ]
+    lines += ["answers of all runs, where that is wider.", ""]
+    parts = list(dict.fromkeys(name for arm in found.arms for row in arm.rows for name in row.flops))
+    seen = list(dict.fromkeys(name for arm in found.arms for row in arm.rows for name in row.seen))
+    heads = ["steps", "learning rate", "total FLOPs", *parts, *(f"{name} seen" for name in seen), "sampling"]
+    lines += [f"| arm | {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}---|"]
+    for arm in found.arms:
+        first = arm.rows[0]  # costs of seeds are alike, or it is said below
+        cells = [f"{first.steps:,}", f"{arm.lr:g}", f"{first.total_flops:.3e}"]
+        cells += [f"{first.flops[part]:.3e}" if part in first.flops else "0" for part in parts]
+        cells += [f"{first.seen.get(name, 0):,.0f}" for name in seen]
+        drawn = ", ".join(f"{name} {value}" for name, value in first.sampling["text_to_image"].items())
+        lines.append(f"| {arm.name} | {' | '.join([*cells, drawn])} |")
+    if found.violations:
+        lines += ["", f"NOT KEPT: {len(found.violations)} of the protocol's demands.", ""]
+        lines += [f"- {line}" for line in found.violations]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(name, figure) -> str:
+    if not figure:
+        return "–"
+    form = ".1%" if name in SHARES else ".3f"
+    if figure["low"] is None:
+        return f"{figure['value']:{form}} (no interval)"
+    return f"{figure['value']:{form}} ({figure['low']:{form}} to {figure['high']:{form}}, {figure['of']})"
+
+
+def as_json(found: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything that the tables are made of, the grid and the sweeps included."""
+    return {
+        "arms": {arm.name: {"lr": arm.lr, "runs": [r.run for r in arm.rows], **arm.figures} for arm in found.arms},
+        "violations": list(found.violations),
+        "rows": [vars(row) | {"total_flops": row.total_flops} for row in rows],
+    }

@@ -1,0 +1,212 @@
+"""A comparison that keeps its protocol has nothing against it; each demand that is not kept is named, and it alone."""
+
+import json
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ddt_jax.errors import UserError
+from ddt_jax.evaluation import comparison
+from ddt_jax.evaluation.comparison import Row
+
+RATES, BEST, GUIDANCES = (1e-3, 2e-3, 4e-3), 2e-3, (1.0, 2.0, 3.0)
+ARMS = {"codes": 0.5, "denoised": 0.4}
+
+
+def drawn(guidance, **more):
+    return {"text_to_image": {"guidance": guidance} | more, "image_to_text": {"temperature": 0.0}, "seed": 0}
+
+
+def row(arm, lr, seed, guidance):
+    """Best at BEST and at a guidance of 3; seeds differ by 1 %."""
+    share = ARMS[arm] - 0.05 * (lr != BEST) + 0.01 * guidance + 0.01 * seed
+    results = {"t2i_all_correct": share, "t2i_all_correct_n": 1000, "plain_perplexity": 3.0 - share}
+    results |= {"caption_all_correct": share + 0.1, "caption_all_correct_n": 1000}
+    return Row(
+        arm=arm,
+        run=f"{arm}/{lr:g}/{seed}",
+        seed=seed,
+        lr=lr,
+        step=100,
+        steps=100,
+        flops={"training": 8e12, "tokenizer": 2e12} if arm == "codes" else {"training": 1e13},
+        seen={"images": 5000.0},
+        alike={"optimizer.b2": 0.99, "train.batch_size": 32},
+        sampling=drawn(guidance),
+        results=results,
+    )
+
+
+def kept():
+    grid = [row(arm, lr, 0, 2.0) for arm in ARMS for lr in RATES if lr != BEST]
+    return grid + [row(arm, BEST, seed, guidance) for arm in ARMS for seed in range(3) for guidance in GUIDANCES]
+
+
+def test_what_keeps_the_protocol_has_nothing_against_it():
+    found = comparison.compare(kept())
+    assert found.violations == ()
+    for arm in found.arms:
+        assert arm.lr == BEST and [r.seed for r in arm.rows] == [0, 1, 2]
+        assert {r.sampling["text_to_image"]["guidance"] for r in arm.rows} == {3.0}
+    text = comparison.markdown(found)
+    assert "| codes | 3 |" in text and "NOT KEPT" not in text and "| 8.000e+12 | 2.000e+12 |" in text
+    tree = json.loads(json.dumps(comparison.as_json(found, kept())))
+    assert len(tree["rows"]) == 22 and tree["arms"]["codes"]["lr"] == BEST
+
+
+def edited(change, where=lambda r: r.arm == "denoised"):
+    """The rows that keep the protocol, some of them changed; None leaves one out."""
+    made = [change(r) if where(r) else r for r in kept()]
+    return [r for r in made if r is not None]
+
+
+def of(arm="denoised", **values):
+    return lambda r: r.arm == arm and all(getattr(r, name) == value for name, value in values.items())
+
+
+def guidance(r):
+    return r.sampling["text_to_image"]["guidance"]
+
+
+def without(*names):
+    return lambda r: replace(r, results={k: v for k, v in r.results.items() if k not in names})
+
+
+NOT_KEPT = {
+    "cost": (
+        edited(lambda r: replace(r, flops={"training": 1.03e13})),
+        "total training FLOPs are not equal: 1.000e+13",
+    ),
+    "cost of one": (edited(lambda r: replace(r, flops={"training": 9e12}), of(lr=4e-3)), "11.1% more"),
+    "uncounted": (edited(lambda r: replace(r, uncounted=("x.pth is not counted",))), "denoised: x.pth is not counted"),
+    "settings": (
+        edited(lambda r: replace(r, alike=r.alike | {"optimizer.b2": 0.95})),
+        "optimizer.b2 is not the same in all runs: codes 0.99; denoised 0.95",
+    ),
+    "settings that only one has": (
+        edited(lambda r: replace(r, alike=r.alike | {"model.x": 1})),
+        "model.x is not the same in all runs: codes null; denoised 1",
+    ),
+    "unfinished": (
+        edited(lambda r: replace(r, step=90), of(seed=2, lr=BEST)),
+        "denoised/0.002/2 was evaluated at step 90",
+    ),
+    "other grid": (
+        edited(lambda r: replace(r, lr=8e-3), of(lr=4e-3)),
+        "not tuned over the same grid: codes 0.001, 0.002, 0.004; denoised 0.001, 0.002, 0.008",
+    ),
+    "rate without the tuning seed": (
+        edited(lambda r: replace(r, seed=1), of(lr=4e-3)),
+        "denoised: learning rates 0.004 have no run with seed 0",
+    ),
+    "edge": (
+        [r for r in kept() if r.lr != 4e-3],
+        [
+            "codes: the best learning rate, 0.002, is at the edge",
+            "denoised: the best learning rate, 0.002, is at the edge",
+        ],
+    ),
+    "two seeds": (
+        [r for r in kept() if r.seed < 2],
+        ["codes: 2 seeds at learning rate 0.002", "denoised: 2 seeds at learning rate 0.002"],
+    ),
+    "other seeds": (
+        edited(lambda r: replace(r, seed=7), of(seed=2)),
+        "are not the same: codes 0, 1, 2; denoised 0, 1, 7",
+    ),
+    "a run twice": (
+        kept() + [replace(r, run="again") for r in kept() if of(lr=BEST, seed=1)(r)],
+        "denoised: 2 runs have seed 1 at learning rate 0.002",
+    ),
+    "guidance": (
+        edited(lambda r: replace(r, sampling=drawn(1.5)) if guidance(r) == 1.0 else r),
+        "guidance was not swept over the same values: codes 1, 2, 3; denoised 1.5, 2, 3",
+    ),
+    "more settings": (
+        kept()
+        + [replace(r, sampling=drawn(3.0, solver="ddim")) for r in kept() if of(lr=BEST)(r) and guidance(r) == 1.0],
+        "not as many sampling settings were tried in each arm: codes 3; denoised 4",
+    ),
+    "a seed without one setting": (
+        edited(lambda r: None if guidance(r) == 1.0 else r, of(seed=1)),
+        "denoised/0.002/1 was evaluated with 2 of the 3 sampling settings",
+    ),
+    "captions": (
+        edited(lambda r: replace(r, sampling=r.sampling | {"image_to_text": {"temperature": 1.0}})),
+        "captions were not drawn with the same settings",
+    ),
+    "figure": (
+        edited(without("plain_perplexity"), of(seed=2)),
+        "denoised: denoised/0.002/2 has no plain_perplexity",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_KEPT)
+def test_each_demand_that_is_not_kept_is_named_alone(name):
+    rows, said = NOT_KEPT[name]
+    found = comparison.compare(rows)
+    said = [said] if isinstance(said, str) else said
+    assert len(found.violations) == len(said), found.violations
+    for line, text in zip(found.violations, said, strict=True):
+        assert text in line and "\n" not in line
+        assert f"- {line}" in comparison.markdown(found)
+
+
+def test_costs_may_differ_by_the_tolerance():
+    rows = edited(lambda r: replace(r, flops={"training": 1.03e13}))
+    assert not comparison.compare(rows, tolerance=0.04).violations
+
+
+def test_rate_and_sampling_are_chosen_on_the_tuning_seed_alone():
+    """The other seeds would choose a guidance of 1, and by their results the third rate."""
+
+    def other(r):
+        return replace(r, results={k: 0.9 if k.endswith("correct") else v for k, v in r.results.items()})
+
+    rows = [other(r) if r.seed and guidance(r) == 1.0 else r for r in kept()]
+    rows += [other(replace(row(arm, 4e-3, seed, 2.0))) for arm in ARMS for seed in (1, 2)]
+    found = comparison.compare(rows)
+    assert all(arm.lr == BEST and guidance(arm.rows[0]) == 3.0 for arm in found.arms)
+
+
+def test_rates_are_compared_at_sampling_settings_that_all_have():
+    """At a guidance of 2 the middle rate is worse than the first; that it was also tried at 3 must not help it."""
+    worse = {"t2i_all_correct": 0.1, "caption_all_correct": 0.1}
+    rows = edited(lambda r: replace(r, results=r.results | worse) if guidance(r) == 2.0 else r, of(lr=BEST, seed=0))
+    found = {arm.name: arm for arm in comparison.compare(rows).arms}
+    assert found["codes"].lr == BEST and found["denoised"].lr == 1e-3
+
+
+def test_students_interval_is_that_of_tables():
+    # t(0.975, 2) = 4.303; of 1, 2, 3 the deviation is 1.
+    assert comparison.interval([1.0, 2.0, 3.0]) == pytest.approx(
+        (2 - 4.3027 / np.sqrt(3), 2 + 4.3027 / np.sqrt(3)), rel=1e-4
+    )
+    rng = np.random.default_rng(0)
+    held = [low <= 0 <= high for low, high in (comparison.interval(list(x)) for x in rng.normal(size=(4000, 3)))]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+
+
+def test_of_two_intervals_the_wider_is_given_and_named():
+    found = comparison.compare(kept()).arms[0].figures["t2i_all_correct"]
+    # 0.53, 0.54 and 0.55; of 3,000 answers Wilson's is 0.522 to 0.558, of 300 it is 0.4834 to 0.5955.
+    assert found["of"] == "seeds" and (found["low"], found["high"]) == pytest.approx((0.51516, 0.56484), abs=1e-5)
+    rows = edited(lambda r: replace(r, results=r.results | {"t2i_all_correct_n": 100}), of("codes"))
+    few = comparison.compare(rows).arms[0].figures["t2i_all_correct"]
+    assert few["of"] == "answers" and (few["low"], few["high"]) == pytest.approx((0.4834, 0.5955), abs=1e-4)
+    assert found["value"] == pytest.approx(statistics.fmean([0.53, 0.54, 0.55]))
+    alone = comparison.compare([r for r in kept() if r.seed == 0])
+    assert alone.arms[0].figures["t2i_all_correct"]["of"] == "answers"
+    assert "(no interval)" in comparison.markdown(alone)  # of a perplexity of one run
+
+
+def test_what_cannot_be_compared_is_one_line():
+    with pytest.raises(UserError, match="takes two arms or more"):
+        comparison.compare([r for r in kept() if r.arm == "codes"])
+    with pytest.raises(UserError, match=r"no seed is in every arm .codes .0, 1, 2.; denoised .8.."):
+        comparison.compare(edited(lambda r: replace(r, seed=8)))
+    with pytest.raises(UserError, match="no run of denoised with seed 0 has caption_all_correct and t2i_all_correct"):
+        comparison.compare(edited(without("t2i_all_correct")))
