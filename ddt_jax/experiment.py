@@ -359,7 +359,8 @@ def _hooks(built: Built, feed: feeds.Feed, writer, progress) -> tuple[loop.Hook,
     def evaluate_images(step, state):
         with progress.phase("evaluating") as detail:
             report = measure(built, state, lambda seen: detail(f"{seen:,} images"))
-        writer.image(step, "reconstructions", report.picture())
+        if report.pictured:
+            writer.image(step, report.picture_name, report.picture())
         return report.results
 
     def evaluate_rows(step, state):

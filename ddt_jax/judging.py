@@ -20,8 +20,8 @@ from ddt_jax.training.progress import Progress
 
 
 def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
-    """Evaluates the newest checkpoint of a tokenizer on the held-out source, on all devices of all processes; that of a
-    multimodal run as `speaking.evaluate`.
+    """Evaluates the newest checkpoint of a model of images on the held-out source, on all devices of all processes;
+    that of a multimodal run as `speaking.evaluate`.
 
     Process 0 writes results.json, results.md and pictures to the workdir.
 
@@ -77,6 +77,8 @@ def reconstruct(
     """
     if isinstance(experiment.saved_settings(workdir, overrides).model, settings.Multimodal):
         raise UserError(f"reconstruct: {workdir} holds a transformer; name the workdir of its image tokenizer")
+    if isinstance(experiment.saved_settings(workdir, overrides).model, settings.ACDiT):
+        raise UserError(f"reconstruct: {workdir} holds a model that draws images and has no codes of yours to decode")
     built, state = experiment.restore(workdir, overrides)
     s, params = built.settings, experiment.weights(state)
     originals = np.stack([images.read_file(file, s.data) for file in files])

@@ -5,6 +5,7 @@
     python tools/bench.py step --config configs/ddt_cifar10.py --config.train.batch_size=256
                                                        a train step: examples per second, and its share of what the
                                                        device reaches on one product of matrices in the same type
+    python tools/bench.py blocks                       skip-causal attention (ACDiT) block by block against a mask
     python tools/bench.py mixed                        a step on captions and images against one on as much text and one
                                                        on as many images
     python tools/bench.py cache                        1,024 tokens with a cache and without; one at 512, at 4,096
@@ -210,7 +211,52 @@ def cache(options) -> dict:
     }
 
 
-BENCHMARKS = {"decode": decode, "step": step, "mixed": mixed, "cache": cache, "llama": llama}
+BLOCKS, HEADS, HEAD_DIM = (4, 256), 12, 64  # ACDiT-B on ImageNet at 256 px: blocks and tokens of one
+
+
+def blocks(options) -> dict:
+    """What it saves that each block gets the keys it sees alone: medians of ratios of calls in turns."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from ddt_jax.nn import spans
+    from ddt_jax.nn.attention import attend
+
+    n, size = BLOCKS
+    seen = spans.skip_causal(n, size)
+    rng = np.random.default_rng(0)
+    qkv = [jnp.asarray(rng.normal(size=(1, HEADS, 2 * n * size, HEAD_DIM)), jnp.float32) for _ in range(3)]
+
+    def calls(method):
+        forwards = lambda *qkv: attend(*qkv, seen, method=method)  # noqa: E731
+        both = jax.grad(lambda *qkv: jnp.sum(jnp.sin(forwards(*qkv))), (0, 1, 2))
+        return {"forwards": jax.jit(forwards), "forwards_and_backwards": jax.jit(both)}
+
+    def seconds(call):
+        begun = time.perf_counter()
+        jax.block_until_ready(call(*qkv))
+        return time.perf_counter() - begun
+
+    dense, by_block, found = calls("dense"), calls("blocks"), {}
+    for name in dense:
+        pairs = [(seconds(by_block[name]), seconds(dense[name])) for _ in range(options.repeats + 1)][1:]
+        found[name] = {
+            "seconds_by_block": float(np.median([a for a, _ in pairs])),
+            "seconds_dense": float(np.median([b for _, b in pairs])),
+            "by_block_over_dense": round(float(np.median([a / b for a, b in pairs])), 3),
+        }
+    return {
+        "blocks": n,
+        "tokens_of_a_block": size,
+        **found,
+        "share_of_the_logits": round((n + 1) / (4 * n), 4),
+        "device": jax.devices()[0].device_kind,
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+BENCHMARKS = {"decode": decode, "step": step, "mixed": mixed, "blocks": blocks, "cache": cache, "llama": llama}
 
 
 def main(argv=None) -> int:

@@ -9,7 +9,7 @@ Legend: B rows of a batch on this process, P images in the picture; H, W, C an i
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,12 @@ class Report:
     results: dict[str, Any]
     originals: np.ndarray
     reconstructions: np.ndarray
+
+    picture_name: ClassVar[str] = "reconstructions"
+
+    @property
+    def pictured(self) -> bool:
+        return len(self.originals) > 0
 
     def picture(self) -> np.ndarray:
         """Originals over reconstructions. uint8 [H, W, 3]."""

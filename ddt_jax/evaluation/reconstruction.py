@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,12 @@ class Report:
     reconstructions: dict[int, np.ndarray] = field(default_factory=dict)
     codes: np.ndarray | None = None
     labels: np.ndarray | None = None
+
+    picture_name: ClassVar[str] = "reconstructions"
+
+    @property
+    def pictured(self) -> bool:
+        return len(self.originals) > 0
 
     def picture(self) -> np.ndarray:
         """Originals over reconstructions from growing numbers of tokens. uint8 [H, W, 3]."""

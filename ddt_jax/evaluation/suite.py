@@ -1,5 +1,5 @@
-"""The whole evaluation of a tokenizer as its settings ask for it: one pass over the held-out images, then what their
-codes tell. What cannot be computed is left out with a line that says why.
+"""The whole evaluation of a model of images as its settings ask for it: one pass over the held-out images, then what
+their codes tell, or what it draws. What cannot be computed is left out with a line that says why.
 
 Legend: M images of the training half, N held-out images, K tokens.
 """
@@ -22,8 +22,19 @@ from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord
 from ddt_jax.data.loader import Loader
 from ddt_jax.errors import UserError
-from ddt_jax.evaluation import autoencoding, frechet, judges, pictures, plots, probes, reconstruction, tables
+from ddt_jax.evaluation import (
+    autoencoding,
+    drawing,
+    frechet,
+    judges,
+    pictures,
+    plots,
+    probes,
+    reconstruction,
+    tables,
+)
 from ddt_jax.nn import inception, lpips
+from ddt_jax.tokenizers.acdit import ACDiT
 from ddt_jax.tokenizers.base import ImageTokenizer
 from ddt_jax.training.progress import Progress
 
@@ -80,7 +91,7 @@ class Evaluation:
     """
 
     results: dict[str, Any]
-    report: reconstruction.Report | autoencoding.Report
+    report: reconstruction.Report | autoencoding.Report | drawing.Report
     counterfactuals: np.ndarray | None
     probes: dict[str, dict] | None
     entropies: dict[str, dict] | None
@@ -89,8 +100,8 @@ class Evaluation:
         """Writes the pictures and returns their paths."""
         folder = epath.Path(folder)
         written = []
-        if len(self.report.originals):
-            written.append(pictures.save_png(self.report.picture(), folder / "reconstructions.png"))
+        if self.report.pictured:
+            written.append(pictures.save_png(self.report.picture(), folder / f"{self.report.picture_name}.png"))
         if self.counterfactuals is not None:
             written.append(pictures.save_png(self.counterfactuals, folder / "counterfactuals.png"))
         if "psnr_by_tokens" in self.results:
@@ -135,6 +146,13 @@ def evaluate(
     e = s.evaluate
     meshes.check_batch(e.batch_size, mesh, "evaluate.batch_size")
     left_out: list[str] = []
+    if isinstance(model, ACDiT):
+        options = {"mesh": mesh, "progress": progress.update, "first_batch": progress.phase("compiling")}
+        report = reconstruct(model, params, extra, s, held_out, count=e.prompts if e.verifier else 0, **options)
+        left_out.append("FID: what a model draws from noise is not compared with other images yet")
+        if not e.verifier:
+            left_out.append("scenes: evaluate.verifier is False")
+        return Evaluation(report.results | {"left_out": left_out}, report, None, None, None)
     watching, swapping = _judges(model, params, extra, s, mesh, held_out.source, weights, left_out)
     # The pass asks for the second batch when it is done with the first, which is when all is compiled.
     compiling = progress.phase("compiling")
@@ -181,11 +199,13 @@ def reconstruct(
     judges=(),
     progress=None,
     first_batch=contextlib.nullcontext(),  # noqa: B008  it holds no state
-) -> reconstruction.Report | autoencoding.Report:
+    count: int = 0,
+) -> reconstruction.Report | autoencoding.Report | drawing.Report:
     """The pass over the held-out images alone. Arguments as in `evaluate` and `reconstruction.evaluate_reconstruction`.
 
     Args:
       first_batch: context in which the first batch is judged.
+      count: of a model that draws: how many pictures are judged.
     """
     e = s.evaluate
 
@@ -195,6 +215,11 @@ def reconstruct(
             yield next(made)
         yield from made
 
+    if isinstance(model, ACDiT):
+        verify = drawing.count_objects if count and _verifier(loader.source) else None
+        how = {"mesh": mesh, "count": count, "class_names": loader.source.label_names, "verify": verify}
+        with jax.set_mesh(mesh):
+            return drawing.evaluate_drawing(model, params, extra, batches(), e, progress=progress, **how)
     how = {"put": lambda batch: meshes.put_batch(batch, mesh), "judges": judges, "progress": progress}
     with jax.set_mesh(mesh):
         if not isinstance(model, ImageTokenizer):

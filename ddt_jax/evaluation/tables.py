@@ -19,6 +19,15 @@ _AUTOENCODER = {
 }
 
 
+_DRAWING = {
+    "diffusion": ("diffusion loss", ".4f"),
+    "mse_t25": ("error, noise up to 0.25", ".4f"),
+    "mse_t50": ("error, noise up to 0.5", ".4f"),
+    "mse_t75": ("error, noise up to 0.75", ".4f"),
+    "mse_t100": ("error, noise up to 1", ".4f"),
+}
+
+
 def reconstruction(results: dict[str, Any]) -> str:
     """What the pass over the held-out images found: by tokens, then single figures."""
     last = list(results["psnr_by_tokens"])[-1]
@@ -36,9 +45,7 @@ def reconstruction(results: dict[str, Any]) -> str:
         f"| codebook perplexity | {results['codebook_perplexity']:.1f} |",
     ]
     lines += _single(results, _SINGLE)
-    for name, value in results.items():
-        if name.startswith("scenes_") and f"{name}_interval" in results:
-            lines.append(f"| {name.replace('_', ' ')} | {share(value, results[f'{name}_interval'])} |")
+    lines += _shares(results)
     return "\n".join(lines) + "\n"
 
 
@@ -48,9 +55,19 @@ def autoencoder(results: dict[str, Any]) -> str:
     return _lines(lines)
 
 
+def drawing(results: dict[str, Any]) -> str:
+    """What a pass with a model that draws found."""
+    lines = [f"Noise predicted on {results['n']:,} images.", "", "| | |", "|---|---:|", *_single(results, _DRAWING)]
+    lines += _shares(results)
+    lines += ["", "| block | error |", "|---:|---:|"]
+    lines += [f"| {i} | {error:.4f} |" for i, error in enumerate(results["mse_by_block"])]
+    return _lines(lines)
+
+
 def evaluation(results: dict[str, Any]) -> str:
     """All that `ddt-jax evaluate` found, and what it left out."""
-    parts = [(reconstruction if "psnr_by_tokens" in results else autoencoder)(results)]
+    first = reconstruction if "psnr_by_tokens" in results else drawing if "diffusion" in results else autoencoder
+    parts = [first(results)]
     if "probe_linear_by_tokens" in results:
         lines = ["| tokens | linear probe | k nearest neighbours |", "|---:|---:|---:|"]
         for k, value in results["probe_linear_by_tokens"].items():
@@ -108,6 +125,11 @@ def side_by_side(runs: dict[str, dict[str, Any]]) -> str:
 
 def _single(results, how):
     return [f"| {label} | {results[name]:{form}} |" for name, (label, form) in how.items() if name in results]
+
+
+def _shares(results):
+    found = [name for name in results if name.startswith("scenes_") and f"{name}_interval" in results]
+    return [f"| {name.replace('_', ' ')} | {share(results[name], results[f'{name}_interval'])} |" for name in found]
 
 
 def _lines(lines):

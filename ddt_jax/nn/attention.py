@@ -10,13 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ddt_jax.nn import spans as spans_lib
 from ddt_jax.nn.attention_chunked import SAVED, attend_chunked
 from ddt_jax.nn.spans import Spans
 
-Method = Literal["auto", "dense", "chunked", "splash"]
+Method = Literal["auto", "dense", "chunked", "splash", "blocks"]
 
 # From so many pairs of a query and a key on, "auto" is chunked: below, one product of matrices is faster.
 CHUNKED_FROM = 1024 * 1024
+
+# "auto" takes skip-causal rows block by block where blocks have so many rows at least, and are so many at most: the
+# program grows with their number.
+BLOCK_FROM, BLOCKS_MOST = 16, 16
 
 HIDDEN = -1e30  # a logit far below all others, whose exponential is exactly 0
 
@@ -31,8 +36,9 @@ def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, metho
       q_BHSE, k_BGTE, v_BGTE: float. Where G < H, consecutive heads of queries share a head of keys and values.
       spans: which keys each query sees.
       soft_cap: c > 0 bends logits x to c tanh(x / c).
-      method: "dense" holds S x T logits, "chunked" a tile of them, "splash" is a TPU's kernel. "auto" decides by S, T
-        and whether this program runs on a TPU, which it cannot know when it is compiled elsewhere.
+      method: "dense" holds S x T logits, "chunked" a tile of them, "splash" is a TPU's kernel, "blocks" gives each
+        block of `spans.skip_causal` the keys that it sees and no others. "auto" decides by spans, S, T and whether
+        this program runs on a TPU, which it cannot know when it is compiled elsewhere.
 
     Returns:
       [B, H, S, E] in the type of v. Logits and softmax are at least fp32. The content of a key that a row does not see
@@ -51,6 +57,12 @@ def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, metho
         if method == "splash" or attention_tpu.fits(s, t, spans):
             return attention_tpu.attend_splash(q_BHSE, k_BGTE, v_BGTE, spans, soft_cap)
     q_BGRSE = q_BHSE.reshape(b, g, h // g, s, e)
+    n, size = spans.blocks or (0, 0)
+    if method == "blocks" and not n:
+        raise ValueError("attention: method='blocks' takes the spans of skip_causal alone")
+    if method == "blocks" or (method == "auto" and size >= BLOCK_FROM and n <= BLOCKS_MOST):
+        out = _attend_blocks(q_BGRSE, k_BGTE, v_BGTE, n, size, soft_cap).reshape(q_BHSE.shape)
+        return checkpoint_name(out, SAVED)
     if method == "chunked" or (method == "auto" and long):
         return attend_chunked(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
     out = _attend_dense(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
@@ -72,6 +84,23 @@ def _attend_dense(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap):
     if seen_BST is not None:
         out_BGRSE = jnp.where(jnp.any(seen_BST, axis=-1)[:, None, None, :, None], out_BGRSE, 0)
     return out_BGRSE
+
+
+def _attend_blocks(q_BGRSE, k_BGTE, v_BGTE, blocks, size, soft_cap):
+    """Rows and keys of `spans.skip_causal`: (N + 1) / 4 N of the logits, and no mask."""
+
+    def one(query, keys):
+        """Rows of one block, and slices of the keys they see, of which there may be two."""
+        k, v = (jnp.concatenate([x[:, :, s] for s in keys], axis=2) for x in (k_BGTE, v_BGTE))
+        tiled = size * k.shape[2] >= CHUNKED_FROM
+        return (attend_chunked if tiled else _attend_dense)(
+            q_BGRSE[:, :, :, query], k, v, spans_lib.full(k.shape[2]), soft_cap
+        )
+
+    at = [slice(i * size, (i + 1) * size) for i in range(2 * blocks)]
+    clean = [one(at[i], [slice(0, at[i].stop)]) for i in range(blocks)]
+    noised = [one(at[blocks + i], [slice(0, at[i].start), at[blocks + i]]) for i in range(blocks)]
+    return jnp.concatenate([*clean, *noised], axis=3)
 
 
 def _capped(logits, soft_cap):

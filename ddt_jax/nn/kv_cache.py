@@ -83,11 +83,10 @@ class Beside:
 
 
 def _put_rows(slots_BGTE, new_BGSE, length):
+    put = jax.lax.dynamic_update_slice_in_dim
     if jnp.ndim(length) == 0:
-        return jax.lax.dynamic_update_slice(slots_BGTE, new_BGSE, (0, 0, length, 0))
-    return jax.vmap(lambda slots, new, at: jax.lax.dynamic_update_slice(slots, new, (0, at, 0)))(
-        slots_BGTE, new_BGSE, length
-    )
+        return put(slots_BGTE, new_BGSE, length, axis=2)
+    return jax.vmap(lambda slots, new, at: put(slots, new, at, axis=1))(slots_BGTE, new_BGSE, length)
 
 
 def empty(depth: int, shape_BGTE: tuple[int, ...], dtype, *, stacked: bool) -> Cache:

@@ -31,6 +31,7 @@ class Spans:
       start2, end2: a second interval, disjoint from the first, or None.
       reach: row q sees no key behind q + reach; None if that is not known. For kernels that plan ahead.
       second: how long every second interval that is not empty is; None if that is not known.
+      blocks: (N, size) where rows and keys are those of `skip_causal` and nothing else; None elsewhere.
     """
 
     start: Any
@@ -39,6 +40,7 @@ class Spans:
     end2: Any = None
     reach: int | None = flax.struct.field(pytree_node=False, default=None)
     second: int | None = flax.struct.field(pytree_node=False, default=None)
+    blocks: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
 
     def covers(self, num_keys: int) -> bool:
         """Whether every row is known, at trace time, to see all keys through its first interval."""
@@ -101,7 +103,7 @@ def skip_causal(num_blocks: int, block_size: int) -> Spans:
     own = np.where(noised, block, 0) * block_size
     own_end = own + noised * block_size
     seen = (_rows(0), *(_rows(x[None]) for x in (clean_end, own, own_end)))
-    return Spans(*seen, reach=block_size - 1, second=block_size)
+    return Spans(*seen, reach=block_size - 1, second=block_size, blocks=(num_blocks, block_size))
 
 
 def tokens_and_patches(start, end, num_tokens: int, num_patches: int, *, tokens_see_patches: bool = True) -> Spans:

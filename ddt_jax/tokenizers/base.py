@@ -25,6 +25,7 @@ _REGISTRY = {
     "spatial": ("ddt_jax.tokenizers.spatial", "SpatialTokenizer"),
     "vae": ("ddt_jax.tokenizers.vae", "VAE"),
     "linear": ("ddt_jax.tokenizers.linear", "LinearTokenizer"),
+    "acdit": ("ddt_jax.tokenizers.acdit", "ACDiT"),
 }
 
 
@@ -41,6 +42,7 @@ class ImageModel(abc.ABC):
         params["discriminator"]: gradients of the two sides are kept apart in `loss_fn`, so one gradient serves both.
       inherited: names of parts of the state ("params/encoder") that this model does not train, and that have to come
         from another run.
+      classes: how many labels its images have; 0: it is not told labels.
     """
 
     image_size: int
@@ -48,6 +50,7 @@ class ImageModel(abc.ABC):
     cross_example_terms: tuple[str, ...] = ()
     image_loss: ImageLoss | None = None
     inherited: tuple[str, ...] = ()
+    classes: int = 0
 
     @abc.abstractmethod
     def init(self, rng) -> tuple[Any, Any]:
@@ -65,7 +68,8 @@ class ImageModel(abc.ABC):
           params: plain arrays.
           extra: state as it was before the step.
           batch: `image` uint8 [b, H, W, 3] and `slot` int32 [b], the rows of the global batch these images are. In the
-            place of images a tokenizer on latents takes `latent_mean` and `latent_logvar` [b, h, w, c].
+            place of images a tokenizer on latents takes `latent_mean` and `latent_logvar` [b, h, w, c]. With `classes`
+            also `label` int32 [b], -1 for none.
           rng: the step's key, the same in all micro-batches.
 
         Returns:

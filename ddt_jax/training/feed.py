@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ddt_jax import settings
 from ddt_jax.data.base import open_source
 from ddt_jax.data.loader import BatchLoader, Loader
+from ddt_jax.errors import UserError
 from ddt_jax.training import corpus, latents
 from ddt_jax.training.tokenizer_step import STOP
 
@@ -45,6 +46,8 @@ class ImageFeed:
 
     def check(self, model, codec_params):
         latents.check(self.loader.source, model, self.settings.data, codec_params)
+        if model.classes:
+            _check_labels(self.loader, model.classes)
 
     def save(self, workdir):
         return
@@ -67,6 +70,19 @@ class RowFeed:
 
     def save(self, workdir):
         corpus.save(workdir, self.corpus)
+
+
+def _check_labels(loader: Loader, classes: int) -> None:
+    """Raises UserError if images have no labels, or others than the model knows."""
+    source = loader.source
+    labels = loader.batch_at(0)["label"]
+    if labels.max() < 0:
+        raise UserError(
+            f"config: the images of {source.name} have no labels; set model.classes=0 to learn them without"
+        )
+    needed = max(int(labels.max()) + 1, len(source.label_names or ()))
+    if needed > classes:
+        raise UserError(f"config: {source.name} has {needed} classes; set model.classes={needed}, not {classes}")
 
 
 def open_feed(s: settings.Experiment, workdir: str) -> Feed:
@@ -106,6 +122,8 @@ def batch_shapes(s: settings.Experiment, model) -> dict:
         shapes = dict.fromkeys(("latent_mean", "latent_logvar"), ((n, *shape), jnp.dtype(dtype)))
     else:
         shapes = {"image": ((n, s.data.image_size, s.data.image_size, 3), jnp.uint8)}
+    if not isinstance(s.model, settings.Multimodal) and model.classes:
+        shapes["label"] = ((n,), jnp.int32)
     return shapes | {"slot": ((n,), jnp.int32), STOP: ((n,), jnp.int32)}
 
 

@@ -67,21 +67,83 @@ def test_attention_equals_a_loop_over_rows(name):
     np.testing.assert_allclose(attend(q, k, v, build()), brute_force(q, k, v, mask), atol=1e-5)
 
 
-@pytest.mark.parametrize(("blocks", "size"), [(1, 6), (3, 2), (6, 1)])
-def test_skip_causal_rows_see_what_the_paper_says(blocks, size):
-    n = blocks * size
-    seen = np.asarray(visible(spans.skip_causal(blocks, size), 2 * n)[0])
-    for q, k in np.ndindex(2 * n, 2 * n):
-        clean, block, other = k < n, q % n // size, k % n // size
-        expected = (clean and other < block) or (other == block and (q < n) == clean)
-        assert seen[q, k] == expected, (q, k)
+def test_skip_causal_rows_see_what_the_paper_says():
+    """By the paper's rule, for every number and size of blocks up to 64 tokens: the rule is written as in §4.2, pair by
+    pair, and not with intervals."""
+    cases = [(blocks, size) for size in range(1, 65) for blocks in range(1, 64 // size + 1)]
+    assert len(cases) == 280
+    for blocks, size in cases:
+        n = blocks * size
+        built = spans.skip_causal(blocks, size)
+        bounds = np.stack([np.broadcast_to(x, (1, 2 * n)) for x in (built.start, built.end, built.start2, built.end2)])
+        assert (bounds[1] <= bounds[2]).all() or (bounds[2] == bounds[3])[bounds[1] > bounds[2]].all()  # disjoint
+        keys = np.arange(2 * n)
+        inside = [(a[0][:, None] <= keys) & (keys < b[0][:, None]) for a, b in ((bounds[0], bounds[1]), bounds[2:])]
+        block, clean = keys % n // size, keys < n
+        before = block[None] < block[:, None]
+        own = (block[None] == block[:, None]) & (clean[None] == clean[:, None])
+        np.testing.assert_array_equal(inside[0] | inside[1], clean[None] & before | own, err_msg=f"{blocks} x {size}")
 
 
-def test_one_block_is_full_attention_within_the_image_and_blocks_of_one_token_are_strictly_causal():
-    whole = np.asarray(visible(spans.skip_causal(1, 4), 8)[0])
-    np.testing.assert_array_equal(whole, np.kron(np.eye(2), np.ones((4, 4))))
-    single = np.asarray(visible(spans.skip_causal(4, 1), 8)[0])[4:]
-    np.testing.assert_array_equal(single, np.concatenate([np.tri(4, k=-1), np.eye(4)], axis=1))
+@pytest.mark.parametrize(("blocks", "size"), [(1, 3), (3, 2), (4, 1)])
+def test_blocks_with_the_keys_they_see_equal_the_mask(blocks, size):
+    """Skip-causal attention without a mask, forwards and backwards, with shared keys and bent logits."""
+    s, seen = 2 * blocks * size, spans.skip_causal(blocks, size)
+    rng = np.random.default_rng(1)
+    q = rng.normal(size=(B, 4, s, E)).astype(np.float32)
+    k, v = (rng.normal(size=(B, 2, s, E)).astype(np.float32) for _ in range(2))
+
+    def of(method):
+        def run(q, k, v):
+            out = attend(q, k, v, seen, method=method, soft_cap=2.0)
+            return jnp.sum(jnp.sin(out)), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(q, k, v)
+        return out, *gradients
+
+    for found, expected in zip(of("blocks"), of("dense"), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    out = attend(q, k, v, seen, method="blocks")
+    mask = np.asarray(visible(seen, s))[0]
+    for j in range(s):
+        push = 5 * np.float32(np.arange(s) == j)[:, None]
+        other = attend(q, k + push, v - push, seen, method="blocks")
+        np.testing.assert_array_equal((np.asarray(other) != np.asarray(out)).any((0, 1, 3)), mask[:, j], err_msg=f"{j}")
+
+
+def test_blocks_are_taken_where_they_pay():
+    """Large ones, and not so many that the program grows long; nothing of all rows by all keys is left."""
+
+    def holds(blocks, size, rows):
+        """Whether logits of so many rows by as many keys are ever held."""
+        q = jnp.zeros((1, 1, 2 * blocks * size, E))
+        text = str(jax.make_jaxpr(lambda q: attend(q, q, q, spans.skip_causal(blocks, size)))(q))
+        return f",{rows},{rows}]" in text
+
+    assert not holds(4, 16, 128) and holds(4, 16, 16)
+    assert holds(4, 4, 32) and holds(17, 16, 544)
+    assert not holds(1, 1024, 1024)  # a long block goes by tiles, as any other long attention
+
+
+def test_other_spans_have_no_blocks():
+    q, k, v = arrays(T)
+    with pytest.raises(ValueError, match="'blocks' takes the spans of skip_causal"):
+        attend(q, k, v, spans.causal(T), method="blocks")
+
+
+@pytest.mark.parametrize("size", [1, 6, 64])
+def test_one_block_is_full_attention_within_the_image(size):
+    """N = 1: full-sequence diffusion; the noised rows never see the clean ones."""
+    whole = np.asarray(visible(spans.skip_causal(1, size), 2 * size)[0])
+    np.testing.assert_array_equal(whole, np.kron(np.eye(2), np.ones((size, size))))
+
+
+@pytest.mark.parametrize("blocks", [1, 6, 64])
+def test_blocks_of_one_token_are_strictly_causal(blocks):
+    """B = 1: clean rows are a causal decoder's; a noised one sees the clean tokens before it, and itself."""
+    seen = np.asarray(visible(spans.skip_causal(blocks, 1), 2 * blocks)[0])
+    np.testing.assert_array_equal(seen[:blocks], np.concatenate([np.tri(blocks), np.zeros((blocks, blocks))], axis=1))
+    np.testing.assert_array_equal(seen[blocks:], np.concatenate([np.tri(blocks, k=-1), np.eye(blocks)], axis=1))
 
 
 @pytest.mark.parametrize("method", ["dense", "chunked"])

@@ -72,6 +72,17 @@ def test_a_cache_is_held_against_forwards_over_the_whole_text(bench, capsys, mon
 
 
 @pytest.mark.slow
+def test_blocks_are_held_against_a_mask(bench, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "BLOCKS", (2, 8))
+    assert bench.main(["blocks", "--repeats", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["share_of_the_logits"] == 0.375 and (found["blocks"], found["tokens_of_a_block"]) == (2, 8)
+    for name in ("forwards", "forwards_and_backwards"):
+        assert found[name].keys() == {"seconds_by_block", "seconds_dense", "by_block_over_dense"}
+        assert all(value > 0 for value in found[name].values())
+
+
+@pytest.mark.slow
 def test_the_verbs_for_llama_are_measured_in_processes_of_their_own(bench, capsys, monkeypatch, tmp_path):
     tiny = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4}
     llama = importlib.import_module("bench_llama")

@@ -1,0 +1,38 @@
+"""ACDiT on scenes at 32 px, in pixels: four blocks, each denoised beside the clean ones. Hardware: 2 CPU cores.
+
+Images are told how many objects they show. Variants: "ddpm" (linear β, predicts the noise, as published), "flow"
+(rectified flow), "dit" (one block, which is a DiT), "tokens" (64 blocks of one token).
+"""
+
+from ddt_jax import config, settings
+from ddt_jax.errors import UserError
+
+BLOCKS = {"ddpm": 16, "flow": 16, "dit": 64, "tokens": 1}  # tokens of a block
+
+
+def get_config(variant="ddpm"):
+    if variant not in BLOCKS:
+        raise UserError(f"config: acdit_scenes has no variant {variant!r}; choose from {', '.join(BLOCKS)}")
+    c = config.defaults()
+    c.name = f"acdit_scenes_{variant}"
+    c.model = config.defaults(
+        settings.ACDiT,
+        patch_size=4,  # 48 values, which fit into the width
+        block_size=BLOCKS[variant],
+        depth=4,
+        width=96,
+        heads=4,
+        classes=4,  # no object to three
+        codec=settings.IdentityCodec(),
+    )
+    published = settings.DDPM(schedule="linear", solver="dpmpp_2m", solver_steps=25, clip=1.0)
+    flow = settings.RectifiedFlow(solver="dpmpp_2m", solver_steps=25, clip=1.0)
+    c.model.diffusion = config.dump(flow if variant == "flow" else published)
+    c.optimizer.lr = 2e-3
+    c.optimizer.newton_schulz_steps = 4
+    c.optimizer.decay_fraction = 0.5
+    c.train.steps = 3000
+    c.train.ema = 0.995
+    c.evaluate.pictures = 24
+    c.evaluate.verifier = True
+    return c

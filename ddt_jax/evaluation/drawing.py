@@ -1,0 +1,184 @@
+"""How well a model that draws images predicts noise on held-out ones, and pictures that it draws.
+
+Held-out images are noised once, the same each time. Pictures have the labels of held-out images, one after another, so
+that each class is drawn as often as it occurs. Neither depends on batch size or number of devices.
+
+Legend: B rows of a batch on this process, N blocks of an image, M images of all processes, D pictures drawn.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddt_jax import mesh as meshes
+from ddt_jax import settings as settings_lib
+from ddt_jax.evaluation import gather, metrics, pictures, tables
+from ddt_jax.evaluation.judge import standard_error
+from ddt_jax.tokenizers.acdit import ACDiT
+from ddt_jax.tokenizers.base import example_keys, to_uint8
+
+_QUARTERS = 4
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+      results: JSON values.
+      drawn: uint8 [D, H, W, C]; captions: what each should be, or None.
+    """
+
+    results: dict[str, Any]
+    drawn: np.ndarray
+    captions: tuple[str, ...] | None
+    picture_name: ClassVar[str] = "samples"
+
+    @property
+    def pictured(self) -> bool:
+        return len(self.drawn) > 0
+
+    def picture(self) -> np.ndarray:
+        """The pictures with their classes. uint8 [H, W, 3]."""
+        return pictures.grid(self.drawn, self.captions)
+
+    def markdown(self) -> str:
+        """A table for a person."""
+        return tables.drawing(self.results)
+
+
+@functools.lru_cache(maxsize=4)
+def programs(model: ACDiT) -> tuple[Callable, Callable]:
+    """(errors, draw): (params, extra, batch, seed) → error and noise level of each block [B, N]; and → uint8 images.
+
+    Compiled once per model, so that evaluating again during a run costs no compilation. A batch's `slot` is the number
+    of each image, from which its noise follows.
+    """
+
+    def keys(seed, batch, what):
+        return example_keys(jax.random.split(jax.random.key(seed))[what], batch["slot"])
+
+    def errors(params, extra, batch, seed):
+        return model.errors(params, extra, batch, keys(seed, batch, 0))
+
+    def draw(params, extra, batch, seed):
+        return to_uint8(model.sample(params, extra, model.labels(batch), keys(seed, batch, 1)))
+
+    return jax.jit(errors), jax.jit(draw)
+
+
+def evaluate_drawing(
+    model: ACDiT,
+    params,
+    extra,
+    batches: Iterable[dict],
+    settings: settings_lib.Evaluate,
+    *,
+    mesh,
+    count: int,
+    class_names: tuple[str, ...] | None = None,
+    verify: Callable | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Measures a model on held-out images, and draws.
+
+    Args:
+      batches: of `Loader.eval_batches`; rows of this process.
+      count: pictures to be judged; of them, the first settings.pictures are kept.
+      verify: (images uint8 [D, H, W, C], labels [D], or None of a model that is told none) → results.
+      progress: told how many held-out images have been seen.
+
+    Returns:
+      A report. diffusion: the training loss without dropped labels; mse_t25 ... mse_t100: errors by quarters of the
+      noise level; mse_by_block: by the number of the block, of which later ones see more.
+
+    Raises:
+      ValueError: if there is no valid image.
+    """
+    errors, _ = programs(model)
+    rows, seen, seed = [], 0, np.uint32(settings.seed)
+    for batch in batches:
+        b = len(batch["image"])
+        valid_B = np.asarray(batch.get("valid", np.ones(b, bool)))
+        given = {"image": batch["image"], "label": batch["label"], "slot": np.maximum(batch["index"], 0)}
+        on_device = meshes.put_batch(given, mesh)
+        local = functools.partial(gather.local_rows, by_rows=on_device["image"].sharding)
+        error_BN, t_BN = map(local, errors(params, extra, on_device, seed))
+        rows.append({"valid": valid_B, "error": error_BN, "t": t_BN, "label": np.asarray(batch["label"])})
+        seen += int(valid_B.sum())
+        if progress is not None:
+            progress(seen)
+    table = gather.valid_rows(rows)
+    error_MN, t_MN = table["error"].astype(np.float64), table["t"]
+    weighted_M = (error_MN * np.asarray(model.process.weight(jnp.asarray(t_MN)))).mean(1)
+    results = {
+        "n": len(error_MN),
+        "diffusion": float(weighted_M.mean()),
+        "diffusion_standard_error": standard_error(weighted_M),
+    }
+    quarter_MN = np.ceil(t_MN * _QUARTERS)
+    for k in range(1, _QUARTERS + 1):
+        if (quarter_MN == k).any():
+            results[f"mse_t{100 * k // _QUARTERS}"] = float(error_MN[quarter_MN == k].mean())
+    results["mse_by_block"] = error_MN.mean(0).tolist()
+
+    shown = min(settings.pictures, len(error_MN))
+    label_D = np.resize(table["label"], max(shown, count)).astype(np.int32)
+    drawn = draw(model, params, extra, label_D, settings, mesh=mesh)
+    if verify is not None:
+        results |= verify(drawn, label_D if model.classes else None)
+    captions = _captions(label_D[:shown], class_names) if model.classes else None
+    return Report(results | {"drawn": len(drawn)}, drawn[:shown], captions)
+
+
+def draw(model: ACDiT, params, extra, label_D, settings: settings_lib.Evaluate, *, mesh) -> np.ndarray:
+    """Pictures of labels int32 [D], -1 for none: uint8 [D, H, W, C] on every process."""
+    if not len(label_D):
+        return np.zeros((0, model.image_size, model.image_size, 3), np.uint8)
+    parts = int(np.prod([mesh.shape[axis] for axis in meshes.BATCH]))
+    size = min(settings.batch_size, -(-len(label_D) // parts) * parts)
+    share = size // jax.process_count()
+    rows = []
+    for start in range(0, len(label_D), size):
+        index_B = start + jax.process_index() * share + np.arange(share)
+        inside_B = index_B < len(label_D)
+        label_B = np.where(inside_B, label_D[np.minimum(index_B, len(label_D) - 1)], -1)
+        given = meshes.put_batch({"label": label_B.astype(np.int32), "slot": index_B.astype(np.int32)}, mesh)
+        images = programs(model)[1](params, extra, given, np.uint32(settings.seed))
+        images_BHWC = gather.local_rows(images, by_rows=given["slot"].sharding)
+        rows.append({"valid": inside_B, "index": index_B, "image": images_BHWC})
+    table = gather.valid_rows(rows)
+    return table["image"][np.argsort(table["index"])]
+
+
+def count_objects(images, label_D) -> dict[str, Any]:
+    """Of pictures of scenes, whose class is the number of their objects: shares that a program reads as asked.
+
+    scenes_clean: nothing in the picture but background and objects. With labels also scenes_count: as many objects, and
+    scenes_count_chance: of who always draws the commonest number.
+    """
+    from ddt_jax.data.scenes_verifier import read_scene
+
+    read = read_scene(images)
+    right, found = {"scenes_clean": sum(r.clean for r in read)}, {}
+    if label_D is not None:
+        right["scenes_count"] = sum(r.count == n for r, n in zip(read, label_D, strict=True))
+        found["scenes_count_chance"] = float(np.bincount(label_D).max() / len(read))
+    for name, successes in right.items():
+        found[name] = successes / len(read)
+        found[f"{name}_interval"] = list(metrics.binomial_interval(successes, len(read)))
+    return found
+
+
+def _captions(label_D, names) -> tuple[str, ...]:
+    def caption(label):
+        if label < 0:
+            return "no class"
+        return names[label] if names and label < len(names) else f"class {label}"
+
+    return tuple(caption(int(label)) for label in label_D)

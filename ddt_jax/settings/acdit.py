@@ -1,0 +1,42 @@
+"""ACDiT: images block by block, each denoised beside the clean ones before it (arXiv 2412.07720)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ddt_jax.errors import UserError
+from ddt_jax.settings.codecs import IdentityCodec, VAECodec
+from ddt_jax.settings.diffusion import DDPM, RectifiedFlow
+
+# Depth, width and heads of the published sizes (table 5); every head has 64 dimensions.
+ACDIT_SIZES = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 18), "H": (32, 1280, 20)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ACDiT:
+    """Defaults: B for ImageNet at 256 px, on latents of Stable Diffusion's autoencoder."""
+
+    kind: Literal["acdit"] = "acdit"
+    patch_size: int = 1  # latents of a side of a token
+    block_size: int = 256  # tokens of a block, a square of them: 1 is autoregression, all of an image is a DiT
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+    mlp_ratio: int = 4
+    classes: int = 1000  # labels of the source; 0 = images are learned without
+    label_drop: float = 0.1  # share of the images that are learned without their label, which guidance needs
+    rope: Literal["nd", "released"] = "nd"  # released: what the published checkpoints were trained with, no rotation
+    guidance: float = 1.5  # g: u + g (c - u) of what is predicted without and with the label; 1 = none
+    scan_layers: bool = True
+    remat: Literal["none", "full", "dots", "attention", "dots_attention"] = "none"  # see `Transformer`
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    diffusion: DDPM | RectifiedFlow = field(
+        default_factory=lambda: DDPM(schedule="linear", solver="dpmpp_2m", solver_steps=25)
+    )
+    codec: IdentityCodec | VAECodec = field(default_factory=lambda: VAECodec(preset="sd"))
+
+
+def acdit_size(name: str) -> dict[str, int]:
+    """`depth`, `width` and `heads` of a published size. Raises UserError for another name."""
+    if name not in ACDIT_SIZES:
+        raise UserError(f"config: {name!r} is no size of ACDiT; choose from {', '.join(ACDIT_SIZES)}")
+    return dict(zip(("depth", "width", "heads"), ACDIT_SIZES[name], strict=True))

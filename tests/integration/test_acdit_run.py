@@ -1,0 +1,62 @@
+"""The whole way of a run that draws images block by block, by the verbs."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from ddt_jax import cli
+
+pytestmark = pytest.mark.slow
+SMALL = [
+    "--config.model.depth=1",
+    "--config.model.width=32",
+    "--config.model.diffusion.solver_steps=3",
+    "--config.train.steps=30",
+    "--config.train.batch_size=8",
+    "--config.train.log_every=5",
+    "--config.train.eval_every=15",
+    "--config.train.ema=0.9",
+    "--config.evaluate.images=24",
+    "--config.evaluate.batch_size=8",
+    "--config.evaluate.pictures=4",
+    "--config.evaluate.prompts=8",
+]
+
+
+def run(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("variant", ["ddpm", "flow"])
+def test_it_trains_is_measured_and_draws(variant, tmp_path, capsys):
+    root = tmp_path / "run"
+    train = ["train", "--config", f"configs/acdit_scenes.py:{variant}", "--workdir", root, *SMALL]
+    assert run(*train) == 0
+    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    (half_way,) = (line for line in lines if line["step"] == 15 and "eval/diffusion" in line)
+    logged = [line["diffusion"] for line in lines if "diffusion" in line]
+    assert logged[-1] < 0.95 * logged[0] and half_way["eval/drawn"] == 4
+    assert run(*train) == 0, "a finished run is left alone"
+    assert run("evaluate", "--workdir", root) == 0
+    results = json.loads((root / "results.json").read_text())
+    assert results["diffusion"] < half_way["eval/diffusion"] and results["drawn"] == 8
+    assert len(results["mse_by_block"]) == 4 and 0 <= results["scenes_count"] <= 1
+    for name in ("samples.png", "loss.png"):
+        with Image.open(root / name) as picture:
+            assert picture.width > 100
+    capsys.readouterr()
+    for verb in (["reconstruct", root / "samples.png"], ["tokenize", "--to", tmp_path / "codes"], ["generate"]):
+        arguments = [verb[0], "--workdir", root, *verb[1:]] + (["--prompt", "a"] if verb == ["generate"] else [])
+        assert run(*arguments) == cli.EXIT_USER
+        assert capsys.readouterr().err.count("\n") == 1, verb
+
+
+def test_it_learns_classes_of_photographs(data_dir, tmp_path):
+    root = tmp_path / "run"
+    small = [x for x in SMALL if "eval_every" not in x] + ["--config.train.steps=5"]
+    data = f"parquet:{data_dir}/cifar10/train-0000"
+    sources = [f"--config.data.source={data}0-of-00005.parquet", f"--config.data.eval_source={data}4-of-00005.parquet"]
+    assert run("train", "--config", "configs/acdit_cifar10.py", "--workdir", root, *small, *sources) == 0
+    assert run("evaluate", "--workdir", root) == 0
+    assert "scenes: evaluate.verifier is False" in json.loads((root / "results.json").read_text())["left_out"]

@@ -1,0 +1,46 @@
+"""What a model that is told labels asks of its data, before a run begins."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import pytest
+
+from ddt_jax import settings
+from ddt_jax.errors import UserError
+from ddt_jax.tokenizers.base import make_tokenizer
+from ddt_jax.training import feed
+
+MODEL = settings.ACDiT(depth=1, width=16, heads=2, patch_size=8, block_size=4, codec=settings.IdentityCodec())
+RUN = settings.Experiment(model=MODEL, data=settings.Data(source="scenes:train"), train=settings.Train(batch_size=8))
+
+
+def check(classes, source="scenes:train"):
+    s = replace(RUN, model=replace(MODEL, classes=classes), data=replace(RUN.data, source=source))
+    opened = feed.ImageFeed(s, feed.open_images(s, s.data.source))
+    opened.check(make_tokenizer(s.model, 32, 8), lambda: None)
+
+
+def test_labels_are_part_of_a_batch_only_where_a_model_is_told_them():
+    for classes in (0, 4):
+        s = replace(RUN, model=replace(MODEL, classes=classes))
+        shapes = feed.batch_shapes(s, make_tokenizer(s.model, 32, 8))
+        assert ("label" in shapes) == bool(classes)
+    assert shapes["label"] == ((8,), jnp.int32)
+    assert "label" not in feed.batch_shapes(settings.Experiment(), make_tokenizer(settings.DDTTokenizer(), 32, 8))
+
+
+def test_classes_are_held_against_the_source(tmp_path):
+    check(4)
+    check(100)
+    check(0)
+    with pytest.raises(UserError, match="scenes:train has 4 classes; set model.classes=4, not 3"):
+        check(3)
+
+
+def test_images_without_labels_are_refused(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    check(0, f"folder:{tmp_path}")
+    with pytest.raises(UserError, match="have no labels; set model.classes=0"):
+        check(4, f"folder:{tmp_path}")
