@@ -67,9 +67,7 @@ def test_later_blocks_go_on_with_what_the_first_one_drew(diffusion):
     images = np.asarray(jax.jit(model.sample)(params, {}, jnp.zeros((DRAWN,), jnp.int32), keys))
     blocks = images.reshape(DRAWN, 2, 4, 2, 4, 3).mean((2, 4, 5)).reshape(DRAWN, 4)  # brightness of each
     bright = blocks[:, 0] > 0
-    assert (
-        0.2 < bright.mean() < 0.8
-    )  # the first block chooses; without a context the others would choose for themselves
+    assert 0.2 < bright.mean() < 0.8  # the first block chooses; without a context the others would for themselves
     alike = (blocks > 0) == bright[:, None]
     assert alike.all(1).mean() > 0.9, alike.mean(0)
     assert np.abs(np.abs(images) - 0.8).mean() < 0.15
