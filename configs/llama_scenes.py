@@ -1,7 +1,7 @@
 """A small LLaMA on text and the codes of scenes: the second half of `make quickstart`. Hardware: 2 CPU cores.
 
 It reads tokenizer/, codes/train and codes/heldout in runs/quickstart, where `make quickstart` puts them, or in another
-folder: "configs/llama_scenes.py:runs/mine". About 10 minutes; docs/transformer.md has what came of
+folder: "configs/llama_scenes.py:runs/mine". About 11 minutes; docs/transformer.md has what came of
 pictures and captions.
 """
 
