@@ -75,9 +75,10 @@ def reconstruct(
     Raises:
       UserError: for a file that is missing or no image.
     """
-    if isinstance(experiment.saved_settings(workdir, overrides).model, settings.Multimodal):
+    kind = experiment.saved_settings(workdir, overrides).model
+    if isinstance(kind, settings.Multimodal):
         raise UserError(f"reconstruct: {workdir} holds a transformer; name the workdir of its image tokenizer")
-    if isinstance(experiment.saved_settings(workdir, overrides).model, settings.ACDiT):
+    if isinstance(kind, settings.ACDiT):
         raise UserError(f"reconstruct: {workdir} holds a model that draws images and has no codes of yours to decode")
     built, state = experiment.restore(workdir, overrides)
     s, params = built.settings, experiment.weights(state)

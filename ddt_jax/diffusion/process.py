@@ -169,3 +169,10 @@ class Straight(Process):
 def make_process(config: settings.DDPM | settings.RectifiedFlow) -> Process:
     """The process that config.kind names. Raises UserError if its settings do not go together."""
     return {"ddpm": Steps, "flow": Straight}[config.kind](config)
+
+
+def by_noise_level(t) -> dict:
+    """Name of a metric → where noise levels belong to it, bool like t: mse_t25 up to 0.25, mse_t50 up to 0.5, ...; what
+    is not noised belongs to none.
+    """
+    return {f"mse_t{25 * k}": (t > (k - 1) / 4) & (t <= k / 4) for k in range(1, 5)}

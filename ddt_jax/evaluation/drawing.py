@@ -17,12 +17,11 @@ import numpy as np
 
 from ddt_jax import mesh as meshes
 from ddt_jax import settings as settings_lib
+from ddt_jax.diffusion.process import by_noise_level
 from ddt_jax.evaluation import gather, metrics, pictures, tables
 from ddt_jax.evaluation.judge import standard_error
 from ddt_jax.tokenizers.acdit import ACDiT
 from ddt_jax.tokenizers.base import example_keys, to_uint8
-
-_QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,9 @@ def evaluate_drawing(
         "diffusion": float(weighted_M.mean()),
         "diffusion_standard_error": standard_error(weighted_M),
     }
-    quarter_MN = np.ceil(t_MN * _QUARTERS)
-    for k in range(1, _QUARTERS + 1):
-        if (quarter_MN == k).any():
-            results[f"mse_t{100 * k // _QUARTERS}"] = float(error_MN[quarter_MN == k].mean())
+    for name, here_MN in by_noise_level(t_MN).items():
+        if here_MN.any():
+            results[name] = float(error_MN[here_MN].mean())
     results["mse_by_block"] = error_MN.mean(0).tolist()
 
     shown = min(settings.pictures, len(error_MN))

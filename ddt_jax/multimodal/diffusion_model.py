@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ddt_jax import settings
 from ddt_jax.diffusion import paths
-from ddt_jax.diffusion.process import make_process
+from ddt_jax.diffusion.process import by_noise_level, make_process
 from ddt_jax.errors import UserError
 from ddt_jax.multimodal.image_rows import ImageRows
 from ddt_jax.multimodal.row_model import RowModel
@@ -29,7 +29,6 @@ from ddt_jax.nn.patch_coder import make_coder
 
 PARAMS = "coder"  # in params: the coder between latents and rows
 _NOISE = 0x7FFF_FFFF  # folded into a step's key for noise; rows of a batch, whose keys are beside, have smaller numbers
-_QUARTERS = 4
 _CHANNELS = 3  # of an image
 
 
@@ -119,9 +118,8 @@ class DiffusionMultimodal(RowModel):
             counts[name] = jnp.sum(chosen_BI, dtype=jnp.float32)
 
         add("diffusion", error_BI * self.process.weight(t_BI), learn_BI)
-        quarter_BI = jnp.ceil(t_BI * _QUARTERS)  # 1 .. 4 of what is noised
-        for k in range(1, _QUARTERS + 1):
-            add(f"mse_t{100 * k // _QUARTERS}", error_BI, learn_BI & (quarter_BI == k))
+        for name, here_BI in by_noise_level(t_BI).items():
+            add(name, error_BI, learn_BI & here_BI)
         used_BI = batch["image_start"] >= 0
         sums["images_used"], counts["images_used"] = jnp.sum(used_BI, dtype=jnp.float32), jnp.float32(used_BI.size)
         return sums, counts

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ddt_jax import settings
 from ddt_jax.diffusion import paths, solvers
-from ddt_jax.diffusion.process import make_process
+from ddt_jax.diffusion.process import by_noise_level, make_process
 from ddt_jax.errors import UserError
 from ddt_jax.nn import acdit, kv_cache, rope_nd, square_blocks
 from ddt_jax.nn.blocks import unrolled
@@ -23,8 +23,6 @@ from ddt_jax.nn.codec import make_codec
 from ddt_jax.nn.images import patchify, unpatchify
 from ddt_jax.nn.layers import compute_dtype
 from ddt_jax.tokenizers import base
-
-_QUARTERS = 4
 
 
 class ACDiT(base.ImageModel):
@@ -98,9 +96,7 @@ class ACDiT(base.ImageModel):
         error_BN, t_BN = self.errors(params, extra, batch, keys_B, drop=self.config.label_drop)
         sums = {"diffusion": jnp.sum(error_BN * self.process.weight(t_BN))}
         counts = {"diffusion": jnp.float32(error_BN.size)}
-        quarter_BN = jnp.ceil(t_BN * _QUARTERS)  # 1 .. 4
-        for k in range(1, _QUARTERS + 1):
-            name, here_BN = f"mse_t{100 * k // _QUARTERS}", quarter_BN == k
+        for name, here_BN in by_noise_level(t_BN).items():
             sums[name] = jnp.sum(jnp.where(here_BN, error_BN, 0))
             counts[name] = jnp.sum(here_BN, dtype=jnp.float32)
         return sums, counts, {}
