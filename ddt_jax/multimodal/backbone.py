@@ -106,7 +106,7 @@ class Backbone(nn.Module):
         table = jnp.asarray(self.table)  # NumPy cannot be indexed by what is traced
         return constrain_batch(table[ids_BS].astype(compute_dtype(self.config.dtype) or table.dtype))
 
-    def __call__(self, x_BSD, positions_BS, visible, cache=None, dropout_keys_B=None):
+    def __call__(self, x_BSD, positions_BS, visible, cache=None, dropout_keys_B=None, rows_BR=None):
         """Hidden states behind the last norm.
 
         Args:
@@ -115,14 +115,20 @@ class Backbone(nn.Module):
           visible: spans, which rows each row sees; with a cache, which slots. The new rows are behind `cache.length`.
           cache: kv_cache.Cache, or None.
           dropout_keys_B: a key for each example, by its number in the global batch; None: no dropout.
+          rows_BR: int32, the rows that are wanted, of which the last block then makes no others unless it is one of a
+            scan's; None: all.
 
         Returns:
-          (hidden [B, S, D], the cache with these rows in it, or None).
+          (hidden [B, S, D] or, of wanted rows, [B, R, D]; the cache with all rows in it, or None).
         """
         rotation = rope.rotation(positions_BS, self.frequencies)
         first = jnp.int32(0) if self.config.scan_layers else 0
-        x_BSD, _, cache = self.blocks((x_BSD, first, cache), rotation, visible, dropout_keys_B)
-        return self.norm(x_BSD), None if cache is None else cache.advanced(x_BSD.shape[1])
+        size, scanned = x_BSD.shape[1], self.config.scan_layers
+        last = () if rows_BR is None or scanned else (rows_BR,)
+        x_BSD, _, cache = self.blocks((x_BSD, first, cache), rotation, visible, dropout_keys_B, last=last)
+        if rows_BR is not None and scanned:
+            x_BSD = jnp.take_along_axis(x_BSD, rows_BR[..., None], axis=1)
+        return self.norm(x_BSD), None if cache is None else cache.advanced(size)
 
     def head(self):
         """[V, D]."""

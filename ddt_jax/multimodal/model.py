@@ -76,8 +76,7 @@ class Multimodal(RowModel):
             x_BSD = module.embed(tokens_BS)
             if places is not None:
                 x_BSD = places.add(x_BSD, tokens_BS, places_BS, batch["given"] if self.config.whole_prompts else None)
-            h_BSD, _ = module(x_BSD, batch["position"], visible, dropout_keys_B=dropout_keys_B)
-            h_BRD = jnp.take_along_axis(h_BSD, at_BR[..., None], axis=1)
+            h_BRD, _ = module(x_BSD, batch["position"], visible, dropout_keys_B=dropout_keys_B, rows_BR=at_BR)
             more = None
             if places is not None:
                 more = places.ahead(h_BRD, jnp.take_along_axis(places_BS, at_BR, axis=1))

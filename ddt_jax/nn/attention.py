@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ddt_jax.nn import spans as spans_lib
 from ddt_jax.nn.attention_chunked import SAVED, attend_chunked
+from ddt_jax.nn.attention_dense import attend_dense
 from ddt_jax.nn.spans import Spans
 
 Method = Literal["auto", "dense", "chunked", "splash", "blocks"]
@@ -22,8 +23,6 @@ CHUNKED_FROM = 1024 * 1024
 # "auto" takes skip-causal rows block by block where blocks have so many rows at least, and are so many at most: the
 # program grows with their number.
 BLOCK_FROM, BLOCKS_MOST = 16, 16
-
-HIDDEN = -1e30  # a logit far below all others, whose exponential is exactly 0
 
 
 def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, method: Method = "auto"):
@@ -65,25 +64,9 @@ def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, metho
         return checkpoint_name(out, SAVED)
     if method == "chunked" or (method == "auto" and long):
         return attend_chunked(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
-    out = _attend_dense(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
-    return checkpoint_name(out, SAVED)
-
-
-def _attend_dense(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap):
-    b, g, r, s, e = q_BGRSE.shape
-    t = k_BGTE.shape[2]
-    wide = jnp.promote_types(q_BGRSE.dtype, jnp.float32)
-    # The heads that share keys are rows of one product, so that nothing is repeated.
-    logits = jnp.matmul(q_BGRSE.reshape(b, g, r * s, e), k_BGTE.swapaxes(-1, -2), preferred_element_type=wide)
-    logits_BGRST = _capped(logits.reshape(b, g, r, s, t), soft_cap)
     seen_BST = None if spans.covers(t) else visible(spans, t)
-    if seen_BST is not None:
-        logits_BGRST = jnp.where(seen_BST[:, None, None], logits_BGRST, HIDDEN)
-    weights_BGRST = jax.nn.softmax(logits_BGRST)
-    out_BGRSE = jnp.matmul(weights_BGRST.reshape(b, g, r * s, t).astype(v_BGTE.dtype), v_BGTE).reshape(b, g, r, s, e)
-    if seen_BST is not None:
-        out_BGRSE = jnp.where(jnp.any(seen_BST, axis=-1)[:, None, None, :, None], out_BGRSE, 0)
-    return out_BGRSE
+    out = attend_dense(q_BGRSE, k_BGTE, v_BGTE, seen_BST, soft_cap).reshape(q_BHSE.shape)
+    return checkpoint_name(out, SAVED)
 
 
 def _attend_blocks(q_BGRSE, k_BGTE, v_BGTE, blocks, size, soft_cap):
@@ -92,19 +75,14 @@ def _attend_blocks(q_BGRSE, k_BGTE, v_BGTE, blocks, size, soft_cap):
     def one(query, keys):
         """Rows of one block, and slices of the keys they see, of which there may be two."""
         k, v = (jnp.concatenate([x[:, :, s] for s in keys], axis=2) for x in (k_BGTE, v_BGTE))
-        tiled = size * k.shape[2] >= CHUNKED_FROM
-        return (attend_chunked if tiled else _attend_dense)(
-            q_BGRSE[:, :, :, query], k, v, spans_lib.full(k.shape[2]), soft_cap
-        )
+        if size * k.shape[2] >= CHUNKED_FROM:
+            return attend_chunked(q_BGRSE[:, :, :, query], k, v, spans_lib.full(k.shape[2]), soft_cap)
+        return attend_dense(q_BGRSE[:, :, :, query], k, v, None, soft_cap)
 
     at = [slice(i * size, (i + 1) * size) for i in range(2 * blocks)]
     clean = [one(at[i], [slice(0, at[i].stop)]) for i in range(blocks)]
     noised = [one(at[blocks + i], [slice(0, at[i].start), at[blocks + i]]) for i in range(blocks)]
     return jnp.concatenate([*clean, *noised], axis=3)
-
-
-def _capped(logits, soft_cap):
-    return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
 
 
 def visible(spans: Spans, num_keys: int):

@@ -205,7 +205,8 @@ class Stack(nn.Module):
     remat: bool | str = False
 
     @nn.compact
-    def __call__(self, carry, *rest):
+    def __call__(self, carry, *rest, last=()):
+        """last: further arguments of the last block alone, which has no body of its own under a scan."""
         make = self.make
         if self.remat not in (False, "none"):
             policy = REMAT["full" if self.remat is True else self.remat]
@@ -214,8 +215,10 @@ class Stack(nn.Module):
             make = functools.partial(block, *make.args, **make.keywords)
         if not self.scan or self.depth == 0:
             for i in range(self.depth):
-                carry = make(name=f"block_{i}")(carry, *rest)
+                carry = make(name=f"block_{i}")(carry, *rest, *(last if i == self.depth - 1 else ()))
             return carry
+        if last:
+            raise ValueError("a scan's blocks are all called alike")
         body = nn.scan(
             _Scanned,
             variable_axes={"params": 0},

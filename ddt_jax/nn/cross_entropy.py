@@ -19,6 +19,9 @@ from jax.sharding import PartitionSpec
 from ddt_jax import mesh as meshes
 
 
+_LEAST, _LOGITS = 256, 2**22  # without a chunk of its own: rows, and logits up to which there are more of them
+
+
 class Rows(NamedTuple):
     """What is known of each row, without gradient: [B, R].
 
@@ -37,7 +40,7 @@ class _Options(NamedTuple):
     chunk: int
 
 
-def cross_entropy(h_BRD, head_VD, targets_BR, weights_BR, *, z_loss=0.0, soft_cap=0.0, chunk=256):
+def cross_entropy(h_BRD, head_VD, targets_BR, weights_BR, *, z_loss=0.0, soft_cap=0.0, chunk=0):
     """Σ weight · (nll + z_loss · log² Σ exp logits), with gradients for hidden states and head.
 
     Args:
@@ -46,7 +49,7 @@ def cross_entropy(h_BRD, head_VD, targets_BR, weights_BR, *, z_loss=0.0, soft_ca
       targets_BR: int32 in [0, V).
       weights_BR: float; rows of weight 0 (padding) count for nothing, as long as they are finite. Has no gradient.
       soft_cap: c > 0 bends logits x to c tanh(x / c).
-      chunk: rows whose logits exist at once.
+      chunk: rows whose logits exist at once, on a device; 0: 256, or as many as have four million logits.
 
     Returns:
       (the sum, at least fp32; `Rows`).
@@ -118,7 +121,8 @@ def _local(h_BRD, head_VD, targets_BR, weights_BR, options, gradient, vocabulary
         name: functools.partial(operation, axis_name=vocabulary_axis) if vocabulary_axis else lambda x: x
         for name, operation in (("max", jax.lax.pmax), ("sum", jax.lax.psum))
     }
-    n, c = b * r, min(options.chunk, b * r)
+    n = b * r
+    c = min(options.chunk or max(_LEAST, _LOGITS // v), n)
     padding = -n % c
 
     def chunks(x):

@@ -1,6 +1,6 @@
 """The decoder block of LLaMA-3 (arXiv 2407.21783): RMS norms, rotary grouped-query attention, SwiGLU, no biases.
 
-Legend: B batch, S sequence, D width, H heads, G heads of keys and values, E head dimension.
+Legend: B batch, S sequence, R of its rows, D width, H heads, G heads of keys and values, E head dimension.
 """
 
 from typing import Any
@@ -20,25 +20,36 @@ def head_dim(c: settings.Transformer) -> int:
 
 
 class DecoderBlock(nn.Module):
-    """The carry is (x [B, S, D], number of the layer, Cache or None)."""
+    """The carry is (x [B, S, D], number of the layer, Cache or None); behind a block that is given rows, x is [B, R, D]."""
 
     config: settings.Transformer
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, carry, rotation, spans, keys_B):
-        """rotation: of `rope.rotation`. spans: over the cache's slots if there is one. keys_B: for dropout, or None."""
+    def __call__(self, carry, rotation, spans, keys_B, rows_BR=None):
+        """Args:
+        rotation: of `rope.rotation`.
+        spans: over the cache's slots if there is one.
+        keys_B: for dropout, or None.
+        rows_BR: int32, rows whose outputs are wanted, the others being there to be seen; None: all.
+        """
         c = self.config
         x_BSD, layer, cache = carry
         e = head_dim(c)
-        h_BSD = self._norm("attention_norm", "embed")(x_BSD)
+        norm = self._norm("attention_norm", "embed")
+        h_BSD = wanted_BSD = norm(x_BSD)
+        wanted = rotation
+        if rows_BR is not None:
+            x_BSD, spans = jnp.take_along_axis(x_BSD, rows_BR[..., None], axis=1), spans.of_rows(rows_BR)
+            wanted_BSD = norm(x_BSD)
+            wanted = [jnp.take_along_axis(part, rows_BR[:, None, :, None], axis=2) for part in rotation]
         into = {"matrix": ((-3,), (-2, -1))}
-        q = self._dense("query", (c.heads, e), ("embed", "heads", "head_dim"), **into)(h_BSD).swapaxes(1, 2)
+        q = self._dense("query", (c.heads, e), ("embed", "heads", "head_dim"), **into)(wanted_BSD).swapaxes(1, 2)
         k = self._dense("key", (c.kv_heads, e), ("embed", "kv_heads", "head_dim"), **into)(h_BSD).swapaxes(1, 2)
         v = self._dense("value", (c.kv_heads, e), ("embed", "kv_heads", "head_dim"), **into)(h_BSD).swapaxes(1, 2)
         if c.qk_norm:
             q, k = self._norm("query_norm", "head_dim")(q), self._norm("key_norm", "head_dim")(k)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = rotate(q, wanted), rotate(k, rotation)
         if cache is not None:
             cache, k, v = cache.write(layer, k, v)
         y_BHSE = attend(

@@ -47,6 +47,16 @@ class Spans:
         known = isinstance(self.start, np.ndarray) and isinstance(self.end, np.ndarray)
         return known and bool(np.all(self.start <= 0) and np.all(self.end >= num_keys))
 
+    def of_rows(self, at_BR) -> "Spans":
+        """The spans of some rows. at_BR: int32, their numbers in [0, S)."""
+
+        def taken(x):
+            if x is None or x.shape[1] == 1:
+                return x
+            return jnp.take_along_axis(jnp.broadcast_to(x, (len(at_BR), x.shape[1])), at_BR, axis=1)
+
+        return Spans(*(taken(x) for x in (self.start, self.end, self.start2, self.end2)), second=self.second)
+
 
 def _rows(x):
     """int32 [B or 1, S or 1] of a scalar, [B] or [B, S]; NumPy stays NumPy."""

@@ -50,7 +50,7 @@ class Transformer:
     scan_layers: bool = True
     remat: Literal["none", "full", "dots", "attention", "dots_attention"] = "none"  # what backwards computes again
     attention: Literal["auto", "dense", "chunked", "splash"] = "auto"
-    loss_chunk: int = 256  # rows whose logits exist at once, on each device
+    loss_chunk: int = 0  # rows whose logits exist at once, on each device; 0 = at least 256, more of a small vocabulary
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoRA = field(default_factory=LoRA)
 

@@ -169,6 +169,30 @@ def test_rows_of_an_image_see_its_end_and_text_does_not():
     np.testing.assert_array_equal(moved, [False, False, True, True, True, True, True])
 
 
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_rows_that_are_wanted_equal_those_of_all_and_the_last_block_makes_no_others(scan):
+    c = replace(TINY, scan_layers=scan)
+    values, ids, model = random_params(c), ids_of(), backbone.Backbone(c)
+    rows = np.array([[1, 4, S - 1], [0, 0, 3]], np.int32)[:B]
+    seen = spans.bidirectional(np.full((B, S), 5, np.int32), start=np.array([[0], [1]], np.int32)[:B])
+    weights = np.random.default_rng(1).normal(size=(B, rows.shape[1], c.width)).astype(np.float32)
+
+    def of(values, **given):
+        def run(m, ids):
+            h = m(m.embed(ids), POSITIONS, seen, **given)[0]
+            return h if given else jnp.take_along_axis(h, rows[..., None], axis=1)
+
+        h = model.apply({"params": values}, ids, method=run)
+        return jnp.sum(weights * h), h
+
+    wanted = functools.partial(of, rows_BR=rows)
+    got, expected = (jax.jit(jax.value_and_grad(f, has_aux=True))(values) for f in (wanted, of))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+    text = str(jax.make_jaxpr(wanted)(values))
+    made = text.count(f"[{B * rows.shape[1]},{c.mlp_width}] = dot_general")
+    assert made == (0 if scan else 2)  # the last block's gate and up, of wanted rows alone
+
+
 def test_dropout_is_of_the_example_and_only_where_keys_are_given():
     c = replace(TINY, dropout=0.5)
     values, model, ids = random_params(c), backbone.Backbone(c), ids_of()

@@ -55,6 +55,13 @@ def test_equals_naive_in_value_and_gradient(options):
     assert_same(jax.jit(lambda *args: chunked(*args, **options))(*inputs()), naive(*inputs(), **options))
 
 
+@pytest.mark.parametrize(("rows", "vocabulary", "held"), [(5_000, 900, 4_660), (5_000, 40_000, 256), (40, 900, 40)])
+def test_a_chunk_of_no_given_size_holds_four_million_logits_or_256_rows(rows, vocabulary, held):
+    shapes = ((1, rows, 2), np.float32), ((vocabulary, 2), np.float32), ((1, rows), np.int32), ((1, rows), np.float32)
+    text = str(jax.make_jaxpr(cross_entropy)(*(jax.ShapeDtypeStruct(*x) for x in shapes)))
+    assert f"f32[{held},{vocabulary}]" in text
+
+
 def test_rows_of_no_weight_count_for_nothing():
     h, head, targets, weights = inputs()
     gradient = jax.jit(jax.grad(lambda h, w: chunked(h, w, targets, weights)[0], (0, 1)))
