@@ -1,7 +1,7 @@
 """A small LLaMA on text and the codes of scenes: the second half of `make quickstart`. Hardware: 2 CPU cores.
 
 It reads tokenizer/, codes/train and codes/heldout in runs/quickstart, where `make quickstart` puts them, or in another
-folder: "configs/llama_scenes.py:runs/mine". About 11 minutes; docs/transformer.md has what came of
+folder: "configs/llama_scenes.py:runs/mine". About 10 minutes; docs/transformer.md has what came of
 pictures and captions.
 """
 
@@ -18,7 +18,7 @@ def get_config(root="runs/quickstart"):
     c.model.image.code_vectors = c.model.image.code_places = c.model.whole_prompts = True
     c.sequences.tokenizer = f"{root}/tokenizer"
     # Images alone are what guidance takes.
-    formats = settings.Formats(text_to_image=0.42, image_to_text=0.5, image_only=0.08)
+    formats = settings.Formats(text_to_image=0.4, image_to_text=0.52, image_only=0.08)
     train, held_out = (settings.CodesFolder(folder=f"{root}/codes/{x}", formats=formats) for x in ("train", "heldout"))
     c.sequences.sources, c.sequences.eval_sources = (config.dump(train),), (config.dump(held_out),)
     c.sequences.context, c.sequences.targets = 96, 64  # two documents; what is given is no target
@@ -27,6 +27,6 @@ def get_config(root="runs/quickstart"):
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
     c.train.batch_size = 32
-    c.train.steps = 4900
+    c.train.steps = 5200
     c.evaluate.verifier = True
     return c

@@ -2,7 +2,8 @@
 
 The options are the leaves of a binary tree. A node that has seen m items has given floor((m a + phase) / w) of them to
 its left side, whose weight is a of w: so any prefix of the series has each option's share to within the depth of the
-tree, and any number is found without the ones before it.
+tree. After w items a node has given each side exactly its weight, and it begins again where it was: the whole series
+repeats itself after as many items as the weights' sum, and is kept as a table of those.
 """
 
 from collections.abc import Mapping
@@ -55,37 +56,29 @@ class Proportions:
 
     def __init__(self, weights: Mapping[str, float], *key: int | str, what: str = "mixture"):
         self.names = tuple(weights)
-        self._weights = np.cumsum([0, *whole_weights(weights, what)])
-        self._key = key
-        self._phases: dict[tuple[int, int], int] = {}
+        self._weights = np.array(whole_weights(weights, what))
+        period = int(self._weights.sum())
+        self._choice, self._rank = np.zeros(period, np.int32), np.arange(period)
+        self._descend(key, 0, len(self.names), np.arange(period))
 
     def __call__(self, index) -> tuple[np.ndarray, np.ndarray]:
         """(choice, rank): the option of each number, and how many before it had the same. int64 like index."""
-        index = np.asarray(index, np.int64)
-        choice, rank = np.zeros_like(index.ravel()), index.ravel().copy()
-        self._descend(0, len(self.names), np.arange(index.size), choice, rank)
-        return choice.reshape(index.shape), rank.reshape(index.shape)
+        turns, place = np.divmod(np.asarray(index, np.int64), len(self._choice))
+        choice = self._choice[place]
+        return choice.astype(np.int64), self._rank[place] + turns * self._weights[choice]
 
-    def _descend(self, low, high, members, choice, rank):
-        """Members are the numbers whose option lies in [low, high); rank is theirs within this node."""
-        if not members.size:
-            return
-        if high - low == 1:
-            choice[members] = low
+    def _descend(self, key, low, high, members):
+        """Members are the numbers whose option lies in [low, high); their ranks are those within this node."""
+        if high - low == 1 or not members.size:
+            self._choice[members] = low
             return
         middle = (low + high) // 2
-        left, whole = self._weights[middle] - self._weights[low], self._weights[high] - self._weights[low]
-        phase = self._phase(low, high, int(whole))
-        m = rank[members]
+        left, whole = int(self._weights[low:middle].sum()), int(self._weights[low:high].sum())
+        (phase,) = keyed_integers(1, "proportions", *key, low, high)
+        phase = int(phase) % whole
+        m = self._rank[members]
         before = (m * left + phase) // whole
         goes_left = (m * left + left + phase) // whole > before
-        rank[members] = np.where(goes_left, before, m - before)
-        self._descend(low, middle, members[goes_left], choice, rank)
-        self._descend(middle, high, members[~goes_left], choice, rank)
-
-    def _phase(self, low, high, whole):
-        """Of a node. Kept: single documents ask for it again and again."""
-        if (low, high) not in self._phases:
-            (phase,) = keyed_integers(1, "proportions", *self._key, low, high)
-            self._phases[low, high] = int(phase) % whole
-        return self._phases[low, high]
+        self._rank[members] = np.where(goes_left, before, m - before)
+        self._descend(key, low, middle, members[goes_left])
+        self._descend(key, middle, high, members[~goes_left])

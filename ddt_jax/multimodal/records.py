@@ -109,6 +109,11 @@ class RecordDocuments:
             raise UserError(f"mixture: no record of {records.name} has a document of its own; leave out format {OWN}")
         if formats.keys() - {"image_only", OWN} and not self._lengths_N7[:, 0].any():
             raise UserError(f"mixture: no record of {records.name} has a caption; the only format left is image_only")
+        self._numbers = np.array([FORMATS.index(name) for name in self._formats.names])
+        caption_N, own_N = self._lengths_N7[:, 0] > 0, self._lengths_N7[:, 1:].any(axis=1)
+        every_N = np.ones(len(records), bool)
+        of_record = {OWN: own_N, "image_only": every_N}
+        self._possible_NF = np.stack([of_record.get(name, caption_N) for name in FORMATS], axis=1)
         # Counts of a pair are linear in the length of its caption.
         names = documents.PAIR_FORMATS
         self._base, one = (np.array([documents.count(self._pair(n, ids, Image())) for n in names]) for ids in ([], [0]))
@@ -119,13 +124,8 @@ class RecordDocuments:
 
     def format_of(self, index, number) -> np.ndarray:
         """Numbers of formats in FORMATS, int [D], of documents with these numbers in the series."""
-        index = np.asarray(index)
-        of_name = np.array([FORMATS.index(name) for name in self._formats.names])
-        chosen = of_name[self._formats(number)[0]]
-        lengths = self._lengths_N7[index]
-        own, image = FORMATS.index(OWN), FORMATS.index("image_only")
-        possible = np.where(chosen == own, lengths[..., 1:].any(axis=-1), lengths[..., 0] > 0)
-        return np.where(possible | (chosen == image), chosen, image)
+        chosen = self._numbers[self._formats(number)[0]]
+        return np.where(self._possible_NF[index, chosen], chosen, FORMATS.index("image_only"))
 
     def counts(self, index, number):
         formats, lengths = self.format_of(index, number), self._lengths_N7[index]

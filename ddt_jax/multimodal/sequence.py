@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ddt_jax.errors import UserError
-from ddt_jax.multimodal.documents import Document, Mark, Text
+from ddt_jax.multimodal.documents import Document, Image, Mark, Text
 from ddt_jax.multimodal.vocabulary import Vocabulary
 
 
@@ -90,30 +90,30 @@ def lay_out(document: Document, vocabulary: Vocabulary, form: ImageForm) -> Layo
     Raises:
       UserError: a code or text id out of range, an unknown special token, an image of another size.
     """
-    tokens, target, slots, contents, at = [], [], [], [], 0
-    is_answer = []
+    tokens, slots, contents, at = [np.zeros(0, np.int32)], [], [], 0
+    pieces = []  # of each piece: its length, whether it is learned, whether it is an answer
     in_codes = form.kind == "codes"
     for segment in document.segments:
         learn = document.learns(segment)
         if isinstance(segment, Mark):
-            piece, learned = [vocabulary[segment.name]], learn
+            tokens.append([vocabulary[segment.name]])
         elif isinstance(segment, Text):
-            piece, learned = vocabulary.check_text(segment.ids), learn
+            tokens.append(vocabulary.check_text(segment.ids))
         else:
-            inside = _image_tokens(segment, vocabulary, form)
-            piece = np.concatenate([[vocabulary["BOV"]], inside, [vocabulary["EOV"]]])
-            learned = np.full(len(piece), learn)
-            learned[1:] &= in_codes  # latents are not predicted as tokens, and the EOV behind them comes by itself
+            tokens += [[vocabulary["BOV"]], _image_tokens(segment, vocabulary, form), [vocabulary["EOV"]]]
             slots.append(Slot(at + 1, form.rows, segment.number, learn, segment.answer))
+            pieces.append((1, learn, segment.answer))
+            at += 1
             if not in_codes:
                 contents.append(_content(segment, form))
-        tokens.append(np.asarray(piece, np.int32))
-        target.append(learned if isinstance(learned, np.ndarray) else np.full(len(piece), learned))
-        is_answer.append(np.full(len(piece), segment.answer))
-        at += len(piece)
-    given = _ends_of_runs(~np.concatenate([*is_answer, np.zeros(0, bool)]))
-    target = np.concatenate([*target, np.zeros(0, bool)])
+                learn = False  # latents are not predicted as tokens, and the EOV behind them comes by itself
+        length = form.rows + 1 if isinstance(segment, Image) else len(tokens[-1])
+        pieces.append((length, learn, segment.answer))
+        at += length
+    lengths = [length for length, _, _ in pieces]
+    target = np.repeat([learned for _, learned, _ in pieces], lengths).astype(bool)
     target[:1] = False
+    given = np.repeat(_ends_of_prompts(pieces), lengths).astype(np.int32)
     position = np.arange(at, dtype=np.int32)
     if form.kind == "blockwise":
         learned = [i for i, slot in enumerate(slots) if slot.learn]
@@ -123,15 +123,19 @@ def lay_out(document: Document, vocabulary: Vocabulary, form: ImageForm) -> Layo
         position = np.concatenate([position, *twins])
         tokens.append(np.full(len(position) - at, vocabulary["PAD"], np.int32))
         target, given = (np.concatenate([x, np.zeros(len(position) - at, x.dtype)]) for x in (target, given))
-    tokens = np.concatenate([*tokens, np.zeros(0, np.int32)])
+    tokens = np.concatenate(tokens, dtype=np.int32)
     return Layout(tokens, target, position, given, tuple(slots), tuple(contents))
 
 
-def _ends_of_runs(inside_N):
-    """int32 [N]: one behind the last of the true positions in a row that a position is in, 0 where it is false."""
-    ends = np.flatnonzero(inside_N & ~np.append(inside_N[1:], False)) + 1
-    found = np.append(ends, 0)[np.searchsorted(ends, np.arange(len(inside_N)), side="right")]
-    return np.where(inside_N, found, 0).astype(np.int32)
+def _ends_of_prompts(pieces):
+    """Of each piece, where the pieces in a row that are no answers end; 0 of answers."""
+    ends, end = [], 0
+    at = sum(length for length, _, _ in pieces)
+    for length, _, answer in reversed(pieces):
+        end = 0 if answer else end or at
+        ends.append(end)
+        at -= length
+    return ends[::-1]
 
 
 def _image_tokens(image, vocabulary, form):

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec
 
 from ddt_jax import mesh as meshes
 
-
-_LEAST, _LOGITS = 256, 2**22  # without a chunk of its own: rows, and logits up to which there are more of them
+# Where no chunk is set: rows at least, and as many more as have so many logits.
+_LEAST, _LOGITS = 256, 2**22
 
 
 class Rows(NamedTuple):

@@ -20,7 +20,7 @@ def head_dim(c: settings.Transformer) -> int:
 
 
 class DecoderBlock(nn.Module):
-    """The carry is (x [B, S, D], number of the layer, Cache or None); behind a block that is given rows, x is [B, R, D]."""
+    """The carry is (x [B, S, D], number of the layer, Cache or None). Given rows, it leaves x [B, R, D] of them."""
 
     config: settings.Transformer
     dtype: Any = None
