@@ -1,14 +1,15 @@
 """Transfusion on scenes at 32 px, in pixels: one transformer writes text and denoises images. Hardware: 2 CPU cores.
 
 Variants: "linear" (maps of 4 x 4 pixels to a row), "unet" (a small U-Net in their place), "causal" (linear, without
-attention forwards inside an image), "flow" (linear, rectified flow).
+attention forwards inside an image), "unlimited" (linear, images before their captions as noisy as any), "flow" (linear,
+rectified flow). About 20 minutes; docs/transfusion.md has what came of it.
 """
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 
 SOURCES = (("train", 160_000), ("heldout", 2048))  # records, as many as `make quickstart` takes
-VARIANTS = ("linear", "unet", "causal", "flow")
+VARIANTS = ("linear", "unet", "causal", "unlimited", "flow")
 
 
 def get_config(variant="linear"):
@@ -20,18 +21,19 @@ def get_config(variant="linear"):
         patch_size=4,  # 48 values: a linear map to 96 cannot carry the noise of 8 x 8 pixels (docs/transfusion.md)
         coder=settings.UNetCoder(width=128, blocks=1) if variant == "unet" else settings.LinearCoder(),
         attention="causal" if variant == "causal" else "bidirectional",
+        noise_limit=1.0 if variant == "unlimited" else 0.5,
         diffusion=settings.RectifiedFlow(clip=1.0) if variant == "flow" else settings.DDPM(clip=1.0),
     )
     c.model = config.defaults(settings.Multimodal, image=image)
     c.model.transformer = config.sibling(__file__, "llama_scenes").get_config().model.transformer  # to compare with
     train, held_out = (settings.Pictures(source=f"scenes:{x}", records=n) for x, n in SOURCES)
     c.sequences.sources, c.sequences.eval_sources = (config.dump(train),), (config.dump(held_out),)
-    c.sequences.context = 192  # two images with their captions
+    c.sequences.context, c.sequences.targets = 192, 96  # two images with their captions; patches are no targets
     c.sequences.text_vocab_size = 384  # 256 bytes, and the words of scenes
     c.optimizer.lr = 4e-3
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
     c.train.batch_size = 16
-    c.train.steps = 3200
+    c.train.steps = 8500
     c.evaluate.verifier = True
     return c

@@ -4,6 +4,7 @@
     python tools/soak.py whole_way                `make quickstart`, against its gates
     python tools/soak.py scenes                   configs/ddt_scenes.py, then its renderer, against the gates
     python tools/soak.py spatial                  configs/spatial_scenes.py, at the bits of configs/ddt_scenes.py
+    python tools/soak.py transfusion              configs/transfusion_scenes.py and two variants; --arms linear is one
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
     python tools/soak.py cifar10_device           the same in bfloat16 on an accelerator, its speed, a stand-in for rFID
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
@@ -33,7 +34,7 @@ import soak_runs as programs  # noqa: E402
 from soak_cifar10 import cifar10, cifar10_device  # noqa: E402
 from soak_gates import note  # noqa: E402
 from soak_kill import kill  # noqa: E402
-from soak_scenes import quickstart, scenes, schedules, spatial, whole_way  # noqa: E402
+from soak_scenes import quickstart, scenes, schedules, spatial, transfusion, whole_way  # noqa: E402
 from soak_tpu import selftok_tpu  # noqa: E402
 
 MEASUREMENTS: dict[str, Callable] = {
@@ -41,6 +42,7 @@ MEASUREMENTS: dict[str, Callable] = {
     "whole_way": whole_way,
     "scenes": scenes,
     "spatial": spatial,
+    "transfusion": transfusion,
     "cifar10": cifar10,
     "cifar10_device": cifar10_device,
     "kill": kill,
@@ -60,6 +62,7 @@ def parse(argv=None):
     parser.add_argument(
         "--minutes", type=float, default=10, help="cifar10, cifar10_device: wall time of training, start-up included"
     )
+    parser.add_argument("--arms", default="", metavar="NAME,NAME", help="transfusion: these variants (default: three)")
     parser.add_argument("--kills", type=int, default=50, help="kill: how many (default: 50)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak", metavar="DIR", help="where NAME.json goes")
     parser.add_argument(

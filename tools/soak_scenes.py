@@ -115,6 +115,32 @@ def spatial(options, folder: Path) -> dict:
     return {"config": config, "seeds": options.seeds[:1], "results": results, "gates": gates}
 
 
+def transfusion(options, folder: Path) -> dict:
+    """Variants of configs/transfusion_scenes.py: as it stands, causal inside images, without the limit of noise.
+
+    What comes out is reported, not judged: the gates ask whether the runs are sound and have the time of each other.
+    """
+    seed, runs, gates, began = options.seeds[0], {}, [], time.monotonic()
+    arms = options.arms.split(",") if options.arms else ["linear", "causal", "unlimited"]
+    for done, arm in enumerate(arms):
+        left = (time.monotonic() - began) / done * (len(arms) - done) / 60 if done else None
+        note(f"{arm}, {done + 1} of {len(arms)}" + (f", about {left:.0f} min left" if left else ""))
+        config = f"configs/transfusion_scenes.py:{arm}"
+        runs[arm], outcomes = programs.train_and_evaluate(config, folder / arm, seed, options)
+        checks = [
+            at_most("seconds of training", runs[arm]["train_seconds"], 1200),
+            at_least("captions and pictures asked for", runs[arm]["prompts"], 256),
+            *quiet(outcomes),
+        ]
+        gates += [{"arm": arm, **check} for check in checks]
+    return {
+        "config": f"configs/transfusion_scenes.py:{arms[0]}",
+        "seeds": [seed],
+        "results": {"arms": runs},
+        "gates": gates,
+    }
+
+
 def schedules(options, folder: Path) -> dict:
     """All arms, seed by seed. What comes out is reported, not judged: the gates ask whether the runs are sound."""
     runs, gates, began = {arm: {} for arm in ARMS}, [], time.monotonic()

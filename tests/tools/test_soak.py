@@ -165,6 +165,23 @@ def test_the_spatial_baseline_counts_only_at_the_bits_of_the_ddt_tokenizer(soak,
         assert [check["passed"] for check in gates].count(False) == 1
 
 
+def test_variants_of_transfusion_are_trained_one_after_the_other(soak, tmp_path, monkeypatch):
+    calls = []
+
+    def train_and_evaluate(config, workdir, seed, options):
+        calls.append((config, workdir.name))
+        return {"prompts": 256, "train_seconds": 1100.0 + 200 * (workdir.name == "causal")}, []
+
+    monkeypatch.setattr(soak.programs, "train_and_evaluate", train_and_evaluate)
+    assert soak.main(["transfusion", "--arms", "linear,unlimited", "--out", str(tmp_path)]) == 0
+    names = ("linear", "unlimited")
+    assert calls == [(f"configs/transfusion_scenes.py:{name}", name) for name in names]
+    assert soak.main(["transfusion", "--out", str(tmp_path)]) == 1
+    record = json.loads((tmp_path / "transfusion.json").read_text())
+    assert list(record["results"]["arms"]) == ["linear", "causal", "unlimited"]
+    assert [check["arm"] for check in record["gates"] if not check["passed"]] == ["causal"]
+
+
 def test_both_tokenizers_of_scenes_have_the_same_bits_and_pictures():
     from ddt_jax import config
 
