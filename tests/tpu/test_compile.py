@@ -18,7 +18,7 @@ pytestmark = pytest.mark.tpu_compile
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # The published models need a pod, and the autoencoder's default is for images of 256 px.
 LARGE = {"ddt_selftok_256.py", "ddt_selftok_1024.py", "ddt_llama_256.py", "ddt_llama_8b.py", "vae.py"}
-LARGE |= {"transfusion_256.py"}
+LARGE |= {"transfusion_256.py", "transfusion_7b.py"}
 SMALL = [*sorted({path.name for path in CONFIGS.glob("*.py")} - LARGE), "vae.py:small", "ddt_selftok_256.py:small"]
 # What text and codes would decide, in a run that has them.
 VOCABULARY = ("model.transformer.vocab_size", "1024")
