@@ -173,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=V,V",
         help="try meshes, remat and accumulation (fsdp, tensor, remat, accumulate) and list what fits, fastest first",
     )
+    p.add_argument(
+        "--effort", type=float, default=0.0, metavar="E", help="of the compiler, -1 (quick) to 1 (default: a run's, 0)"
+    )
     p.add_argument("--to", "--json", dest="json", metavar="PATH", help="also write the report to this file, as JSON")
     verb("config", "print the resolved settings of a config", config=True, report=True)
     p = verb("checkpoint", "look at the checkpoints of a run", workdir=True, report=True)

@@ -25,19 +25,23 @@ SEARCHED = {"fsdp": "8,32,128,512", "tensor": "1,4", "remat": "full,dots_attenti
 class Request:
     """Attributes:
     rows: of a micro-batch on each part of the mesh that takes rows; 0: what train.batch_size says.
+    effort: of the compiler, as `plan.Step`.
     """
 
     config: str
     overrides: tuple[tuple[str, str], ...] = ()
     mesh: str = ""
     rows: int = 0
+    effort: float = 0.0
 
 
 def run(args, overrides: tuple[tuple[str, str], ...]) -> tuple[dict, str]:
     """(report, text for people) of the verb. args: of the command line."""
     if args.rows < 0:
         raise UserError(f"--rows must be at least 1, got {args.rows}")
-    request = Request(args.config, overrides, args.mesh, args.rows)
+    if not -1 <= args.effort <= 1:
+        raise UserError(f"--effort must lie in [-1, 1], got {args.effort:g}")
+    request = Request(args.config, overrides, args.mesh, args.rows, args.effort)
     pods = [topology.parse(text, args.slices) for text in args.topology.split(",")]
 
     def note(line):
@@ -65,7 +69,7 @@ def plan_all(request: Request, pods: list[Topology], note: Callable[[str], None]
 def plan_one(request: Request, pod: Topology, devices: list) -> dict:
     """The report of `scaling.plan`, with "config", "settings" and "notes"."""
     s, notes = prepare(request, pod, len(devices))
-    found = plan.report(step(s, devices), pod)
+    found = plan.report(replace(step(s, devices), effort=request.effort), pod)
     notes += plan_text.warnings(found)
     return {
         "config": request.config,

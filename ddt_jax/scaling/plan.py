@@ -26,6 +26,7 @@ class Step:
       model_flops: operations of a step that computes nothing twice (docs/plan.md).
       repeated_flops: those that it computes again for its gradients, as it is written.
       attention_share: as `program.read`.
+      effort: of the compiler to make the program fast, -1 to 1; a run's is 0.
     """
 
     step: Any
@@ -37,13 +38,19 @@ class Step:
     model_flops: float
     repeated_flops: float
     attention_share: float = 1.0
+    effort: float = 0.0
 
 
 def compile_step(planned: Step):
     """(the compiled step, {"compile_seconds", "compile_cpu_seconds"}, tracing included)."""
     begun, cpu = time.perf_counter(), time.process_time()
-    with jax.set_mesh(planned.mesh):
-        compiled = planned.step.lower(planned.abstract, planned.batch).compile()
+    usual = jax.config.jax_exec_time_optimization_effort
+    jax.config.update("jax_exec_time_optimization_effort", planned.effort)
+    try:
+        with jax.set_mesh(planned.mesh):
+            compiled = planned.step.lower(planned.abstract, planned.batch).compile()
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", usual)
     spent = {"compile_seconds": time.perf_counter() - begun, "compile_cpu_seconds": time.process_time() - cpu}
     return compiled, {name: round(value, 1) for name, value in spent.items()}
 
@@ -61,6 +68,7 @@ def report(planned: Step, topology: Topology) -> dict:
         "mesh": {axis: size for axis, size in planned.mesh.shape.items() if size > 1},
         "parameters": sum(x.size for x in jax.tree.leaves(planned.abstract.params)),
         "compiler": "tpu" if chip.is_tpu else "cpu",
+        "effort": planned.effort,
         "jax": jax.__version__,
         "source_of_chip_figures": chip.source,
         "hbm_bytes_of_chip": chip.hbm_bytes,

@@ -13,6 +13,10 @@ def warnings(report: dict) -> list[str]:
             "memory and collectives are those of a program that the CPU's compiler made for as many fake devices, in "
             "place of the GPU's: it holds many bf16 activations as fp32, so that temporary memory is an upper bound"
         )
+    if report["effort"]:
+        found.append(
+            f"compiled with effort {report['effort']:g}; a run's is 0, and its program and memory are not quite these"
+        )
     if report.get("uncounted"):
         found.append(f"not counted as often as they run: {', '.join(report['uncounted'][:4])}")
     return found
