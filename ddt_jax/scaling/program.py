@@ -18,6 +18,9 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "iota", "add-dependency"}
 _SLICES = ("dynamic-slice", "slice", "gather")
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:\[([\d,]+)\]T\(([\d,]+)\)|([\d,]+))\))? \{([^}]*)\}"
+)
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}  # products of a tile: q k, p v; with gradients p again, dp, ds k, ...
 
 
@@ -131,7 +134,7 @@ class _Reader:
     def _custom_call(self, work, computation, i):
         if "tpu_custom_call" not in i.rest:
             return
-        found = re.search(r"splash_mha_(fwd|dq|dkv)", i.rest)
+        found = re.search(r"splash_mha_(fwd|dq|dkv)", i.name + i.rest)
         if not found:
             work.unknown_kernels.add(i.name)
             return
@@ -201,6 +204,8 @@ def _groups(i: hlo.Instruction, num_devices: int) -> tuple[int, ...]:
         ends = [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{(\d+,\d+)\}", pairs)]
         moved = [pair for pair in ends if pair[0] != pair[1]]
         return _chain(moved) if moved else (0,)
+    if by_mesh := _MESH_GROUPS.search(i.rest):
+        return _mesh_group(*by_mesh.groups())
     text = i.attribute("replica_groups")
     if iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, dims, order = (tuple(map(int, x.split(","))) if x else None for x in iota.groups())
@@ -209,6 +214,26 @@ def _groups(i: hlo.Instruction, num_devices: int) -> tuple[int, ...]:
         return tuple(numbers.reshape(shape)[0].tolist())
     first = re.search(r"\{(\d[\d,]*)\}", text)
     return tuple(map(int, first.group(1).split(","))) if first else tuple(range(num_devices))
+
+
+def _mesh_group(sizes: str, dims: str, order: str, numbers: str, named: str) -> tuple[int, ...]:
+    """The first group along axes of a mesh that the text spells out: `'b':(2)4` is the part of axis b that has 4 places
+    behind 2 of its own.
+    """
+    mesh = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    ids = np.arange(math.prod(mesh.values()))
+    if dims:
+        ids = ids.reshape(tuple(map(int, dims.split(",")))).transpose(tuple(map(int, order.split(","))))
+    elif numbers:
+        ids = np.array(tuple(map(int, numbers.split(","))))
+    parts = {name: (1, size) for name, size in mesh.items()}
+    chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named)
+    for name, before, size in chosen:
+        parts[name] = (int(before), int(size)) if size else parts[name]
+    shape = [n for name, size in mesh.items() for n in (parts[name][0], parts[name][1], size // math.prod(parts[name]))]
+    wanted = {name for name, *_ in chosen}
+    at = tuple(slice(None) if k == 1 and name in wanted else 0 for name in mesh for k in range(3))
+    return tuple(ids.reshape(shape)[at].reshape(-1).tolist())
 
 
 def _chain(pairs) -> tuple[int, ...]:

@@ -140,10 +140,11 @@ ENTRY %main (g: f32[64,32], q: bf16[16,32], s: (s32[], bf16[8,32]), k: bf16[2,4,
   %q = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(1)
   %s = (s32[], /*index=1*/bf16[8,32]{1,0:T(8,128)(2,1)S(1)}) parameter(2)
   %k = bf16[2,4,256,64]{3,2,1,0:T(8,128)(2,1)} parameter(3)
+  %n = s32[1,2,2] constant({...})
   %start = ((bf16[16,32]{1,0}), bf16[32,32]{1,0}, u32[]) async-start(%q), calls=%gather
   %done = bf16[32,32]{1,0} async-done(%start), calls=%gather
   %loop = (s32[], bf16[8,32]{1,0:T(8,128)(2,1)S(1)}) while(%s), condition=%until, body=%body
-  %o = bf16[2,4,256,64] custom-call(%k, %k), custom_call_target="tpu_custom_call", name="splash_mha_fwd"
+  %splash_mha_fwd_residuals.3 = bf16[2,4,256,64] custom-call(%n, %k, %k), custom_call_target="tpu_custom_call"
   ROOT %out = f32[16,32]{1,0:T(8,128)} fusion(%g), kind=kCustom, calls=%scatter
 }
 """
@@ -158,9 +159,29 @@ def test_programs_of_a_tpu_are_read(mesh):
     attention = 0.5 * 2 * 2 * (2 * 4 * 256) * 256 * 64
     assert work.flops == 7 * 2 * 8 * 32 * 32 + attention
     assert not work.unknown_loops and not work.unknown_kernels
-    loop_only = program.read(TPU.replace("splash_mha_fwd", "another"), 8)
-    assert loop_only.unknown_kernels == {"o"} and loop_only.flops == 7 * 2 * 8 * 32 * 32
+    loop_only = program.read(TPU.replace("splash_mha_fwd_residuals.3", "another"), 8)
+    assert loop_only.unknown_kernels == {"another"} and loop_only.flops == 7 * 2 * 8 * 32 * 32
     assert program.read(TPU.replace("constant(7)", "get-tuple-element(%state), index=0"), 8).unknown_loops == {"loop"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("{{0,4},{1,5},{2,6},{3,7}}", (0, 4)),
+        ("[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("{}", tuple(range(8))),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", (0, 1, 2, 3)),
+        ("mesh['axis_0'=8] {'axis_0':(2)4}", (0, 1, 2, 3)),
+        ("mesh['axis_0'=8] {'axis_0':(1)2}", (0, 4)),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
+        ("mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'b'}", (0, 2)),
+    ],
+)
+def test_groups_of_devices_are_read_in_every_spelling(groups, first):
+    line = f"  ROOT %out = f32[4] all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add"
+    text = "ENTRY %main (x: f32[4]) -> f32[4] {\n  %x = f32[4] parameter(0)\n" + line + "\n}\n"
+    assert [c.group for c in program.read(text, 8).collectives] == [first]
 
 
 def test_text_that_is_no_program_is_an_error():
