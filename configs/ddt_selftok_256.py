@@ -36,6 +36,7 @@ def get_config(variant="xl"):
     c.optimizer.clip_norm = 0.0
     c.train.steps = 100_000
     c.train.batch_size = 384
+    c.mesh.data, c.mesh.fsdp = (-1, 8) if variant == "xl" else (1, -1)  # 8 chips or more: docs/plan.md
     c.train.ema = 0.9999
     c.train.log_every = 100
     c.train.checkpoint_every = 1000

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddt_jax import settings
@@ -37,10 +38,10 @@ RULES: dict[str, str | None] = {
 
 
 def make_mesh(sizes: settings.Mesh, devices=None) -> Mesh:
-    """A mesh with Auto axes over the given (default: all) devices.
+    """A mesh with Auto axes over the given (default: all) devices. Slices of TPUs are parts of the replica axis.
 
     Raises:
-      UserError: if the sizes do not multiply to the number of devices.
+      UserError: if the sizes do not multiply to the number of devices, or replica does not divide over their slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [getattr(sizes, axis) for axis in AXES]
@@ -52,7 +53,28 @@ def make_mesh(sizes: settings.Mesh, devices=None) -> Mesh:
         shape[shape.index(-1)] = len(devices) // fixed
     if int(np.prod(shape)) != len(devices):
         raise UserError(f"mesh: {text} does not fit {len(devices)} devices; the product must equal their number")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_placed(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(shape: list[int], devices) -> np.ndarray:
+    """Devices [replica, data, ...] so that neighbours on an axis are neighbours in the machine, if that is possible."""
+    tpu = devices[0].platform == "tpu"  # hosts of GPUs count as slices too, but any axis may cross them
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh: mesh.replica={shape[0]} does not divide over {slices} slices; set mesh.replica={slices}"
+        )
+
+    def place(**how):
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, **how)
+        inside, between = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+        return mesh_utils.create_hybrid_device_mesh(inside, between, devices, **how)
+
+    try:
+        return place(allow_split_physical_axes=devices[0].device_kind == "TPU v5 lite")
+    except NotImplementedError:  # no product of whole sides of the torus has these sizes
+        return place(allow_split_physical_axes=True)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """Meshes and the rules that lay parameters over them, on 8 fake devices."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
@@ -30,6 +33,28 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(sizes):
     with pytest.raises(UserError) as error:
         meshes.make_mesh(sizes)
     assert "\n" not in str(error.value)
+
+
+def slices_of_tpus(count, *sides):
+    """Devices as a TPU's runtime describes them."""
+    common = {"platform": "tpu", "device_kind": "TPU v5", "core_on_chip": 0, "process_index": 0}
+    return [
+        SimpleNamespace(**common, slice_index=number, coords=tuple(reversed(at)))
+        for number in range(count)
+        for at in np.ndindex(*reversed(sides))
+    ]
+
+
+def test_slices_are_parts_of_the_replica_axis():
+    placed = meshes._placed([4, 1, 4, 1, 1], slices_of_tpus(2, 2, 2, 2))
+    assert np.vectorize(lambda d: d.slice_index)(placed[:, 0, :, 0, 0]).tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
+    with pytest.raises(UserError, match=r"mesh.replica=1 does not divide over 2 slices; set mesh.replica=2"):
+        meshes._placed([1, 1, 16, 1, 1], slices_of_tpus(2, 2, 2, 2))
+
+
+def test_an_axis_may_take_a_part_of_a_side():
+    placed = meshes._placed([1, 2, 32, 1, 1], slices_of_tpus(1, 4, 4, 4))
+    assert len({d.coords for d in placed.flat}) == 64
 
 
 def test_rules_split_what_divides_and_report_what_does_not():

@@ -3,15 +3,13 @@
     .venv-tpu/bin/python tools/compile_tpu.py --config configs/quickstart.py --topology v5e:2x2
 
 It needs libtpu, for which `make test-tpu` makes an environment. What it shows: that the whole step has a program for
-these chips, with all kernels and collectives, and how much memory of a chip the compiler gives it. What it does not:
-how fast the step is. At the least effort (-1) the program and its memory are not quite those of a run, whose effort
-is 0; compiling takes about half of the time.
+these chips, with all kernels and collectives, and how much memory of a chip the compiler gives it. `ddt-jax plan` says
+more, and of the program of a run; this tool is for checks that need only know that there is one. At the least effort
+(-1) the program and its memory are not quite those of a run, whose effort is 0; compiling takes about half of the time.
 """
 
 import argparse
-import importlib.util
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,22 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout, whatever else is installed
 
-# libtpu reads these when it is loaded; without them it looks for a TPU and complains that there is none.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}
-HBM_BYTES = {"TPU v5 lite": 16e9, "TPU v5": 95e9, "TPU v6 lite": 32e9}  # of a chip, by the vendor
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-def abstract_chips(topology: str):
-    """Devices of a topology such as "v5p:2x2x2". ENVIRONMENT has to be set."""
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+from ddt_jax.errors import UserError  # noqa: E402
+from ddt_jax.scaling import program, topology  # noqa: E402
 
 
 def compile_step(config_file: str, chips, overrides=(), effort: float = -1.0):
@@ -83,10 +67,11 @@ def main(argv=None) -> int:
     if wrong:
         parser.error(f"unknown: {' '.join(wrong)}")
     pairs = [text.removeprefix("--config.").partition("=") for text in rest]
-    os.environ.update(ENVIRONMENT)
-    if importlib.util.find_spec("libtpu") is None:
-        parser.error("libtpu is not installed; `make test-tpu` makes an environment with it, .venv-tpu")
-    chips = abstract_chips(options.topology)
+    try:
+        pod = topology.parse(options.topology)
+        chips = topology.devices(pod)
+    except UserError as error:
+        parser.error(str(error))
     begun, cpu = time.perf_counter(), time.process_time()
     compiled = compile_step(options.config, chips, tuple((key, value) for key, _, value in pairs), options.effort)
     text = compiled.as_text()
@@ -98,8 +83,8 @@ def main(argv=None) -> int:
         "seconds": round(time.perf_counter() - begun, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "bytes_of_a_chip": memory_of(compiled),
-        "hbm_bytes": HBM_BYTES.get(chips[0].device_kind),
-        "collectives": [name for name in COLLECTIVES if name in text],
+        "hbm_bytes": pod.chip.hbm_bytes,
+        "collectives": [name for name in program.COLLECTIVES if name in text],
     }
     print(json.dumps(found, indent=2))
     return 0

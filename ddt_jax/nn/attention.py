@@ -37,7 +37,7 @@ def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, metho
       soft_cap: c > 0 bends logits x to c tanh(x / c).
       method: "dense" holds S x T logits, "chunked" a tile of them, "splash" is a TPU's kernel, "blocks" gives each
         block of `spans.skip_causal` the keys that it sees and no others. "auto" decides by spans, S, T and whether
-        this program runs on a TPU, which it cannot know when it is compiled elsewhere.
+        this program is for TPUs: the devices of the mesh that is set, be they abstract ones, else those at hand.
 
     Returns:
       [B, H, S, E] in the type of v. Logits and softmax are at least fp32. The content of a key that a row does not see
@@ -49,7 +49,7 @@ def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, metho
         raise ValueError(f"{h} heads of queries cannot share {g} heads of keys and values evenly")
     q_BHSE = q_BHSE * e**-0.5
     long = s > 1 and s * t >= CHUNKED_FROM
-    on_tpu = method == "auto" and long and jax.default_backend() == "tpu"
+    on_tpu = method == "auto" and long and _platform() == "tpu"
     if method == "splash" or on_tpu:
         from ddt_jax.nn import attention_tpu  # Pallas takes a second to import
 
@@ -67,6 +67,11 @@ def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, metho
     seen_BST = None if spans.covers(t) else visible(spans, t)
     out = attend_dense(q_BGRSE, k_BGTE, v_BGTE, seen_BST, soft_cap).reshape(q_BHSE.shape)
     return checkpoint_name(out, SAVED)
+
+
+def _platform() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _attend_blocks(q_BGRSE, k_BGTE, v_BGTE, blocks, size, soft_cap):

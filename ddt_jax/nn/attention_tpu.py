@@ -35,6 +35,13 @@ def fits(num_queries: int, num_keys: int, spans: Spans) -> bool:
     return whole and (spans.start2 is None or (spans.second is not None and num_queries == num_keys))
 
 
+def planned_share(num_queries: int, num_keys: int, reach: int) -> float:
+    """Share of all pairs of a row and a key in whose tiles the kernel looks, where no row q sees behind q + reach."""
+    bq, bk = _block(num_queries), _block(num_keys)
+    tiles = (min(-(-(end + reach) // bk), num_keys // bk) for end in range(bq, num_queries + 1, bq))
+    return sum(tiles) / (num_queries // bq * (num_keys // bk))
+
+
 def attend_splash(q_BHSE, k_BGTE, v_BGTE, spans: Spans, soft_cap: float, *, interpret: bool = False):
     """As `attention.attend`, with scaled queries. interpret: run without a TPU, for tests."""
     s, t = q_BHSE.shape[2], k_BGTE.shape[2]

@@ -7,10 +7,11 @@ libtpu holds the real compiler, and abstract devices need no hardware. It lives 
 """
 
 import importlib
-import os
 from pathlib import Path
 
 import pytest
+
+from ddt_jax.scaling import program, topology
 
 compile_tpu = importlib.import_module("tools.compile_tpu")
 pytestmark = pytest.mark.tpu_compile
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.tpu_compile
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # The published models need a pod, and the autoencoder's default is for images of 256 px.
 LARGE = {"ddt_selftok_256.py", "ddt_selftok_1024.py", "ddt_llama_256.py", "ddt_llama_8b.py", "vae.py"}
-LARGE |= {"transfusion_256.py"}
+LARGE |= {"transfusion_256.py", "transfusion_7b.py"}
 SMALL = [*sorted({path.name for path in CONFIGS.glob("*.py")} - LARGE), "vae.py:small", "ddt_selftok_256.py:small"]
 # What text and codes would decide, in a run that has them.
 VOCABULARY = ("model.transformer.vocab_size", "1024")
@@ -48,15 +49,14 @@ OVERRIDES = {
         ("train.batch_size", "8"),
     ),
 }
-HBM_BYTES = compile_tpu.HBM_BYTES["TPU v5 lite"]
+POD = topology.parse("v5e:2x2")
 
 
 @pytest.fixture(scope="session")
 def chips():
-    """Abstract devices. The variables tell libtpu, when it is loaded here, not to look for real ones."""
-    os.environ.update(compile_tpu.ENVIRONMENT)
+    """Abstract devices."""
     pytest.importorskip("libtpu", reason="libtpu is not installed; `make test-tpu` makes an environment with it")
-    return compile_tpu.abstract_chips("v5e:2x2")
+    return topology.devices(POD)
 
 
 def compile_step(name, chips, overrides=(), effort=-1.0):
@@ -71,9 +71,9 @@ def test_chips_are_what_was_asked_for(chips):
 @pytest.mark.parametrize("name", SMALL)
 def test_train_step_compiles_and_fits(name, chips):
     compiled = compile_step(name, chips, OVERRIDES.get(name, ()))
-    assert 0 < compile_tpu.memory_of(compiled)["total"] < HBM_BYTES
+    assert 0 < compile_tpu.memory_of(compiled)["total"] < POD.chip.hbm_bytes
     # Four chips that never talk to each other would each train a model of their own.
-    assert any(word in compiled.as_text() for word in compile_tpu.COLLECTIVES)
+    assert any(word in compiled.as_text() for word in program.COLLECTIVES)
 
 
 def test_train_step_compiles_with_two_way_tensor_parallelism(chips):

@@ -1,0 +1,280 @@
+"""What `ddt-jax plan` does: a config's train step, compiled for pods that are not there.
+
+    ddt-jax plan --config configs/ddt_llama_8b.py --topology v5p:8x8x8
+
+The step, its state and its mesh are those of `experiment.build`; the data is never opened, and no weights are read.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ddt_jax import config, settings
+from ddt_jax.errors import UserError
+from ddt_jax.scaling import flops, plan, plan_text, topology
+from ddt_jax.scaling.topology import Topology
+
+# What `--search` tries of each, unless it is told; meshes are what is left of these after the pod's size.
+SEARCHED = {"fsdp": "8,32,128,512", "tensor": "1,4", "remat": "full,dots_attention", "accumulate": "1,4"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Attributes:
+    rows: of a micro-batch on each part of the mesh that takes rows; 0: what train.batch_size says.
+    effort: of the compiler, as `plan.Step`.
+    """
+
+    config: str
+    overrides: tuple[tuple[str, str], ...] = ()
+    mesh: str = ""
+    rows: int = 0
+    effort: float = 0.0
+
+
+def run(args, overrides: tuple[tuple[str, str], ...]) -> tuple[dict, str]:
+    """(report, text for people) of the verb. args: of the command line."""
+    if args.rows < 0:
+        raise UserError(f"--rows must be at least 1, got {args.rows}")
+    if not -1 <= args.effort <= 1:
+        raise UserError(f"--effort must lie in [-1, 1], got {args.effort:g}")
+    request = Request(args.config, overrides, args.mesh, args.rows, args.effort)
+    pods = [topology.parse(text, args.slices) for text in args.topology.split(",")]
+
+    def note(line):
+        print(f"plan: {line}", file=sys.stderr, flush=True)
+
+    if args.search is None:
+        result = plan_all(request, pods, note)
+        return result, plan_text.table(result["plans"]) if "plans" in result else plan_text.text(result)
+    if len(pods) > 1 or args.mesh:
+        raise UserError("--search: takes one --topology and makes meshes itself; leave --mesh out, name fsdp=N,N here")
+    result = search(request, pods[0], args.search, note)
+    return result, plan_text.table(result["found"], "chosen")
+
+
+def plan_all(request: Request, pods: list[Topology], note: Callable[[str], None]) -> dict:
+    """One report, or {"plans": [...]} for several pods. note: is told what comes next."""
+    reports = []
+    for pod in pods:
+        if len(pods) > 1:
+            note(f"{pod} ({len(reports) + 1} of {len(pods)})")
+        reports.append(plan_one(request, pod, topology.devices(pod)))
+    return reports[0] if len(reports) == 1 else {"plans": reports}
+
+
+def plan_one(request: Request, pod: Topology, devices: list) -> dict:
+    """The report of `scaling.plan`, with "config", "settings" and "notes"."""
+    s, notes = prepare(request, pod, len(devices))
+    found = plan.report(replace(step(s, devices), effort=request.effort), pod)
+    notes += plan_text.warnings(found)
+    return {
+        "config": request.config,
+        "name": s.name,
+        "settings": [f"{key}={value}" for key, value in request.overrides],
+        "batch_size": s.train.batch_size,
+        "accumulate": s.train.accumulate,
+        **found,
+        "notes": notes,
+    }
+
+
+def search(request: Request, pod: Topology, wanted: list[str], note: Callable[[str], None]) -> dict:
+    """{"found": [...]}, reports of all combinations, the fastest estimate of those that fit first.
+
+    Args:
+      wanted: "name=value,value" of SEARCHED.
+
+    Raises:
+      UserError: if nothing of it can be laid over this pod.
+    """
+    choices = _choices(wanted)
+    devices = topology.devices(pod)
+    asked = {}  # by settings, as several choices may come to the same
+    for values in itertools.product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        try:
+            tried = _chosen(request, chosen)
+            asked.setdefault(prepare(tried, pod, len(devices))[0], (tried, chosen))
+        except UserError as error:
+            refused = error
+    if not asked:
+        raise refused
+    found = []
+    for number, (tried, chosen) in enumerate(asked.values()):
+        note(f"{number + 1} of {len(asked)}: {', '.join(f'{k}={v}' for k, v in chosen.items())}")
+        found.append({"chosen": chosen, **plan_one(tried, pod, devices)})
+    seconds = lambda r: r["estimate"]["step_seconds"] / r[f"{r['unit']}s_per_step"] if "estimate" in r else np.inf  # noqa: E731
+    return {"found": sorted(found, key=lambda r: (not r["fits"], seconds(r)))}
+
+
+def _choices(wanted: list[str]) -> dict[str, list[str]]:
+    texts = dict(SEARCHED)
+    for text in wanted:
+        name, equals, values = text.partition("=")
+        if name not in SEARCHED or not equals:
+            raise UserError(f"--search {text}: write NAME=VALUE,VALUE; names are {', '.join(SEARCHED)}")
+        texts[name] = values
+    return {name: text.split(",") for name, text in texts.items()}
+
+
+def _chosen(request: Request, chosen: dict[str, str]) -> Request:
+    s = config.load(request.config, request.overrides)
+    where = _remat_setting(s)
+    changes = [("train.accumulate", chosen["accumulate"])]
+    if where:
+        value = chosen["remat"]
+        changes.append((where, value if isinstance(_get(s, where), str) else str(value != "none")))
+    mesh = f"data=-1,fsdp={chosen['fsdp']},tensor={chosen['tensor']}"
+    return replace(request, overrides=(*request.overrides, *changes), mesh=mesh)
+
+
+def _remat_setting(s: settings.Experiment) -> str:
+    """The name of the setting that says what blocks compute again; "" if the model has none."""
+    if isinstance(s.model, settings.Multimodal):
+        return "model.transformer.remat"
+    return "model.remat" if hasattr(s.model, "remat") else ""
+
+
+def _get(s, dotted):
+    for name in dotted.split("."):
+        s = getattr(s, name)
+    return s
+
+
+def prepare(request: Request, pod: Topology, devices: int) -> tuple[settings.Experiment, list[str]]:
+    """The settings of a run on a pod, and what had to be assumed for it.
+
+    Raises:
+      UserError: for a mesh that does not fit, or sizes that only data would tell.
+    """
+    pairs = tuple((f"mesh.{name}", size) for name, size in _pairs(request.mesh))
+    s, notes = config.load(request.config, (*request.overrides, *pairs)), []
+    if pod.slices > 1 and s.mesh.replica == 1:
+        s = replace(s, mesh=replace(s.mesh, replica=pod.slices))
+    s = _without_data(s)
+    parts = _parts(s.mesh, devices)
+    if request.rows:
+        return _with_batch(s, request.rows * parts * s.train.accumulate), notes
+    micro = parts * s.train.accumulate
+    if s.train.batch_size % micro:
+        rows = -(-s.train.batch_size // micro) * micro
+        notes.append(
+            f"train.batch_size={s.train.batch_size} does not divide over {parts} parts of the mesh x "
+            f"train.accumulate={s.train.accumulate}, and training would refuse it; planned with {rows}"
+        )
+        s = _with_batch(s, rows)
+    return s, notes
+
+
+def _pairs(mesh: str) -> list[tuple[str, str]]:
+    names = [f for f in settings.Mesh.__dataclass_fields__]
+    found = []
+    for text in filter(None, mesh.split(",")):
+        name, equals, size = text.strip().partition("=")
+        if name not in names or not equals:
+            raise UserError(f"--mesh {text}: write AXIS=SIZE; axes are {', '.join(names)}")
+        found.append((name, size))
+    return found
+
+
+def _parts(mesh: settings.Mesh, devices: int) -> int:
+    """Parts into which a batch is cut. A mesh that does not fit is refused where it is made."""
+    sizes = [getattr(mesh, name) for name in settings.Mesh.__dataclass_fields__]
+    whole = max(devices // int(np.prod([n for n in sizes if n > 0])), 1)
+    return int(np.prod([n if n > 0 else whole for n in (mesh.replica, mesh.data, mesh.fsdp)]))
+
+
+def _with_batch(s, rows):
+    return replace(s, train=replace(s.train, batch_size=rows))
+
+
+def _without_data(s: settings.Experiment) -> settings.Experiment:
+    """Weights of a frozen codec need not be there; sizes that codes and texts decide have to be set."""
+    m = s.model
+    if isinstance(m, settings.Multimodal):
+        image = m.image
+        codes = isinstance(image, settings.CodeImages)
+        needed = {"model.transformer.vocab_size": m.transformer.vocab_size}
+        if codes:
+            needed |= {"model.image.num_tokens": image.num_tokens, "model.image.codebook_size": image.codebook_size}
+            needed |= {"model.image.code_width": image.code_width} if image.code_vectors else {}
+        missing = [f"--config.{name}=N" for name, size in needed.items() if not size]
+        if missing:
+            raise UserError(f"plan: a run takes these sizes from its data, a plan has none; add {' '.join(missing)}")
+        return s if codes else replace(s, model=replace(m, image=replace(image, codec=_any_weights(image.codec))))
+    if hasattr(m, "codec"):
+        s = replace(s, model=replace(m, codec=_any_weights(m.codec)))
+    return s
+
+
+def _any_weights(codec):
+    return replace(codec, random_weights=not codec.weights) if isinstance(codec, settings.VAECodec) else codec
+
+
+def step(s: settings.Experiment, devices: list) -> plan.Step:
+    """What is compiled for settings that `prepare` made. Raises UserError as `experiment.build`."""
+    from ddt_jax import experiment
+
+    built = experiment.build(s, devices)
+    plain = _traced_flops(without_remat(s), devices)
+    again = _traced_flops(s, devices) - plain if s != without_remat(s) else 0.0
+    rows = isinstance(s.model, settings.Multimodal)
+    return plan.Step(
+        built.step,
+        built.abstract,
+        experiment.abstract_batch(built),
+        built.mesh,
+        unit="token" if rows else "image",
+        units=s.train.batch_size * (s.sequences.context if rows else 1),
+        model_flops=plain - _behind(s),
+        repeated_flops=again,
+        attention_share=_attention_share(s, built.model),
+    )
+
+
+def without_remat(s: settings.Experiment) -> settings.Experiment:
+    """The same run, computing nothing a second time."""
+    m = s.model
+    if isinstance(m, settings.Multimodal):
+        coder = getattr(m.image, "coder", None)
+        image = replace(m.image, coder=replace(coder, remat=False)) if hasattr(coder, "remat") else m.image
+        return replace(s, model=replace(m, image=image, transformer=replace(m.transformer, remat="none")))
+    if hasattr(m, "remat"):
+        return replace(s, model=replace(m, remat="none" if isinstance(m.remat, str) else False))
+    return s
+
+
+def _traced_flops(s: settings.Experiment, devices: list) -> float:
+    """Of a step with all logits of attention held at once, as it is written, on one device."""
+    from ddt_jax import experiment
+
+    if isinstance(s.model, settings.Multimodal):
+        s = replace(s, model=replace(s.model, transformer=replace(s.model.transformer, attention="dense")))
+    built = experiment.build(replace(s, mesh=settings.Mesh()), devices[:1])
+    return flops.count(built.step, built.abstract, experiment.abstract_batch(built))
+
+
+def _behind(s: settings.Experiment) -> float:
+    """Operations of attention on keys behind their row, which no causal model asks for: of two products forwards and
+    four backwards, each 2 E for a pair of a row and a key.
+    """
+    if not isinstance(s.model, settings.Multimodal):
+        return 0.0
+    from ddt_jax.nn.decoder import head_dim
+
+    t, n = s.model.transformer, s.sequences.context
+    return 6 * 2.0 * t.depth * t.heads * head_dim(t) * s.train.batch_size * n * (n - 1) / 2
+
+
+def _attention_share(s: settings.Experiment, model) -> float:
+    from ddt_jax.nn import attention_tpu
+
+    if not isinstance(s.model, settings.Multimodal) or s.model.whole_prompts or s.sequences.context % 128:
+        return 1.0
+    image = s.model.image
+    whole = getattr(image, "attention", "") == "bidirectional"
+    return attention_tpu.planned_share(s.sequences.context, s.sequences.context, model.form.rows - 1 if whole else 0)

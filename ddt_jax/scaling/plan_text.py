@@ -1,0 +1,141 @@
+"""Reports of `scaling.plan` for people."""
+
+from collections.abc import Iterable
+
+_GB = 1e9
+
+
+def warnings(report: dict) -> list[str]:
+    """What a reader must know about how a report was made."""
+    found = []
+    if report["compiler"] == "cpu":
+        found.append(
+            "memory and collectives are those of a program that the CPU's compiler made for as many fake devices, in "
+            "place of the GPU's: it holds many bf16 activations as fp32, so that temporary memory is an upper bound"
+        )
+    if report["effort"]:
+        found.append(
+            f"compiled with effort {report['effort']:g}; a run's is 0, and its program and memory are not quite these"
+        )
+    if report.get("uncounted"):
+        found.append(f"not counted as often as they run: {', '.join(report['uncounted'][:4])}")
+    return found
+
+
+def text(report: dict) -> str:
+    """A report of one plan."""
+    lines = [*_head(report), "", *_memory(report)]
+    if "estimate" in report:
+        lines += ["", *_flops(report), "", *_collectives(report), "", *_estimate(report)]
+    lines += [f"note: {note}" for note in report["notes"]]
+    return "\n".join([*lines, verdict(report)])
+
+
+def verdict(report: dict) -> str:
+    needed, has = report["hbm_bytes_per_chip"], report["hbm_bytes_of_chip"]
+    share = f"{needed / _GB:,.1f} GB of {has / _GB:,.0f} GB"
+    if report["fits"]:
+        return f"verdict: fits, {share} on each chip"
+    return (
+        f"verdict: does NOT fit, {share} on each chip; mesh.fsdp divides the state, train.accumulate and remat the "
+        "temporary memory; --search tries them"
+    )
+
+
+def _head(r):
+    slices = f"{r['slices']} slices of " if r["slices"] > 1 else ""
+    unit = r["unit"]
+    return [
+        f"{r['name']} on {slices}{r['topology']}: {r['chips']:,} chips, mesh {_mesh(r)}",
+        f"{r['parameters']:,} parameters; train.batch_size={r['batch_size']}, train.accumulate={r['accumulate']}: "
+        f"{r[f'{unit}s_per_step']:,} {unit}s per step",
+    ]
+
+
+def _mesh(r) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in r["mesh"].items()) or "of one device"
+
+
+def _memory(r):
+    yield "memory of a chip, GB"
+    for kind, count in r["memory"].items():
+        if count:
+            yield f"  {kind.replace('_', ' '):<16}{count / _GB:>10,.2f}"
+    yield f"  {'all':<16}{r['hbm_bytes_per_chip'] / _GB:>10,.2f} of {r['hbm_bytes_of_chip'] / _GB:,.0f}"
+
+
+def _flops(r):
+    unit = r["unit"]
+    yield f"operations of matrix products and convolutions, GFLOP per {unit}"
+    yield f"  {'model':<16}{r[f'flops_per_{unit}'] / 1e9:>10,.2f}"
+    without = r["hardware_over_model_flops_without_remat"]
+    yield (
+        f"  {'hardware':<16}{r[f'hardware_flops_per_{unit}'] / 1e9:>10,.2f}, "
+        f"{r['hardware_over_model_flops']:.2f} x the model's; {without:.2f} x without remat"
+    )
+
+
+def _collectives(r):
+    rows = [("collectives of a step", "axis", "count", "GB", "largest MB", "ms (estimate)")]
+    rows += [
+        (
+            c["kind"],
+            c["axis"],
+            f"{c['count']:,}",
+            f"{c['bytes'] / _GB:,.2f}",
+            f"{c['largest'] / 1e6:,.1f}",
+            f"{c['seconds'] * 1e3:,.1f}",
+        )
+        for c in r["collectives"]
+    ]
+    return _columns(rows)
+
+
+def _estimate(r):
+    e, unit = r["estimate"], r["unit"]
+    terms = ", ".join(f"{name} {e[f'{name}_seconds'] * 1e3:,.1f} ms" for name in ("compute", "memory", "communication"))
+    yield f"estimate from the chip's figures, not a measurement: {terms}"
+    yield (
+        f"  a step takes at least {e['step_seconds'] * 1e3:,.1f} ms ({e['bound']}): at most "
+        f"{e[f'{unit}s_per_second_per_chip']:,.1f} {unit}s/s/chip, MFU {e['mfu']:.2f}"
+    )
+    yield (
+        f"compiled in {r['compile_seconds']:,.0f} s ({r['compile_cpu_seconds']:,.0f} s of CPU) by the compiler for "
+        f"{r['compiler'].upper()}s of jax {r['jax']}"
+    )
+
+
+def _columns(rows) -> Iterable[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
+        cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        yield "  ".join(cells).rstrip()
+
+
+def table(reports: list[dict], first: str = "pod") -> str:
+    """Plans side by side, in Markdown. first: what the first column is, "pod" or "chosen"."""
+    names = [first, "chips", "mesh", "batch", "GB/chip", "fits", "GFLOP/unit", "hw/model"]
+    names += ["step ms*", "bound*", "MFU*", "compile s (CPU s)"]
+    rows = [names, ["---"] * len(names), *(_row(r, first) for r in reports)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", "\\* an estimate from the chip's figures, not a measurement"])
+
+
+def _row(r, first):
+    pod = f"{r['slices']} x {r['topology']}" if r["slices"] > 1 else r["topology"]
+    chosen = ", ".join(f"{k}={v}" for k, v in r.get("chosen", {}).items())
+    row = [pod if first == "pod" else chosen, f"{r['chips']:,}", _mesh(r), f"{r['batch_size']:,}"]
+    row += [f"{r['hbm_bytes_per_chip'] / _GB:,.1f}", "yes" if r["fits"] else "NO"]
+    if "estimate" not in r:
+        return [*row, *["-"] * 6]
+    e = r["estimate"]
+    return [
+        *row,
+        f"{r['flops_per_' + r['unit']] / 1e9:,.1f}",
+        f"{r['hardware_over_model_flops']:.2f}",
+        f"{e['step_seconds'] * 1e3:,.0f}",
+        e["bound"],
+        f"{e['mfu']:.2f}",
+        f"{r['compile_seconds']:,.0f} ({r['compile_cpu_seconds']:,.0f})",
+    ]

@@ -1,0 +1,65 @@
+"""A plan by the TPU's own compiler: its programs are read, and what is counted in them is what was asked for."""
+
+from pathlib import Path
+
+import pytest
+
+from ddt_jax import planning
+from ddt_jax.scaling import topology
+
+pytestmark = pytest.mark.tpu_compile
+
+CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "llama_scenes.py")
+POD = topology.parse("v5p:2x2x1")
+DEPTH, WIDTH, MLP, VOCAB, ROWS, CONTEXT = 3, 256, 512, 1024, 4, 1024
+SIZES = {
+    "model.transformer.vocab_size": VOCAB,
+    "model.image.num_tokens": 16,
+    "model.image.codebook_size": 64,
+    "model.image.code_vectors": False,
+    "model.image.code_places": False,
+    "model.whole_prompts": False,
+    "model.transformer.scan_layers": True,
+    "model.transformer.depth": DEPTH,
+    "model.transformer.width": WIDTH,
+    "model.transformer.heads": 2,
+    "model.transformer.kv_heads": 2,
+    "model.transformer.mlp_width": MLP,
+    "model.transformer.loss_chunk": 512,
+    "model.transformer.remat": "full",
+    "model.transformer.dtype": "bfloat16",
+    "sequences.context": CONTEXT,  # long enough for the kernel
+    "sequences.targets": 0,
+    "optimizer.name": "adamw",
+    "train.batch_size": ROWS,
+}
+
+
+@pytest.fixture(scope="module")
+def report():
+    pytest.importorskip("libtpu", reason="libtpu is not installed; `make test-tpu` makes an environment with it")
+    overrides = tuple((key, str(value)) for key, value in SIZES.items())
+    asked = planning.Request(CONFIG, overrides, mesh="fsdp=4", effort=-1.0)
+    return planning.plan_one(asked, POD, topology.devices(POD))
+
+
+def test_every_product_of_a_scanned_model_is_counted(report):
+    """By hand: each layer's matrices forwards, again for the gradients (but the last, of which they need nothing), and
+    twice backwards; the head three times. The kernel of attention computes 2 products forwards, again, and 3 + 4
+    backwards, in 3 of the 4 tiles of 512 x 512.
+    """
+    tokens = ROWS * CONTEXT
+    layers, head = DEPTH * (4 * WIDTH**2 + 3 * WIDTH * MLP), VOCAB * WIDTH
+    attention = DEPTH * (2 + 2 + 3 + 4) * 2 * tokens * CONTEXT * WIDTH * 3 / 4
+    products = 4 * layers - DEPTH * WIDTH * MLP + 3 * head
+    assert report["hardware_flops"] == pytest.approx(2 * tokens * products + attention, rel=1e-3)
+    assert not report["uncounted"]
+
+
+def test_parameters_are_gathered_layer_by_layer(report):
+    """A gather of all layers' matrices at once, or of the table and its moments, would be the end of a large model."""
+    gathered = [c for c in report["collectives"] if c["kind"] == "all-gather"]
+    assert gathered and {c["axis"] for c in gathered} == {"fsdp"}
+    stacked = DEPTH * WIDTH * MLP * 4
+    assert max(c["largest"] for c in gathered) < stacked / 2
+    assert report["fits"] and report["compiler"] == "tpu"
