@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddt_jax import cli, experiment
+from ddt_jax import cli, config, experiment, settings
+from ddt_jax.errors import UserError
 from ddt_jax.training import checkpoint
 from ddt_jax.training.loop import EXIT_STOPPED
 from ddt_jax.training.stored import Stored
@@ -139,6 +140,17 @@ def test_a_replayed_step_equals_the_log_and_shows_where_it_does_not(workdir, tmp
     assert (found["from"], found["equal"], found["first_difference"], found["batch"]) == (3, False, 4, "as made")
     assert abs(found["logged"]["loss"] / found["replayed"]["loss"] - 1) < 1e-6
     assert run("replay", "--workdir", workdir, "--step", 7) == cli.EXIT_USER
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(tmp_path):
+    tree = config.dump(settings.Experiment())
+    older = {**tree, "optimizer": {k: v for k, v in tree["optimizer"].items() if k != "spike_skip"}}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    experiment.claim(tmp_path, tree, lambda: pytest.fail("taken for a new run"))
+    with pytest.raises(UserError, match=r"other settings \(optimizer.spike_skip\)"):
+        experiment.claim(
+            tmp_path, config.dump(config.from_dict(config.override(tree, (("optimizer.spike_skip", "6"),)))), None
+        )
 
 
 def test_other_settings_are_refused_by_name_unless_forced(workdir, capsys):
