@@ -202,8 +202,7 @@ def full_disk(job, rng):
     outcome = job.go_on(through=("bash", "-c", f'ulimit -f {largest * 3 // 4 // 1024}; exec "$@"', "full"))
     if outcome.code == 0:
         return None
-    said = [line for line in outcome.heard if "checkpoint: cannot be written" in line]
-    if outcome.code != 2 or not said:
+    if not any("checkpoint: cannot be written" in line for line in outcome.heard):
         raise programs.Failed(f"on a full disk the run ended with code {outcome.code}; its output is above")
     return job.row("a full disk ended it with one line")
 
