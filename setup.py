@@ -33,6 +33,7 @@ REQUIRES = [
     "sentencepiece>=0.2.3,<0.3",
     "tensorboardX>=2.6.5,<3",
     "tensorflow-datasets>=4.9.10,<5",
+    "tensorstore>=0.1.84,<0.2",
 ]
 
 EXTRAS = {

@@ -1,8 +1,9 @@
 """The console program `ddt-jax VERB`. It reads arguments and calls `experiment` or `judging`; nothing heavy is
 imported before a verb needs it.
 
-Exit codes: 0 done; 1 a bug of ours (with a traceback); 2 something the user can mend (one line); 75 the run was asked
-to stop, has saved, and goes on with the same command.
+Exit codes: 0 done; 1 a bug of ours (with a traceback); 2 something the user can mend (one line); 3 a checkpoint is
+damaged, or a step that was replayed gives other numbers; 75 the run was asked to stop, has saved, and goes on with the
+same command.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from ddt_jax import host_memory
 from ddt_jax.errors import UserError
 
 EXIT_USER = 2
+EXIT_DAMAGED = 3
 
 _CONFIG_HELP = "config file, FILE.py or FILE.py:VARIANT; change single settings with --config.NAME.NAME=VALUE"
 _WORKDIR_HELP = "directory of the run: its config, log, checkpoints and results"
@@ -21,6 +23,13 @@ _IMPORTS = {
     "selftok": "a published Selftok tokenizer, .pth",
     "sd3": "SD3-medium, .safetensors or diffusers' folder, for the image stream of a new run with model.kind='selftok'",
     "llama": "a LLaMA, Hugging Face's folder with config.json; makes no run but weights that a run starts from",
+}
+_CHECKPOINT = {
+    "digest": "a SHA-256 of the newest one: step, parameters, optimizer, average, codebook",
+    "list": "their steps, sizes and figures, and whether they have been read back",
+    "verify": "whether their files are as they were written; --deep: and their arrays those that were saved",
+    "diff": "which arrays and settings of two differ, and by how much",
+    "average": "a new run with the mean of the weights of several",
 }
 _EXPORTS = {
     "selftok": "the layout of the published Selftok tokenizers, one .pth; the codec is not part of it",
@@ -58,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         return p
 
-    verb(
+    p = verb(
         "train",
         "train a model, or go on with the run in --workdir",
         config=True,
@@ -67,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         processes=True,
         more="Ctrl-C or SIGTERM saves and exits with code 75; the same command goes on. A finished run is left alone.",
     )
+    p.add_argument("--force", action="store_true", help="go on with a run although decisive settings differ")
     verb(
         "evaluate",
         "evaluate the newest checkpoint on held-out images, or held-out sequences",
@@ -178,12 +188,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--to", "--json", dest="json", metavar="PATH", help="also write the report to this file, as JSON")
     verb("config", "print the resolved settings of a config", config=True, report=True)
-    p = verb("checkpoint", "look at the checkpoints of a run", workdir=True, report=True)
-    p.add_argument(
-        "action",
-        choices=("digest", "list"),
-        help="digest: a SHA-256 of the newest one: step, parameters, optimizer, average, codebook; list: their steps",
+    p = verb(
+        "checkpoint",
+        "look at the checkpoints of a run",
+        workdir=True,
+        report=True,
+        more="Exits with 3 if verify finds damage. Only digest and average need a device.",
     )
+    p.add_argument("action", choices=_CHECKPOINT, help=_choices(_CHECKPOINT))
+    p.add_argument("--step", type=int, metavar="N", help="verify, diff: the one at this step")
+    p.add_argument("--deep", action="store_true", help="verify: read every array as well")
+    p.add_argument("--with", dest="other", default="", metavar="DIR", help="diff: the other run (default: the same)")
+    p.add_argument("--with-step", type=int, metavar="N", help="diff: the step of the other (default: its newest)")
+    p.add_argument("--steps", default="", metavar="N,N", help="average: of these (default: of all)")
+    p.add_argument("--to", default="", metavar="DIR", help="average: workdir of the new run")
+    p = verb(
+        "replay",
+        "do a step of a run again, from the checkpoint before it, and compare it with the log bit by bit",
+        workdir=True,
+        report=True,
+        more="Exits with 3 if they differ. docs/survival.md says what may be the reason.",
+    )
+    p.add_argument("--step", type=int, required=True, metavar="N", help="as the log counts: the first is 1")
     p = verb(
         "import",
         "make a run, or weights to start one from, out of a published checkpoint",
@@ -258,7 +284,7 @@ def _train(args, overrides) -> int:
 
     s = config.load(args.config, overrides)
     mesh.initialize(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
-    result = experiment.train(s, args.workdir)
+    result = experiment.train(s, args.workdir, force=args.force)
     if result["finished"]:
         _report(args, result, f"finished at step {result['step']:,}: {args.workdir}")
         return 0
@@ -390,15 +416,33 @@ def _config(args, overrides) -> int:
 
 
 def _checkpoint(args, overrides) -> int:
-    from ddt_jax import experiment
+    from ddt_jax import experiment, inspection
 
-    if args.action == "list":
-        steps = experiment.checkpoint_steps(args.workdir)
-        _report(args, {"steps": steps}, "\n".join(map(str, steps)))
-    else:
+    sound = True
+    if args.action == "digest":
         value = experiment.digest(args.workdir)
         _report(args, {"digest": value}, value)
-    return 0
+    elif args.action == "diff":
+        found = inspection.diff(args.workdir, args.step, args.other or args.workdir, args.with_step)
+        _report(args, found, inspection.differences(found))
+    elif args.action == "average":
+        result = inspection.average(args.workdir, args.steps, args.to)
+        _report(args, result, f"mean of the weights at steps {', '.join(map(str, result['steps']))}: {args.to}")
+    else:
+        rows = inspection.listed(args.workdir)
+        if args.action == "verify":
+            rows = inspection.verify(args.workdir, args.step, deep=args.deep)
+            sound = all(row["sound"] for row in rows)
+        _report(args, {"steps": [row["step"] for row in rows], "checkpoints": rows}, inspection.table(rows))
+    return 0 if sound else EXIT_DAMAGED
+
+
+def _replay(args, overrides) -> int:
+    from ddt_jax import replaying
+
+    found = replaying.replay(args.workdir, args.step, overrides)
+    _report(args, found, replaying.text(found))
+    return EXIT_DAMAGED if found["equal"] is False else 0
 
 
 def _import(args, overrides) -> int:
@@ -442,6 +486,7 @@ _VERBS = {
     "plan": _plan,
     "config": _config,
     "checkpoint": _checkpoint,
+    "replay": _replay,
     "import": _import,
     "export": _export,
 }

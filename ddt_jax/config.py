@@ -116,7 +116,8 @@ _FREE = (
     "sequences.tokenizer",
 )
 _FREE += tuple(f"train.{k}" for k in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_every"))
-_FREE += tuple(f"train.{k}" for k in ("tensorboard", "wandb", "max_bad_steps"))
+_FREE += tuple(f"train.{k}" for k in ("tensorboard", "wandb", "max_bad_steps", "keep_best", "best_metric", "best_is"))
+_FREE += ("train.recheck_every", "train.accumulate")  # losses that micro-batches would change are refused when built
 
 # Settings that decide, with the weights, which codes an image gets, or where these weights lie in the state.
 CODES = ("data.image_size", "model.encoder")
@@ -255,6 +256,7 @@ def _check(e: settings.Experiment):
         "train.log_every": t.log_every,
         "train.max_bad_steps": t.max_bad_steps,
         "train.keep_checkpoints": t.keep_checkpoints,
+        "optimizer.guard_window": e.optimizer.guard_window,
         "data.image_size": d.image_size,
         "data.prefetch": d.prefetch,
         "data.threads": d.threads,
@@ -271,6 +273,11 @@ def _check(e: settings.Experiment):
     for key, value in {
         "train.checkpoint_every": t.checkpoint_every,
         "train.eval_every": t.eval_every,
+        "train.keep_every": t.keep_every,
+        "train.keep_best": t.keep_best,
+        "train.recheck_every": t.recheck_every,
+        "optimizer.spike_skip": e.optimizer.spike_skip,
+        "optimizer.clip_update": e.optimizer.clip_update,
         "seed": e.seed,
         "evaluate.pictures": e.evaluate.pictures,
         "evaluate.probe_images": e.evaluate.probe_images,

@@ -5,10 +5,10 @@ Each function here is what one verb of the command line does, and can be called 
 that judge runs are in `judging`.
 """
 
-import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +29,12 @@ from ddt_jax.training import checkpoint, corpus, latents, loop, warm_start, writ
 from ddt_jax.training import feed as feeds
 from ddt_jax.training import optimizer as optimizers
 from ddt_jax.training import weights as weights_lib
+from ddt_jax.training.bad_batches import BadBatches
 from ddt_jax.training.fingerprint import fingerprint
 from ddt_jax.training.progress import Progress
+from ddt_jax.training.recheck import Recheck
 from ddt_jax.training.state import TrainState, abstract_state, init_state
+from ddt_jax.training.step_log import StepLog
 from ddt_jax.training.tokenizer_step import compile_step, make_step
 
 
@@ -46,6 +49,7 @@ class Built:
     shardings: TrainState
     declarations: Any
     step: Any  # jitted (state, batch) → (state, metrics)
+    pure_step: Any  # the same, not yet jitted
     fallbacks: list
 
     def frozen_weights(self) -> dict[str, Any]:
@@ -90,7 +94,7 @@ class Built:
     def _init(self):
         s = self.settings
         optimizer = optimizers.make_optimizer(s.optimizer, s.train.steps, self.declarations)
-        return init_state(self.model, optimizer, seed=s.seed, use_ema=s.train.ema > 0)
+        return init_state(self.model, optimizer, seed=s.seed, use_ema=s.train.ema > 0, guard=s.optimizer)
 
 
 def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Built:
@@ -114,8 +118,10 @@ def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Bui
     optimizer, declarations, abstract, fallbacks = abstract_state(s, model, mesh)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     schedule = optimizers.learning_rate(s.optimizer, s.train.steps)
-    step = make_step(model, optimizer, schedule, accumulate=s.train.accumulate, ema=s.train.ema)
-    return Built(s, mesh, model, abstract, shardings, declarations, compile_step(step, shardings, mesh), fallbacks)
+    limits = {"spike_skip": s.optimizer.spike_skip, "clip_update": s.optimizer.clip_update}
+    pure = make_step(model, optimizer, schedule, accumulate=s.train.accumulate, ema=s.train.ema, **limits)
+    step = compile_step(pure, shardings, mesh)
+    return Built(s, mesh, model, abstract, shardings, declarations, step, pure, fallbacks)
 
 
 def make_model(s: settings.Experiment):
@@ -132,8 +138,11 @@ def abstract_batch(built: Built) -> dict:
     return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, (shape, dtype) in shapes.items()}
 
 
-def train(s: settings.Experiment, workdir: str) -> dict:
+def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
     """Trains, or goes on with the run in `workdir`.
+
+    Args:
+      force: go on although settings differ that decide what is learned, or from which examples; they are noted.
 
     Returns:
       "finished" (else it was asked to stop, and has saved), "step", "train_seconds".
@@ -155,8 +164,7 @@ def train(s: settings.Experiment, workdir: str) -> dict:
     if new:
         feed.check(built.model, built.init_codec)
         check_tokenizer(s, note)
-    first_stage = functools.partial(warm_start.find, s, built.model, built.mesh, built.abstract, make_model)
-    claim(root, tree, lambda: (built.frozen_weights(), first_stage()))
+    claim(root, tree, lambda: (built.frozen_weights(), _first_stage(built)), note if force else None)
     if new and first:
         feed.save(root)
     points = checkpoint.Checkpoints(workdir, s.train, note)
@@ -165,8 +173,7 @@ def train(s: settings.Experiment, workdir: str) -> dict:
         start = 0 if state is None else int(state.step)
         if state is None:
             note(_opening(built, feed.description))
-            begin = first_stage()
-            state = built.init() if begin is None else begin.give(built.init(), note)
+            state = fresh(built, note)
         elif start >= s.train.steps:
             points.close()
             return {"finished": True, "step": start, **timing(root)}
@@ -174,7 +181,15 @@ def train(s: settings.Experiment, workdir: str) -> dict:
             feed.check(built.model, lambda: state.extra["codec"])
             note(f"goes on from step {start:,} of {s.train.steps:,} in {workdir}")
         progress = Progress(s.train.steps, start, s.train.batch_size, stream=sys.stderr if first else None)
+        if first and force:
+            write_config(root, tree)  # not before something could be restored with it
         writer = writers.for_run(root, s.train, tree) if first else writers.MultiWriter([])
+        steps = StepLog(root) if first else None
+        watch = loop.Watch(
+            keep_bad=BadBatches(root, s.seed).keep,
+            record=steps.put if steps else loop.Watch.record,
+            recheck=Recheck(built.pure_step, built.shardings, built.mesh) if s.train.recheck_every else None,
+        )
         writer.truncate_after(start)  # an earlier try may have come further than its last checkpoint
         batches = loader.iterate(start, s.train.steps)
         try:
@@ -189,11 +204,14 @@ def train(s: settings.Experiment, workdir: str) -> dict:
                 progress=progress,
                 writer=writer,
                 hooks=_hooks(built, feed, writer, progress),
+                watch=watch,
             )
         finally:
             progress.close()
             batches.close()
             writer.close()
+            if steps:
+                steps.close()
             points.close()
     if loader.report():
         note(loader.report())
@@ -203,16 +221,29 @@ def train(s: settings.Experiment, workdir: str) -> dict:
     return {"finished": finished, "step": int(state.step), **timing(root)}
 
 
+def fresh(built: Built, note) -> TrainState:
+    """The state before the first step of a run. note: told what `init_from` has given. Raises as `Built.init`."""
+    begin = _first_stage(built)
+    return built.init() if begin is None else begin.give(built.init(), note)
+
+
+def _first_stage(built: Built):
+    return warm_start.find(built.settings, built.model, built.mesh, built.abstract, make_model)
+
+
 def saved_settings(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> settings.Experiment:
     """The settings of the run in `workdir`, with others laid over them. Raises UserError if there is no run."""
     return config.from_dict(config.override(checkpoint.saved_config(workdir), overrides))
 
 
-def restore(workdir: str, overrides: tuple[tuple[str, str], ...] = (), devices=None) -> tuple[Built, TrainState]:
+def restore(
+    workdir: str, overrides: tuple[tuple[str, str], ...] = (), devices=None, at_most: int | None = None
+) -> tuple[Built, TrainState]:
     """The run in `workdir` with the newest state that verifies, whatever mesh it was trained on.
 
     Args:
       devices: over which it is spread; None: the first one.
+      at_most: the newest step to look at.
 
     Raises:
       UserError: if there is no run, or no checkpoint of it yet.
@@ -222,7 +253,7 @@ def restore(workdir: str, overrides: tuple[tuple[str, str], ...] = (), devices=N
     note = to_stderr if jax.process_index() == 0 else lambda line: None
     points = checkpoint.Checkpoints(workdir, s.train, note, read_only=True)
     with jax.set_mesh(built.mesh):
-        state = points.restore(built.abstract)
+        state = points.restore(built.abstract, at_most)
     points.close()
     if state is None:
         raise UserError(
@@ -279,12 +310,6 @@ def weights(state: TrainState):
 def digest(workdir: str) -> str:
     """SHA-256 over step, parameters, optimizer, average and codebook of the newest checkpoint."""
     return checkpoint.digest(restore(workdir)[1])
-
-
-def checkpoint_steps(workdir: str) -> list[int]:
-    """Steps of the checkpoints that a run has, oldest first."""
-    checkpoint.saved_config(workdir)
-    return checkpoint.saved_steps(workdir)
 
 
 def write_latents(s: settings.Experiment, folder: str, *, per_shard: int = 4096) -> dict:
@@ -381,33 +406,43 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def claim(root, tree: dict, check) -> None:
+def claim(root, tree: dict, check, forced: Callable[[str], None] | None = None) -> None:
     """Writes the config of a new run; refuses to go on with another one's.
 
     Args:
       check: called for a new run. One that cannot begin must not keep the directory from the one with the right files.
+      forced: receives a line about settings that differ, in the place of the error; what was saved stays as it is.
 
     Raises:
       UserError: if the directory holds a run with other settings, or cannot be written; or as `check`.
     """
     path = root / "config.json"
     if path.exists():
-        differing = config.difference(json.loads(path.read_text()), tree)
+        # Through today's settings: those that came later had their default.
+        differing = config.difference(config.dump(config.from_dict(json.loads(path.read_text()))), tree)
+        if differing and forced:
+            forced(f"--force: goes on with other settings than {root} was trained with: {', '.join(differing)}")
+            return
         if differing:
             names = ", ".join(differing[:4]) + (", ..." if len(differing) > 4 else "")
             raise UserError(
-                f"workdir: {root} holds a run with other settings ({names}); use another --workdir or its settings"
+                f"workdir: {root} holds a run with other settings ({names}); use another --workdir or its settings, "
+                "or --force"
             )
     elif weights_lib.holds(root):
         raise UserError(f"workdir: {root} holds imported weights; train in another one, with init_from={root}")
     else:
         check()
     if jax.process_index() == 0:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            atomic.write_text(path, json.dumps(tree, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"workdir: cannot write to {root}: {error.strerror or error}") from error
+        write_config(root, tree)
+
+
+def write_config(root, tree: dict) -> None:
+    """Raises UserError if it cannot."""
+    try:
+        atomic.write_text(root / "config.json", json.dumps(tree, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"workdir: cannot write to {root}: {error.strerror or error}") from error
 
 
 def _opening(built: Built, data: str) -> str:

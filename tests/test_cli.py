@@ -2,16 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from ddt_jax import cli, experiment
+from ddt_jax import cli, config, experiment, settings
+from ddt_jax.errors import UserError
+from ddt_jax.training import checkpoint
 from ddt_jax.training.loop import EXIT_STOPPED
+from ddt_jax.training.stored import Stored
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.py:linear")]
@@ -39,7 +44,7 @@ def test_train_leaves_everything_a_run_needs(workdir):
         lines[0]
     )
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 6
-    assert experiment.checkpoint_steps(workdir) == [3, 6]
+    assert checkpoint.saved_steps(workdir) == [3, 6]
     assert list((workdir / "tensorboard").glob("events*"))
 
 
@@ -84,6 +89,78 @@ def test_data_and_config_and_checkpoint_report(workdir, tmp_path, capsys):
     assert run("checkpoint", "digest", "--workdir", workdir) == 0
     digest = capsys.readouterr().out.strip()
     assert len(digest) == 64 and digest == experiment.digest(workdir)
+
+
+def test_checkpoints_are_listed_verified_compared_and_averaged(workdir, tmp_path, capsys):
+    report = tmp_path / "r.json"
+
+    def ask(*arguments, code=0):
+        assert run("checkpoint", arguments[0], "--workdir", workdir, "--json", report, *arguments[1:]) == code
+        return json.loads(report.read_text())
+
+    rows = ask("list")["checkpoints"]
+    assert [(row["step"], row["read_back"]) for row in rows] == [(3, True), (6, True)]
+    assert rows[1]["bytes"] > 10_000 and rows[1]["metrics"]["loss"] > 0
+    sound = {"files": "as written", "arrays": "as saved", "sound": True}
+    assert ask("verify", "--deep")["checkpoints"] == [{"step": s, **sound} for s in (3, 6)]
+
+    found = ask("diff", "--step", 3)
+    names = [row["name"] for row in found["different"]]
+    assert "params/up" in names and "rng" not in names and found["settings"] == []
+    assert len(names) + found["equal"] == len(Stored(workdir / "checkpoints" / "3").names())
+    mean = ask("average", "--to", tmp_path / "mean")
+    assert mean["steps"] == [3, 6]
+    stored = [
+        Stored(path) for path in (*((workdir / "checkpoints" / n) for n in "36"), tmp_path / "mean/checkpoints/6")
+    ]
+    for name in ("params/up", "ema/down"):
+        a, b, c = (x.read(name) for x in stored)
+        np.testing.assert_array_equal(c, ((a.astype(np.float64) + b) / 2).astype(a.dtype))
+    assert run("checkpoint", "average", "--workdir", workdir, "--to", tmp_path / "mean") == cli.EXIT_USER
+    assert "holds checkpoints already" in capsys.readouterr().err
+
+    shutil.copytree(workdir, tmp_path / "damaged")
+    largest = max((tmp_path / "damaged/checkpoints/3/state").rglob("*"), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    assert run("checkpoint", "verify", "--workdir", tmp_path / "damaged") == cli.EXIT_DAMAGED
+    assert largest.name in capsys.readouterr().out
+
+
+def test_a_replayed_step_equals_the_log_and_shows_where_it_does_not(workdir, tmp_path, capsys):
+    assert run("replay", "--workdir", workdir, "--step", 5) == 0
+    assert "replayed from the checkpoint at step 3" in (out := capsys.readouterr().out) and "equal in every bit" in out
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    content = bytearray((copy / "steps.f32").read_bytes())
+    assert len(content) == 6 * 8
+    content[3 * 8] ^= 1  # the last bit of the loss of step 4
+    (copy / "steps.f32").write_bytes(content)
+    assert run("replay", "--workdir", copy, "--step", 4, "--json", tmp_path / "r.json") == cli.EXIT_DAMAGED
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["from"], found["equal"], found["first_difference"], found["batch"]) == (3, False, 4, "as made")
+    assert abs(found["logged"]["loss"] / found["replayed"]["loss"] - 1) < 1e-6
+    assert run("replay", "--workdir", workdir, "--step", 7) == cli.EXIT_USER
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(tmp_path):
+    tree = config.dump(settings.Experiment())
+    older = {**tree, "optimizer": {k: v for k, v in tree["optimizer"].items() if k != "spike_skip"}}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    experiment.claim(tmp_path, tree, lambda: pytest.fail("taken for a new run"))
+    with pytest.raises(UserError, match=r"other settings \(optimizer.spike_skip\)"):
+        experiment.claim(
+            tmp_path, config.dump(config.from_dict(config.override(tree, (("optimizer.spike_skip", "6"),)))), None
+        )
+
+
+def test_other_settings_are_refused_by_name_unless_forced(workdir, capsys):
+    other = ("train", *SMOKE, *SHORT, "--workdir", workdir, "--config.optimizer.lr=1e-4", "--config.mesh.fsdp=1")
+    assert run(*other, "--config.mesh.data=-1") == cli.EXIT_USER
+    assert "holds a run with other settings (optimizer.lr)" in capsys.readouterr().err
+    assert run(*other, "--config.mesh.data=-1", "--force") == 0
+    assert (
+        f"--force: goes on with other settings than {workdir} was trained with: optimizer.lr" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +223,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nothing_behind(tmp_path):
     assert process.returncode == EXIT_STOPPED, err
     assert "the same command goes on" in out
     assert "Traceback" not in err and "Warning" not in err and "SIGINT: saving after this step" in err
-    assert len(experiment.checkpoint_steps(tmp_path)) == 1
+    assert len(checkpoint.saved_steps(tmp_path)) == 1
 
 
 @pytest.mark.slow

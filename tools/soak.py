@@ -90,17 +90,23 @@ def without_folders(argv: list[str]) -> list[str]:
     ]
 
 
-def main(argv=None) -> int:
-    options = parse(argv)
+def measured(name: str, command: str, options, measure: Callable) -> int:
+    """Runs a measurement, writes its record, and returns the exit code.
+
+    Args:
+      command: the line that makes the figures again.
+      options: out, keep, overrides, and what the measurement wants.
+      measure: (options, folder) → config, seeds, results, gates.
+    """
     changed = programs.git("status", "--porcelain").splitlines()
     if changed:
         note(f"{len(changed)} files differ from the commit, as the record will say; to publish a figure, commit first")
     record = {
-        "name": options.name,
+        "name": name,
         "commit": programs.git("rev-parse", "HEAD") or None,
         "dirty": bool(changed),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python tools/soak.py " + " ".join(without_folders(sys.argv[1:] if argv is None else argv)),
+        "command": command,
         "machine": programs.machine(),
     }
     began = time.monotonic()
@@ -108,7 +114,7 @@ def main(argv=None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     try:
-        found = MEASUREMENTS[options.name](options, folder)
+        found = measure(options, folder)
     except programs.Failed as error:
         print(f"soak: {error}", file=sys.stderr)
         return 1
@@ -126,11 +132,17 @@ def main(argv=None) -> int:
         "passed": all(check["passed"] for check in found["gates"]),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{options.name}.json"
+    path = options.out / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     missed = sum(not check["passed"] for check in record["gates"])
     note(f"{path}: {len(record['gates']) - missed} gates passed, {missed} missed, {record['wall_seconds']:.0f} s")
     return 0 if record["passed"] else 1
+
+
+def main(argv=None) -> int:
+    options = parse(argv)
+    arguments = " ".join(without_folders(sys.argv[1:] if argv is None else argv))
+    return measured(options.name, f"python tools/soak.py {arguments}", options, MEASUREMENTS[options.name])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,24 +71,32 @@ class Outcome:
     complaints: list[str]  # warnings and tracebacks that it printed
     leftover: int  # processes of its session that outlived it
     session: int
+    heard: list[str] = field(default_factory=list)  # all lines of its stderr
 
 
 def run(
-    args: list[str], *, after: float | Callable[[], bool] | None = None, send: signal.Signals = signal.SIGKILL
+    args: list[str],
+    *,
+    after: float | Callable[[], bool] | None = None,
+    send: signal.Signals = signal.SIGKILL,
+    whole_session: bool = False,
+    env: dict[str, str] | None = None,
 ) -> Outcome:
     """Runs a command in a session of its own and shows what it says.
 
     Args:
       after: send it a signal after so many seconds, or once this is true, if it still runs then.
+      whole_session: send it to what the command has started as well.
+      env: variables beside those of this process.
     """
-    start, complaints = time.monotonic(), []
-    child = subprocess.Popen(
-        args, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
-    )
+    start, complaints, heard = time.monotonic(), [], []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "bufsize": 1}
+    child = subprocess.Popen(args, cwd=ROOT, start_new_session=True, env={**os.environ, **(env or {})}, **pipes)
 
     def follow():
         for line in child.stderr:
             print(f"    {line.rstrip()}", file=sys.stderr, flush=True)
+            heard.append(line.rstrip())
             if "Warning" in line or "Traceback" in line:
                 complaints.append(line.rstrip())
 
@@ -104,7 +112,7 @@ def run(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(after)
         if child.poll() is None:
-            child.send_signal(send)
+            os.killpg(child.pid, send) if whole_session else child.send_signal(send)
         code = child.wait()
         seconds = time.monotonic() - start
         leftover = session_members(child.pid, patience=PATIENCE)
@@ -115,7 +123,7 @@ def run(
         for reader, pipe in zip(readers, (child.stderr, child.stdout), strict=True):
             reader.join()
             pipe.close()
-    return Outcome(code, "".join(said), seconds, complaints, leftover, child.pid)
+    return Outcome(code, "".join(said), seconds, complaints, leftover, child.pid, heard)
 
 
 def session_members(session: int, patience: float) -> int:

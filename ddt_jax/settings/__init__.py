@@ -367,6 +367,10 @@ class Optimizer:
     momentum: float = 0.95  # muon
     newton_schulz_steps: int = 5  # muon
     clip_norm: float = 1.0  # 0 = no clipping
+    # Limits at so many standard deviations above the mean of the last guard_window finite values; 0 = none.
+    spike_skip: float = 0.0  # a step whose loss or gradient norm is above its limit is skipped
+    clip_update: float = 0.0  # an update whose norm, over the learning rate, is above its limit is shortened to it
+    guard_window: int = 128
     discriminator: DiscriminatorOptimizer = field(default_factory=DiscriminatorOptimizer)
 
 
@@ -380,8 +384,12 @@ class Train:
     log_every: int = 50
     eval_every: int = 0  # steps between evaluations with a picture in the log; 0 = none
     checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    keep_every: int = 0
+    keep_checkpoints: int = 2  # the last so many
+    keep_every: int = 0  # also those whose step it divides; 0 = none
+    keep_best: int = 0  # also so many with the best best_metric, of those that have one
+    best_metric: str = "loss"  # a figure of the log: the last one written up to the save, as `eval/psnr`
+    best_is: Literal["lowest", "highest"] = "lowest"
+    recheck_every: int = 0  # steps between two that are done twice, on rotated devices, for equal bits; 0 = none
     tensorboard: bool = True
     wandb: bool = False
 

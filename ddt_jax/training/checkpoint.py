@@ -1,13 +1,15 @@
 """Checkpoints: the whole state, its checksums and the run's config, saved as one object in the background.
 
 Orbax writes and commits them; what is ours is trust. Orbax restores flipped bits without an error and takes any
-directory with a number for a name to be a checkpoint, so a restore computes the checksums of what arrived and goes
-back to the newest checkpoint whose arrays are those that were saved.
+directory with a number for a name to be a checkpoint. So what was written is read back before it counts
+(`training/readback.py`), and a restore looks at the hashes of the files, computes the checksums of what arrived, and
+goes back to the newest checkpoint that is what was saved.
 """
 
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -18,11 +20,16 @@ from etils import epath
 
 from ddt_jax import settings
 from ddt_jax.errors import UserError
+from ddt_jax.io import atomic
 from ddt_jax.training.checksum import checksums
+from ddt_jax.training.readback import ReadBack, own_parts
+from ddt_jax.training.retention import superfluous
 from ddt_jax.training.state import TrainState
+from ddt_jax.training.stored import READ_BACK, Damaged, Stored
 
 FORMAT = 1
-_UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint that is being written
+_UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint that is being written, or removed
+_AHEAD = 2  # checkpoints that may wait to be read back; then saving waits
 
 
 class Checkpoints:
@@ -30,7 +37,7 @@ class Checkpoints:
 
     Args:
       workdir: directory of the run; any path that etils.epath knows.
-      train: how many to keep.
+      train: which to keep.
       note: receives one line about each checkpoint that had to be passed over.
       read_only: nothing in the directory is changed, damaged checkpoints are only passed over.
     """
@@ -45,21 +52,25 @@ class Checkpoints:
     ):
         self._note = note
         self._read_only = read_only
-        self._directory = epath.Path(workdir) / "checkpoints"
-        if "://" not in str(workdir):
-            self._directory = self._directory.resolve()  # Orbax refuses relative paths
-        train = train or settings.Train()
+        self._directory = checkpoints_folder(workdir)
+        self._train = train or settings.Train()
+        self._failed = False
+        self._metrics: dict[int, float | None] = {}
+        self._read_back = ReadBack(is_committed, self._settle, jax.process_index(), jax.process_count())
         if not read_only:
             self._clean_up()
-        keep = {} if read_only else {"max_to_keep": train.keep_checkpoints, "keep_period": train.keep_every or None}
-        with _quiet_orbax(), _storage_errors(self._directory):
+        with _quiet_orbax(), self._storage_errors():
+            # Orbax would remove old checkpoints as soon as a new one is written; here it must be read back first.
             options = ocp.CheckpointManagerOptions(
-                enable_async_checkpointing=not read_only, create=not read_only, read_only=read_only, **keep
+                enable_async_checkpointing=not read_only, create=not read_only, read_only=read_only
             )
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-    def save(self, state: TrainState, config: dict) -> None:
+    def save(self, state: TrainState, config: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts to save a state; errors of an earlier save that failed in the background surface here.
+
+        Args:
+          metrics: figures of the log at this step, by which the best checkpoints are kept.
 
         Raises:
           UserError: if the directory cannot be written or the disk is full.
@@ -67,44 +78,66 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        meta = {"format": FORMAT, "step": step, "checksums": checksums(state), "config": config}
-        with _storage_errors(self._directory):
+        while self._read_back.pending >= _AHEAD:
+            self.check()
+            time.sleep(0.05)
+        self.check()
+        sums = checksums(state)
+        meta = {"format": FORMAT, "step": step, "checksums": sums, "metrics": metrics or {}, "config": config}
+        with self._storage_errors():
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             )
+        self._read_back.expect(self._directory / str(step), sums, own_parts(state))
+
+    def check(self) -> None:
+        """Raises UserError if a save, or reading it back, has failed in the background. Cheap: for every step."""
+        with self._storage_errors():
+            self._manager.check_for_errors()
+            self._read_back.check()
 
     def wait(self) -> None:
-        """Blocks until nothing is being written. Raises UserError as `save`."""
-        with _storage_errors(self._directory):
+        """Blocks until nothing is being written, and all that was is read back. Raises UserError as `save`."""
+        with self._storage_errors():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+            if not self._failed:  # else there may be nothing to read back
+                self._read_back.wait()
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._read_back.close()
+            with self._storage_errors():
+                self._manager.close()
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        return _steps(self._directory)
 
-    def restore(self, abstract: TrainState) -> TrainState | None:
+    def restore(self, abstract: TrainState, at_most: int | None = None) -> TrainState | None:
         """The newest state that verifies, laid out as `abstract` says; None if there is no checkpoint at all.
 
         Checkpoints newer than the one that verifies are put aside, as STEP.bad, so that the run can save that step
         again.
 
+        Args:
+          at_most: the newest step to look at.
+
         Raises:
           UserError: if there are checkpoints and none of them verifies.
         """
         bad = []
-        for step in reversed(self.steps()):
-            try:
-                state, meta = self._read(step, abstract)
-                problem = _difference(meta["checksums"], checksums(state))
-            except Exception as error:  # anything a damaged directory can cause in the layers below
-                problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        for step in reversed([s for s in self.steps() if at_most is None or s <= at_most]):
+            problem = self._agree(self._file_problem(step))
             if problem is None:
-                for s in () if self._read_only else bad:
-                    self._put_aside(s)
+                state, problem = self._verified(step, abstract)
+                problem = self._agree(problem)
+            if problem is None:
+                if not self._read_only:
+                    for s in bad:
+                        self._put_aside(s)
+                    self._read_back_now(step, state)
                 return state
             bad.append(step)
             self._note(f"checkpoint: step {step} passed over: {problem}"[:400])
@@ -115,22 +148,77 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step, abstract):
-        with _quiet_orbax():
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    def _file_problem(self, step) -> str | None:
+        """What is wrong with this process's share of the files. First of all: nothing may parse a damaged file."""
+        stored = Stored(self._directory / str(step))
+        try:
+            if stored.is_read_back:
+                return stored.file_problem(jax.process_index(), jax.process_count())
+        except Damaged as error:
+            self._note(f"checkpoint: step {step}: {error}; its arrays decide")
+        return None  # killed before it was read back: its arrays decide
+
+    def _verified(self, step, abstract):
+        """(state, None), or (None, what is wrong)."""
+        try:
+            meta = Stored(self._directory / str(step)).meta()
             if meta["format"] != FORMAT:
-                raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
-            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
-                "state"
-            ]
-        return state, meta
+                return None, f"format {meta['format']}, this version reads {FORMAT}"
+            with _quiet_orbax():
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                state = self._manager.restore(step, args=args)["state"]
+            problem = _difference(meta["checksums"], checksums(state))
+            if problem is None and int(state.step) != step:
+                problem = f"holds step {int(state.step)}"
+        except Damaged as error:
+            state, problem = None, str(error)
+        except Exception as error:  # anything a damaged directory can cause in the layers below
+            state = None
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return (state, None) if problem is None else (None, problem)
+
+    def _agree(self, problem: str | None) -> str | None:
+        """A problem of any process is one for all of them."""
+        if jax.process_count() == 1:
+            return problem
+        from jax.experimental import multihost_utils
+
+        bad = multihost_utils.process_allgather(np.int32(problem is not None))
+        return problem or (f"process {int(np.argmax(bad))} found it damaged" if bad.any() else None)
+
+    def _read_back_now(self, step, state):
+        """Reads back what a killed process could not, so that it counts."""
+        stored = Stored(self._directory / str(step))
+        if not self._agree("missing" if not stored.is_read_back else None):
+            return
+        self._read_back.expect(stored.folder, stored.meta()["checksums"], own_parts(state))
+
+    def _settle(self, folder):
+        """A checkpoint has been read back, so others may go. In the thread of process 0."""
+        wanted, metrics = self._train.best_metric, {}
+        if self._train.keep_best:
+            for step in self.steps():
+                if step not in self._metrics:
+                    try:
+                        self._metrics[step] = Stored(self._directory / str(step)).meta().get("metrics", {}).get(wanted)
+                    except Damaged:
+                        self._metrics[step] = None
+            metrics = self._metrics
+        for step in superfluous(self.steps(), int(folder.name), self._train, metrics):
+            path = self._directory / str(step)
+            if atomic.is_local(path):  # in one move: a kill must not leave a part of a checkpoint behind
+                path = path.rename(self._directory / f"{step}{_UNFINISHED}-removed")
+            path.rmtree()
 
     def _clean_up(self):
-        """Removes what a killed process left half written."""
+        """Removes what a killed process left half written, half removed or half read back."""
         if jax.process_index() == 0 and self._directory.exists():
             for path in self._directory.iterdir():
                 if _UNFINISHED in path.name:
                     path.rmtree()
+                elif path.name.isdigit():
+                    for left in path.glob(f"{READ_BACK}*.json"):
+                        left.unlink()
 
     def _put_aside(self, step):
         path = self._directory / str(step)
@@ -144,6 +232,27 @@ class Checkpoints:
 
             multihost_utils.sync_global_devices(f"put aside {step}")
         self._manager.reload()
+
+    @contextmanager
+    def _storage_errors(self):
+        try:
+            yield
+        except (OSError, ValueError, Damaged) as error:
+            self._failed = True
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            what = "is damaged" if isinstance(error, Damaged) else f"cannot be written to {self._directory}"
+            raise UserError(f"checkpoint: {what}: {reason}; earlier checkpoints are unharmed") from error
+
+
+def checkpoints_folder(workdir) -> epath.Path:
+    """Where the checkpoints of a run are. Raises nothing: it may not be there."""
+    folder = epath.Path(workdir) / "checkpoints"
+    return folder.resolve() if atomic.is_local(folder) else folder  # Orbax refuses relative paths
+
+
+def is_committed(folder) -> bool:
+    """Whether a checkpoint is there as a whole: renamed into its place, or marked so where nothing can be renamed."""
+    return folder.exists() if atomic.is_local(folder) else (folder / "commit_success.txt").exists()
 
 
 def saved_config(workdir, setting: str = "workdir") -> dict:
@@ -163,12 +272,13 @@ def saved_config(workdir, setting: str = "workdir") -> dict:
 
 def saved_steps(workdir) -> list[int]:
     """Steps of the checkpoints that a run has, oldest first."""
-    if not (epath.Path(workdir) / "checkpoints").exists():
+    return _steps(checkpoints_folder(workdir))
+
+
+def _steps(folder):
+    if not folder.exists():
         return []
-    points = Checkpoints(workdir, read_only=True)
-    steps = points.steps()
-    points.close()
-    return steps
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and is_committed(path))
 
 
 def digest(state) -> str:
@@ -197,17 +307,6 @@ def _difference(saved: dict, found: dict) -> str | None:
         return f"holds other arrays than this run ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
     wrong = [name for name in saved if saved[name] != found[name]]
     return f"{len(wrong)} arrays are not what was saved (first: {wrong[0]})" if wrong else None
-
-
-@contextmanager
-def _storage_errors(directory):
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"checkpoint: cannot write to {directory}: {reason}; earlier checkpoints are unharmed"
-        ) from error
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.training.checkpoint import Checkpoints
 from ddt_jax.training.progress import Progress
+from ddt_jax.training.recheck import Recheck
 from ddt_jax.training.state import TrainState
 from ddt_jax.training.tokenizer_step import STOP
 
@@ -38,6 +39,21 @@ class Hook:
     name: str
     every: int
     call: Callable[[int, TrainState], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What looks at every step, beside the log; each part may be left out.
+
+    Attributes:
+      keep_bad: (step, host batch) of a skipped step → where its batch is found again, for the log.
+      record: takes (step, metrics as floats) of every step, in order.
+      recheck: repeats every `train.recheck_every`th step.
+    """
+
+    keep_bad: Callable[[int, dict], str] = lambda step, batch: ""
+    record: Callable[[int, dict], None] = lambda step, values: None
+    recheck: Recheck | None = None
 
 
 @dataclass
@@ -80,6 +96,7 @@ def train(
     progress: Progress,
     writer: Any,
     hooks: tuple[Hook, ...] = (),
+    watch: Watch = Watch(),  # noqa: B008 - frozen
 ) -> tuple[TrainState, bool]:
     """Trains from `state.step` to `train.steps`.
 
@@ -91,35 +108,45 @@ def train(
       (state, finished); not finished if a signal ended the run, which has then been saved.
 
     Raises:
-      UserError: after `train.max_bad_steps` non-finite steps in a row, or when a checkpoint cannot be written.
+      UserError: after `train.max_bad_steps` skipped steps in a row, when a checkpoint cannot be written, or when a
+        repeated step gives other bits.
     """
     done = int(state.step)
-    stop, log, pending, asked = StopRequest(), _Log(train, writer, progress), deque(), False
+    stop, log, pending, asked = StopRequest(), _Log(train, writer, progress, watch), deque(), False
     with stop.listening(progress.note):
         while done < train.steps and not asked:
+            checkpoints.check()
             batch = next(batches)
             batch[STOP] = np.full(len(batch["slot"]), stop.event.is_set(), np.int32)
+            placed, again = meshes.put_batch(batch, mesh), None
+            if watch.recheck and train.recheck_every and (done + 1) % train.recheck_every == 0:
+                with progress.phase("rechecking"):
+                    again = watch.recheck.begin(state, placed)
             with progress.phase("compiling") if not log.started else nullcontext():
-                state, metrics = step_fn(state, meshes.put_batch(batch, mesh))
+                state, metrics = step_fn(state, placed)
                 if not log.started:
                     jax.block_until_ready(metrics)  # so that the time to compile is not taken for that of a step
                     log.started = True
             done += 1
-            pending.append((done, metrics))
+            if again:
+                watch.recheck.end(done, again, (state, metrics))
+            pending.append((done, metrics, batch))
             due = [h for h in hooks if h.every and done % h.every == 0 and done < train.steps]
             save = train.checkpoint_every and done % train.checkpoint_every == 0 and done < train.steps
             while len(pending) > (0 if due or save or done == train.steps else 1):
                 asked |= log.absorb(*pending.popleft())
             for hook in due:
                 with progress.phase(hook.name):
-                    writer.write(done, hook.call(done, state))
+                    found = hook.call(done, state)
+                log.figures |= found
+                writer.write(done, found)
             if save:
                 with progress.phase("saving"):
-                    checkpoints.save(state, config)
-    for step, metrics in pending:
-        log.absorb(step, metrics)
+                    checkpoints.save(state, config, log.figures)
+    for absorbed in pending:
+        log.absorb(*absorbed)
     with progress.phase("saving"):
-        checkpoints.save(state, config)
+        checkpoints.save(state, config, log.figures)
         checkpoints.wait()
     return state, done >= train.steps
 
@@ -127,22 +154,27 @@ def train(
 class _Log:
     """Reads metrics, watches for bad steps, and writes the mean of every `log_every` steps."""
 
-    def __init__(self, train, writer, progress):
-        self._train, self._writer, self._progress = train, writer, progress
+    def __init__(self, train, writer, progress, watch):
+        self._train, self._writer, self._progress, self._watch = train, writer, progress, watch
         self._sums, self._n = {}, 0
+        self.figures = {}  # the last ones written, by name
         self.started = False
 
-    def absorb(self, step: int, metrics: dict) -> bool:
+    def absorb(self, step: int, metrics: dict, batch: dict) -> bool:
         """Takes the metrics of a step that is done or about to be; True if a host was asked to stop."""
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         asked = values.pop(STOP) > 0
+        self._watch.record(step, values)
         if values["bad_step"]:
+            spike = values.get("spike")
+            what = "is far above the last ones (optimizer.spike_skip)" if spike else "is not finite"
+            where = self._watch.keep_bad(step, {name: rows for name, rows in batch.items() if name != STOP})
             self._progress.note(
-                f"step {step}: loss or gradient is not finite; skipped, nothing but the counter has changed"
+                f"step {step}: loss or gradient {what}; skipped, nothing but the counter has changed; {where}"
             )
         if values["bad_in_a_row"] >= self._train.max_bad_steps:
             raise UserError(
-                f"train: {self._train.max_bad_steps} steps in a row up to step {step} were not finite "
+                f"train: {self._train.max_bad_steps} steps in a row up to step {step} were not finite, or spikes "
                 "(train.max_bad_steps); "
                 "the last good state is the newest checkpoint; lower optimizer.lr or look at the data"
             )
@@ -153,6 +185,7 @@ class _Log:
         if step % self._train.log_every == 0 and self._n:
             mean = {k: v / self._n for k, v in self._sums.items()}
             self._sums, self._n = {}, 0
+            self.figures |= mean
             self._writer.write(step, mean)
             self._progress.update(step, {"loss": mean["loss"]})
         else:

@@ -16,6 +16,7 @@ from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.nn import params as params_lib
 from ddt_jax.training import optimizer as optimizers
+from ddt_jax.training.guards import sides, with_guards
 
 
 @flax.struct.dataclass
@@ -25,11 +26,11 @@ class TrainState:
     Attributes:
       step: int32, steps taken, bad ones included. It is also the position in the data.
       params: tree of arrays, at least float32.
-      opt_state: of optax.
+      opt_state: of optax; with guards (`training/guards.py`), a Guarded.
       ema: running average of params, or None.
       extra: what a model keeps beside its parameters: codebook and usage, running normalisation.
       rng: uint32 [2], key data from which the key of each step is folded.
-      bad_steps: int32 [2], steps skipped as not finite: in all, and in a row up to now.
+      bad_steps: int32 [2], steps skipped as not finite, or as spikes: in all, and in a row up to now.
     """
 
     step: Any
@@ -46,15 +47,21 @@ def unbox(tree):
     return jax.tree.map(lambda x: x.value if params_lib.is_box(x) else x, tree, is_leaf=params_lib.is_box)
 
 
-def init_state(model, optimizer: optax.GradientTransformation, *, seed: int, use_ema: bool) -> TrainState:
-    """A fresh state. To be traced under jit with the shardings of `state_shardings`, or abstractly."""
+def init_state(
+    model, optimizer: optax.GradientTransformation, *, seed: int, use_ema: bool, guard: settings.Optimizer
+) -> TrainState:
+    """A fresh state. To be traced under jit with the shardings of `state_shardings`, or abstractly.
+
+    Args:
+      guard: says which guards the optimizer state has.
+    """
     init_key, step_key = jax.random.split(jax.random.key(seed))
     boxed, extra = model.init(init_key)
     params, extra = unbox(boxed), unbox(extra)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=with_guards(guard, optimizer.init(params), len(sides(params))),
         ema=jax.tree.map(jnp.copy, params) if use_ema else None,
         extra=extra,
         rng=jax.random.key_data(step_key),
@@ -101,7 +108,9 @@ def abstract_state(s: settings.Experiment, model, mesh: Mesh):
     boxed, _ = jax.eval_shape(model.init, jax.random.key(0))
     _, declarations = params_lib.split(boxed)
     optimizer = optimizers.make_optimizer(s.optimizer, s.train.steps, declarations)
-    abstract = jax.eval_shape(lambda: init_state(model, optimizer, seed=s.seed, use_ema=s.train.ema > 0))
+    abstract = jax.eval_shape(
+        lambda: init_state(model, optimizer, seed=s.seed, use_ema=s.train.ema > 0, guard=s.optimizer)
+    )
     shardings, fallbacks = state_shardings(model, abstract, mesh)
     abstract = jax.tree.map(lambda a, sh: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sh), abstract, shardings)
     return optimizer, declarations, abstract, fallbacks

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from ddt_jax import experiment
+from ddt_jax.training.stored import Stored
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -91,18 +93,34 @@ def losses(workdir):
 LONG = ("--config.train.steps=20", "--config.train.log_every=1", "--config.train.batch_size=8")
 
 
-def test_two_processes_of_four_devices_train_like_one(tmp_path):
-    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+def train_as_two(workdir):
+    """Two processes of four devices each. Returns what process 0 said."""
+    join = ("--coordinator", f"localhost:{free_port()}", "--num-processes", 2, "--process-id")
+    processes = [spawn(command("configs/smoke.py:linear", workdir, *LONG, *join, i), devices=4) for i in range(2)]
+    said = [p.communicate(timeout=300)[1] for p in processes]
+    for process, err in zip(processes, said, strict=True):
+        assert process.returncode == 0 and "Traceback" not in err and "Warning" not in err, err
+    return said[0]
+
+
+def test_two_processes_train_like_one_and_agree_on_where_to_go_on(tmp_path):
+    one, two, damaged = (tmp_path / name for name in ("one", "two", "damaged"))
     finish(spawn(command("configs/smoke.py:linear", one, *LONG)))
-    for workdir in (two, again):
-        port = free_port()
-        join = ("--coordinator", f"localhost:{port}", "--num-processes", 2, "--process-id")
-        processes = [spawn(command("configs/smoke.py:linear", workdir, *LONG, *join, i), devices=4) for i in range(2)]
-        for process in processes:
-            finish(process)
+    train_as_two(two)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
-    np.testing.assert_array_equal(losses(two), losses(again))
-    assert experiment.digest(two) == experiment.digest(again)
+    newest, earlier = (Stored(two / "checkpoints" / step) for step in ("20", "10"))
+    # Each host has read back what it wrote, and its share of the files is in the list.
+    assert newest.file_problem() is None and earlier.file_problem() is None
+    assert any("process_1" in name for name in newest.listed())
+
+    shutil.copytree(two, damaged)
+    # A file of which only one of the hosts looks at the hash: the other must follow it to the checkpoint before.
+    file = damaged / "checkpoints" / "20" / sorted(newest.listed())[1]
+    file.write_bytes(file.read_bytes()[:-1])
+    said = train_as_two(damaged)
+    assert "checkpoint: step 20 passed over: process 1 found it damaged" in said and "goes on from step 10" in said
+    np.testing.assert_array_equal(losses(damaged), losses(two))
+    assert experiment.digest(damaged) == experiment.digest(two)
 
 
 def test_a_missing_peer_is_one_line_within_the_timeout(tmp_path):

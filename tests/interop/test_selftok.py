@@ -473,7 +473,7 @@ def test_an_imported_checkpoint_is_an_ordinary_run(files, workdir, tmp_path, cap
     from PIL import Image
 
     assert json.loads((files / "import.json").read_text())["tensors"] == len(random_file(TINY))
-    assert experiment.checkpoint_steps(workdir)[0] == 0
+    assert checkpoint.saved_steps(workdir)[0] == 0
     assert run("evaluate", "--workdir", workdir) == 0
     assert json.loads((workdir / "results.json").read_text())["commitment_distance"] > 0
     Image.new("RGB", (40, 40), (200, 10, 10)).save(tmp_path / "a.png")

@@ -8,7 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ddt_jax import mesh as meshes
 from ddt_jax import settings
-from ddt_jax.training.checksum import checksums
+from ddt_jax.training import checksum
+from ddt_jax.training.checksum import as_hex, checksums, part_sums
 
 
 def by_hand(array):
@@ -62,3 +63,26 @@ def test_any_flipped_bit_and_any_swap_shows():
     swapped[0, 0], swapped[3, 3] = x[3, 3], x[0, 0]
     assert checksums({"x": swapped})["x"] != original
     assert checksums({"x": x.T})["x"] != original
+
+
+def cut(shape, rng):
+    """Blocks that cover an array, cut at random places, as (slices) tuples."""
+    edges = [sorted({0, n, *rng.integers(0, n + 1, 2).tolist()}) for n in shape]
+    grid = np.stack(np.meshgrid(*(np.arange(len(e) - 1) for e in edges), indexing="ij"), -1).reshape(-1, len(shape))
+    return [tuple(slice(e[i], e[i + 1]) for e, i in zip(edges, at, strict=True)) for at in grid]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "bool"])
+def test_the_sums_of_any_parts_make_that_of_the_whole(dtype, monkeypatch):
+    monkeypatch.setattr(checksum, "_PIECE", 7)  # so that blocks are cut further
+    rng = np.random.default_rng(3)
+    for shape in ((), (5,), (3, 4, 5), (1, 40)):
+        x = (rng.normal(size=shape) * 3).astype(jnp.bfloat16 if dtype == "bfloat16" else dtype)
+        parts = cut(shape, rng) if shape else [()]
+        total = np.sum([part_sums(x[w], [s.start for s in w], shape) for w in parts], 0, np.uint32)
+        assert as_hex(total) == (by_hand(x) if dtype != "float64" else by_hand_of_words(x)), shape
+
+
+def by_hand_of_words(array):
+    """A number of 8 bytes counts as two of 4."""
+    return by_hand(np.ascontiguousarray(array).reshape(-1).view(np.uint32))

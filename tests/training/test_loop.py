@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import itertools
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -43,7 +45,7 @@ def batches(start=0, bad=(), before=lambda step: None):
         yield {"image": image, "slot": np.arange(8, dtype=np.int32)}
 
 
-def run(built, tmp_path, *, train=TRAIN, data=None, hooks=(), step_fn=None):
+def run(built, tmp_path, *, train=TRAIN, data=None, hooks=(), step_fn=None, watch=loop.Watch()):  # noqa: B008 - frozen
     writer, out = Writer(), io.StringIO()
     points = Checkpoints(tmp_path, train)
     with jax.set_mesh(built.mesh), contextlib.closing(points):
@@ -61,6 +63,7 @@ def run(built, tmp_path, *, train=TRAIN, data=None, hooks=(), step_fn=None):
             progress=progress,
             writer=writer,
             hooks=hooks,
+            watch=watch,
         )
         progress.close()
         return state, finished, writer.lines, points.steps(), out.getvalue()
@@ -110,6 +113,16 @@ def test_a_signal_saves_and_the_next_run_ends_like_an_undisturbed_one(built, tmp
     jax.tree.map(np.testing.assert_array_equal, state, undisturbed)
 
 
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    raised, stop = [], loop.StopRequest()
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    with stop.listening(lambda line: None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.event.wait(5) and raised == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert raised == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_bad_steps_are_told_and_too_many_in_a_row_end_the_run(built, tmp_path):
     def poisoned(state, batch):
         state, metrics = built.step(state, batch)
@@ -125,8 +138,57 @@ def test_bad_steps_are_told_and_too_many_in_a_row_end_the_run(built, tmp_path):
     train = settings.Train(steps=10, batch_size=8, log_every=1, checkpoint_every=2, max_bad_steps=4)
     with pytest.raises(UserError, match="4 steps in a row up to step 7 were not finite"):
         run(built, tmp_path, train=train, step_fn=poisoned)
-    state, _, lines, _, out = run(
-        built, tmp_path / "b", train=settings.Train(steps=6, batch_size=8, log_every=2), step_fn=poisoned
+    recorded, train = [], settings.Train(steps=6, batch_size=8, log_every=2)
+    watch = loop.Watch(
+        keep_bad=lambda step, batch: f"kept {step} {batch['image'].sum()}",
+        record=lambda step, values: recorded.append((step, values["loss"])),
     )
+    state, _, lines, _, out = run(built, tmp_path / "b", train=train, step_fn=poisoned, watch=watch)
     assert out.count("not finite") == 3
+    for step, batch in zip((4, 5, 6), list(itertools.islice(batches(3), 3)), strict=True):
+        assert f"kept {step} {batch['image'].sum()}" in out  # its own batch, not the one that came next
+    assert [step for step, _ in recorded] == [1, 2, 3, 4, 5, 6] and np.isnan([v for _, v in recorded[3:]]).all()
     assert all(np.isfinite(values["loss"]) for _, values in lines)
+
+
+class Redo:
+    """Counts, and finds a difference at a step."""
+
+    def __init__(self, wrong):
+        self.wrong, self.began, self.ended = wrong, [], []
+
+    def begin(self, state, batch):
+        self.began.append(int(state.step))
+        return {"x": "1"}
+
+    def end(self, step, again, result):
+        self.ended.append(step)
+        if step == self.wrong:
+            raise UserError(f"train: step {step} gives other bits")
+
+
+def test_every_so_many_steps_are_repeated_from_the_state_before_them(built, tmp_path):
+    redo, train = Redo(wrong=8), settings.Train(steps=10, batch_size=8, checkpoint_every=4, recheck_every=4)
+    with pytest.raises(UserError, match="step 8 gives other bits"):
+        run(built, tmp_path, train=train, watch=loop.Watch(recheck=redo))
+    assert (redo.began, redo.ended) == ([3, 7], [4, 8])
+    assert Checkpoints(tmp_path, train, read_only=True).steps() == [4]  # nothing of the doubtful state was saved
+
+
+def test_a_save_that_failed_in_the_background_ends_the_run_before_the_next_step(built, tmp_path, monkeypatch):
+    def check(self):
+        if self.steps():
+            raise UserError("checkpoint: cannot be written")
+
+    monkeypatch.setattr(Checkpoints, "check", check)
+    seen = []
+    train = settings.Train(steps=10, batch_size=8, checkpoint_every=2)
+    watch = loop.Watch(record=lambda step, values: seen.append(step))
+
+    def slowly(step):
+        while step == 3 and not (tmp_path / "checkpoints" / "2").exists():
+            time.sleep(0.01)
+
+    with pytest.raises(UserError, match="cannot be written"):
+        run(built, tmp_path, train=train, data=batches(before=slowly), watch=watch)
+    assert seen[-1] in (2, 3)

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -206,7 +207,7 @@ def test_accumulation_is_refused_for_batch_norm():
 
 
 class _Poisoned:
-    """A model whose loss is not finite when the first image is black, also in its statistics."""
+    """A model whose loss is not finite when the first image is black, also in its statistics, and large at gray 1."""
 
     def __init__(self, model):
         self._model = model
@@ -215,7 +216,8 @@ class _Poisoned:
         return getattr(self._model, name)
 
     def loss_fn(self, params, extra, batch, rng):
-        bad = jnp.where(batch["image"][0].max() == 0, jnp.nan, 1.0)
+        brightest = batch["image"][0].max()
+        bad = jnp.where(brightest == 0, jnp.nan, jnp.where(brightest == 1, 30.0, 1.0))
         return self._model.loss_fn(jax.tree.map(lambda p: p * bad, params), extra, batch, rng)
 
 
@@ -243,6 +245,39 @@ def test_a_bad_step_changes_nothing_but_the_counters(when):
     assert int(after.step) == when + 1 and after.bad_steps.tolist() == [1, 1]
     after, metrics = step(after, batch_of(when + 1))
     assert np.isfinite(metrics["loss"]) and after.bad_steps.tolist() == [1, 0]
+
+
+def test_guards_skip_spikes_and_shorten_updates_and_nothing_bad_gets_into_their_windows():
+    from ddt_jax.training import optimizer as optimizers
+    from ddt_jax.training.tokenizer_step import make_step
+
+    limits = {"spike_skip": 8.0, "clip_update": 1.0}
+    s = dataclasses.replace(
+        make(devices=jax.devices()[:1]).settings, optimizer=settings.Optimizer(warmup=1, guard_window=4, **limits)
+    )
+    built = experiment.build(s, jax.devices()[:1])
+    tx, rate = optimizers.make_optimizer(s.optimizer, STEPS, built.declarations), optimizers.learning_rate
+    step = jax.jit(make_step(_Poisoned(built.model), tx, rate(s.optimizer, STEPS), accumulate=1, ema=0.99, **limits))
+    state, kept = built.init(), []
+    for i, gray in enumerate([0, None, None, None, None, 1, 0, None, None]):
+        batch = batch_of(i)
+        if gray is not None:
+            batch["image"][0] = gray
+        after, metrics = step(state, batch)
+        before, now = state.opt_state, after.opt_state
+        assert (metrics["bad_step"], metrics["spike"]) == (gray is not None, gray == 1), i
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), (state.params, before.inner), (after.params, now.inner))
+        assert all(jax.tree.leaves(same)) == (gray is not None)
+        assert int(now.steps.count - before.steps.count) == (gray != 0) and np.isfinite(now.steps.values_RW).all()
+        assert int(now.updates.count - before.updates.count) == (gray is None)
+        if gray == 1:  # it has entered as the limit, far below itself
+            assert now.steps.values_RW[0].max() < 0.5 * metrics["loss"]
+        if gray is None:
+            kept.append(float(metrics["update_kept"]))
+            moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.params, state.params))
+            np.testing.assert_allclose(moved, kept[-1] * metrics["update_norm"], rtol=1e-4)
+        state = after
+    assert kept[0] == 1 and min(kept) < 1
 
 
 def test_stop_of_any_row_reaches_the_metrics():

@@ -1,0 +1,190 @@
+"""A checkpoint as it lies on a disk: its files and, a block at a time, its arrays. No device and no model is needed.
+
+Orbax keeps the arrays of a tree in one OCDBT database, `STEP/state`, as zarr arrays named after their paths; this
+module is the only one that knows so. `STEP/files.json` is ours: the size and SHA-256 of every other file, written when
+the checkpoint has been read back (`training/readback.py`).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import tensorstore
+from etils import epath
+
+from ddt_jax.io import atomic
+from ddt_jax.training.checksum import as_hex, part_sums
+
+LIST = "files.json"
+READ_BACK = "readback."  # files of hosts that have read their part; they last until the list is written
+_CHUNK = 1 << 22  # bytes hashed at once
+
+
+class Damaged(Exception):
+    """A checkpoint, or a part of one, is not what was saved. Its text says what, without the step."""
+
+
+class Stored:
+    """One checkpoint.
+
+    Args:
+      folder: WORKDIR/checkpoints/STEP.
+    """
+
+    def __init__(self, folder):
+        self.folder = epath.Path(folder)
+        self._names = None
+        self._stores = {}
+
+    def meta(self) -> dict:
+        """What was saved beside the arrays: format, step, checksums, metrics, config. Raises Damaged."""
+        try:
+            found = json.loads((self.folder / "meta" / "metadata").read_text())
+            found["checksums"], found["format"]
+            return found
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Damaged(f"meta/metadata cannot be read ({type(error).__name__})") from error
+
+    def names(self) -> list[str]:
+        """Paths of the arrays, as `checksums` names them. Raises Damaged."""
+        return list(self._paths())
+
+    def open(self, name: str):
+        """The TensorStore of an array. Raises Damaged."""
+        if name not in self._paths():
+            raise Damaged(f"{name} is missing")
+        if name not in self._stores:
+            base = f"{self.folder}/state/"
+            base = base if "://" in base else f"file://{base}"
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{self._paths()[name]}/"}
+            spec = {"driver": "zarr", "kvstore": kvstore}
+            with _damage(name):
+                self._stores[name] = tensorstore.open(spec, open=True, read=True).result()
+        return self._stores[name]
+
+    def read(self, name: str, where: tuple[slice, ...] = ()) -> np.ndarray:
+        """An array, or the block of it that slices with bounds select. Raises Damaged."""
+        store = self.open(name)
+        with _damage(name):
+            return np.asarray(store[where].read().result() if where else store.read().result())
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, ...]]:
+        """Slices that cover an array, each one stored chunk. Raises Damaged."""
+        store = self.open(name)
+        chunk = store.chunk_layout.read_chunk.shape or store.shape  # none for a scalar
+        for at in np.ndindex(*(-(-n // c) for n, c in zip(store.shape, chunk, strict=True))):
+            yield tuple(slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(at, chunk, store.shape, strict=True))
+
+    def sums(self, name: str, blocks) -> np.ndarray:
+        """What blocks, given by slices, add to the checksum of their array. uint32 [2]. Raises Damaged."""
+        total, shape = np.zeros(2, np.uint32), self.open(name).shape
+        for where in blocks:
+            total += part_sums(self.read(name, where), tuple(s.start for s in where), shape)
+        return total
+
+    def array_problems(self) -> list[str]:
+        """Which arrays are not those that were saved; reads all of them. Raises Damaged where that cannot be told."""
+        saved, found = self.meta()["checksums"], []
+        if different := sorted(saved.keys() ^ set(self.names())):
+            return [f"{name} is missing" for name in different]
+        for name, value in saved.items():
+            try:
+                same = as_hex(self.sums(name, self.blocks(name))) == value
+            except Damaged as error:
+                found.append(str(error))
+            else:
+                found += [] if same else [f"{name} is not what was saved"]
+        return found
+
+    def hashes(self, part: int = 0, parts: int = 1) -> dict[str, list]:
+        """Name → [bytes, SHA-256] of every `parts`th file from the `part`th on, the list itself left out."""
+        return {name: list(_hash(self.folder / name)) for name in self._files()[part::parts]}
+
+    def write_list(self, files: dict[str, list]) -> None:
+        """Writes the list of files: from now on the checkpoint counts as read back."""
+        files = dict(sorted(files.items()))
+        atomic.write_text(self.folder / LIST, json.dumps({"files": files, "sha256": _digest(files)}) + "\n")
+
+    @property
+    def is_read_back(self) -> bool:
+        return (self.folder / LIST).exists()
+
+    def listed(self) -> dict[str, list]:
+        """The list of files. Raises Damaged if it is not as it was written."""
+        try:
+            found = json.loads((self.folder / LIST).read_text())
+            if found["sha256"] == _digest(found["files"]):
+                return found["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise Damaged(f"{LIST} is not as it was written")
+
+    def file_problem(self, part: int = 0, parts: int = 1) -> str | None:
+        """The first file that is not as it was when the checkpoint was read back, None if all are.
+
+        Raises:
+          Damaged: if the list itself cannot be trusted: then it says nothing about the others.
+        """
+        for name, (size, sha) in list(self.listed().items())[part::parts]:
+            try:
+                found = _hash(self.folder / name)
+            except OSError:
+                return f"{name} is missing or cannot be read"
+            if found[0] != size:
+                return f"{name} has {found[0]:,} bytes, not {size:,}"
+            if found[1] != sha:
+                return f"{name} is not as it was written"
+        return None
+
+    @property
+    def bytes(self) -> int:
+        return sum((self.folder / name).stat().length for name in self._files())
+
+    def _files(self):
+        names = (str(p.relative_to(self.folder)) for p in _walk(self.folder))
+        return sorted(name for name in names if name != LIST and not name.startswith((READ_BACK, ".")))
+
+    def _paths(self):
+        if self._names is None:
+            try:
+                tree = json.loads((self.folder / "state" / "_METADATA").read_text())["tree_metadata"]
+                entries = [e for e in tree.values() if not e["value_metadata"]["skip_deserialize"]]
+                keys = [[str(k["key"]) for k in e["key_metadata"]] for e in entries]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise Damaged(f"state/_METADATA cannot be read ({type(error).__name__})") from error
+            self._names = {"/".join(k): ".".join(k) for k in keys}
+        return self._names
+
+
+@contextmanager
+def _damage(name):
+    """What the layers below raise about an array, as Damaged."""
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).splitlines() or ["no message"])[0]
+        raise Damaged(f"{name} cannot be read ({type(error).__name__}: {first})"[:300]) from error
+
+
+def _walk(folder):
+    """Files of a folder and those in it; epath, which knows object stores, has no `**`."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def _hash(path) -> tuple[int, str]:
+    sha, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while data := file.read(_CHUNK):
+            sha.update(data)
+            size += len(data)
+    return size, sha.hexdigest()
+
+
+def _digest(files: dict) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
