@@ -30,6 +30,7 @@ _GROUPS = {
 }
 _FIGURES = ("psnr", "ssim", "lpips", "rfid", "scenes_all_correct", "codebook_perplexity", "image_bits")
 _FIGURES += ("plain_perplexity", "t2i_all_correct", "t2i_fid", "caption_all_correct", "edit_all_correct")
+_ENDS = ("_low", "_high", "_n")  # of names that belong to a figure
 _SHEETS = {
     "text_to_image": "Pictures of held-out captions",
     "image_to_text": "Captions of held-out pictures",
@@ -138,10 +139,11 @@ def _results(runs) -> str:
         return ""
 
     def rows(names):
-        return [[name.replace("_", " "), *(_figure(run.results.get(name)) for run in runs)] for name in names]
+        return [[name.replace("_", " "), *(_figure(run.results, name) for run in runs)] for name in names]
 
     header = ["", *(run.name for run in runs)]
     plain = {k for run in runs for k, v in run.results.items() if isinstance(v, int | float)}
+    plain -= {f"{name}{end}" for name in plain for end in _ENDS}  # part of their figure's own row
     known = [name for name in _FIGURES if name in plain]
     about = [
         ["config", *(f"{run.config.get('name', '')} ({run.config['model']['kind']})" for run in runs)],
@@ -160,8 +162,14 @@ def _steps(run) -> str:
     return f"{done:,}" if done >= wanted else f"{done:,} of {wanted:,}"
 
 
-def _figure(value) -> str:
-    return "–" if not isinstance(value, int | float) else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+def _figure(results, name) -> str:
+    """A figure, with its interval where it has one."""
+    value = results.get(name)
+    if not isinstance(value, int | float):
+        return "–"
+    low, high = results.get(f"{name}_interval") or (results.get(f"{name}_low"), results.get(f"{name}_high"))
+    bounds = "" if low is None or high is None else f" ({low:.3g} to {high:.3g})"
+    return (f"{value:,}" if isinstance(value, int) else f"{value:.4g}") + bounds
 
 
 def _curves(runs) -> str:

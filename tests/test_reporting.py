@@ -59,6 +59,7 @@ def write_run(root, *, lr, loss=1.0):
     lines[4]["loss"] = "nan"
     (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = {"step": 30, "n": 64, "psnr": 21.5, "odd_figure": 7, "psnr_by_tokens": {"2": 10.0, "4": 15.0, "8": 21.5}}
+    results |= {"t2i_all_correct": 0.5, "t2i_all_correct_low": 0.4, "t2i_all_correct_high": 0.6, "t2i_all_correct_n": 9}
     results |= {"codebook_size": 64, "codebook_used_by_position": [5, 9], "codebook_perplexity_by_position": [3.5, 8.0]}
     (root / "results.json").write_text(json.dumps(results))
     (root / "timing.json").write_text('{"train_seconds": 83.2}')
@@ -163,6 +164,7 @@ def test_samples_carry_their_texts_and_marks(made):
     page, text, _ = made
     assert text.count("✓ right") == text.count("✗ wrong") == 2
     assert page.text.count("a <red> disc & a bar") == 2  # escaped in the file, whole for the reader
+    assert page.text.count("0.5 (0.4 to 0.6)") == 2 and "t2i all correct low" not in page.text
     assert "Loss that is no finite number in a, b." in page.text
 
 

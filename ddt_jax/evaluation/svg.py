@@ -90,7 +90,7 @@ class _Frame(NamedTuple):
 
 def _axes(frame, title, x_label, logarithmic) -> list[str]:
     parts = [f'<text x="4" y="14" class="title">{escape(title)}</text>']
-    for value in _ticks(*frame.y):
+    for value in (_decades if logarithmic else _ticks)(*frame.y):
         y = frame.at(frame.x[0], value)[1]
         text = f"{10**value:.3g}" if logarithmic else f"{value:.4g}"
         parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
@@ -113,6 +113,16 @@ def _ticks(low: float, high: float, about: int = 4) -> list[float]:
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
     first = math.ceil(low / step - 1e-9)
     return [round((first + i) * step, 12) for i in range(int((high - first * step) / step + 1e-9) + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Logarithms of round numbers between two, of as few kinds as give three of them."""
+    for kinds in ((1,), (1, 3), (1, 2, 5)):
+        logs = [k + math.log10(m) for k in range(math.floor(low), math.ceil(high) + 1) for m in kinds]
+        found = [value for value in logs if low <= value <= high]
+        if len(found) >= 3:
+            break
+    return found[:: max(1, math.ceil(len(found) / 6))]
 
 
 def _short(value: float) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TOLERANCE = 0.1  # by how much costs of runs of one budget differ at most, each from the next
+_CERTAIN = 0.975  # share of resampled parabolas that must have a bottom
 MIN_SIZES = 4  # three sizes lie on a parabola whatever they are
 
 
@@ -114,6 +115,8 @@ def _valley(cost, runs, x, curve, log_tokens, drawn) -> Valley:
         side, word = ("above", "larger") if at > x.max() else ("below", "smaller")
         why = f"the bottom would lie {side} all sizes; train {word} ones"
         return Valley(cost, runs, shape, why=why)
+    if np.mean(np.isfinite(drawn)) < _CERTAIN:
+        return Valley(cost, runs, shape, why="too noisy: resampled runs have parabolas that open downwards")
     low, high = np.exp(np.nanpercentile(drawn, [2.5, 97.5]))
     tokens = math.exp(np.polyval(np.polyfit(x, log_tokens, 1), at))  # at one cost, close to a line with slope -1
     loss = float(np.polyval(curve, at))

@@ -38,6 +38,14 @@ def test_whatever_is_drawn_is_xml_within_its_frame(values):
     assert text.count("×") == sum(not math.isfinite(v) for v in values)
 
 
+@given(st.floats(-6, 6), st.floats(1.001, 12))
+def test_ticks_of_a_logarithmic_axis_are_round_and_inside(low, width):
+    ticks = svg._decades(low, low + width)
+    assert 1 <= len(ticks) <= 6 and ticks == sorted(ticks)
+    for tick in ticks:
+        assert low <= tick <= low + width and f"{10**tick:.1e}"[:3] in ("1.0", "2.0", "3.0", "5.0")
+
+
 def test_a_long_curve_keeps_its_last_point_and_what_is_no_number():
     points = [(float(x), 1.0) for x in range(10_000)]
     points[777] = (777.0, math.nan)
@@ -45,7 +53,7 @@ def test_a_long_curve_keeps_its_last_point_and_what_is_no_number():
     assert len(kept) < 300 and kept[-1] == points[-1] and points[777] in kept
 
 
-@pytest.mark.parametrize(("values", "said"), [([1.0, 5.0], "4"), ([0.01, 1.0], "0.1")])
+@pytest.mark.parametrize(("values", "said"), [([1.0, 5.0], "4"), ([0.01, 1.0], "0.1"), ([0.4, 5.0], "2")])
 def test_an_axis_is_logarithmic_where_values_span_more_than_ten(values, said):
     text = svg.curves("t", [svg.Curve("x", 0, list(enumerate(values)))])
     assert f">{said}</text>" in text

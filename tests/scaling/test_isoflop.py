@@ -49,5 +49,8 @@ def test_a_bottom_outside_of_the_sizes_is_not_made_up():
     assert {valley.why for valley in few.valleys} == {"3 sizes, a parabola takes 4"} and few.exponent is None
     rising = isoflop.fit(params[:4], tokens[:4], flops[:4], np.log(params[:4]) ** 2 * 0.01, draws=20)
     assert rising.valleys[0].params is None and "below all sizes; train smaller ones" in rising.valleys[0].why
+    noise = 0.2 * np.array([1, -1, 1, -1, 1, -1])  # as high as the walls of the valley
+    noisy = isoflop.fit(params[:6], tokens[:6], flops[:6], losses[:6] + noise, draws=200)
+    assert "too noisy" in noisy.valleys[0].why
     hill = isoflop.fit(params[:6], tokens[:6], flops[:6], 9 - losses[:6], draws=20)
     assert "opens downwards" in hill.valleys[0].why
