@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from ddt_jax import host_memory
+from ddt_jax import cli_scaling, host_memory
 from ddt_jax.errors import UserError
 
 EXIT_USER = 2
@@ -243,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("kind", choices=_EXPORTS, help=_choices(_EXPORTS))
     p.add_argument("--to", required=True, dest="file", metavar="PATH", help="what to write")
+    cli_scaling.add_verbs(verb)
     return parser
 
 
@@ -489,6 +490,9 @@ _VERBS = {
     "replay": _replay,
     "import": _import,
     "export": _export,
+    "sweep": lambda args, overrides: cli_scaling.sweep(args, overrides, _report),
+    "fit": lambda args, overrides: cli_scaling.fit(args, overrides, _report),
+    "report": lambda args, overrides: cli_scaling.report(args, overrides, _report),
 }
 
 

@@ -22,7 +22,8 @@ from ddt_jax.errors import UserError
 from ddt_jax.evaluation.comparison import Row
 from ddt_jax.multimodal.batches import RowLoader
 from ddt_jax.multimodal.vocabulary import SPECIAL
-from ddt_jax.scaling import flops
+from ddt_jax.scaling import flops, outcome
+from ddt_jax.scaling.points import Point
 from ddt_jax.tokenizers.base import ImageTokenizer
 from ddt_jax.tokenizers.text import open_text_tokenizer
 from ddt_jax.training import checkpoint, corpus
@@ -133,18 +134,64 @@ def plan(s: settings.Experiment, tokenizer: settings.Experiment | None = None, r
     return Planned(s, step_flops(s), before, tuple(uncounted))
 
 
+def sized(s: settings.Experiment) -> settings.Experiment:
+    """Settings with the sizes that text and codes decide, before there are any data; the tokenizer's run must be there.
+
+    Raises:
+      UserError: it reads codes, and sequences.tokenizer holds no run.
+    """
+    if not isinstance(s.model, settings.Multimodal):
+        return s
+    tokenizer = experiment.saved_settings(s.sequences.tokenizer) if s.model.image.kind == "codes" else None
+    return _with_sizes(s, tokenizer)
+
+
+def point(family: str, workdir: str) -> Point:
+    """A run as a point of a scaling study: its own training alone, whatever its input cost.
+
+    What it learned from is text tokens and positions of images, or images where it is no transformer.
+
+    Raises:
+      UserError: there is no run, or its data are not there.
+    """
+    s = experiment.saved_settings(workdir)
+    found = outcome.read(workdir, s)
+    if isinstance(s.model, settings.Multimodal):
+        loader = corpus.open_rows(s, corpus.load(workdir, s), s.sequences.sources)
+        seen = _seen(loader, found.step * s.train.batch_size)
+        tokens = seen["text tokens"] + seen["image positions"]
+    else:
+        tokens = float(found.step * s.train.batch_size)
+    cost = found.step * step_flops(s)
+    name = str(workdir).rstrip("/")
+    return Point(family, name, parameters(s), tokens, cost, found.metrics, found.status, found.why)
+
+
 def step_flops(s: settings.Experiment) -> float:
     """Operations of one train step over the global batch. Sizes that data decide must be filled in."""
+    return _step(_bare(s))[0]
+
+
+def parameters(s: settings.Experiment) -> float:
+    """How many a model has, embeddings included. Sizes that data decide must be filled in."""
+    return _step(_bare(s))[1]
+
+
+def _bare(s):
+    """The settings less what decides neither the step nor the parameters."""
     bare = replace(s.sequences, sources=(), eval_sources=(), tokenizer="")
     rate = replace(s.optimizer, lr=1.0)
-    return _step_flops(replace(s, name="", seed=0, init_from="", mesh=settings.Mesh(), sequences=bare, optimizer=rate))
+    long = replace(s.train, steps=1_000_000)
+    return replace(s, name="", seed=0, init_from="", mesh=settings.Mesh(), sequences=bare, optimizer=rate, train=long)
 
 
 @functools.lru_cache(maxsize=64)
-def _step_flops(s):
+def _step(s) -> tuple[float, float]:
+    """(operations of a step, parameters)."""
     built = experiment.build(s, jax.devices()[:1], to_train=False)
     with jax.set_mesh(built.mesh):
-        return flops.count(built.step, built.abstract, experiment.abstract_batch(built))
+        operations = flops.count(built.step, built.abstract, experiment.abstract_batch(built))
+    return operations, float(sum(leaf.size for leaf in jax.tree.leaves(built.abstract.params)))
 
 
 @functools.lru_cache(maxsize=64)

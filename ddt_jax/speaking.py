@@ -18,7 +18,7 @@ from etils import epath
 from ddt_jax import config, experiment, settings
 from ddt_jax.data import images
 from ddt_jax.errors import UserError
-from ddt_jax.evaluation import asked, compositional, drawn_fid, pictures, plots, prompts, reconstruction, suite
+from ddt_jax.evaluation import asked, compositional, drawn_fid, pictures, plots, prompts, reconstruction, samples, suite
 from ddt_jax.io import atomic
 from ddt_jax.multimodal import documents
 from ddt_jax.multimodal.answers import Answerer
@@ -339,11 +339,14 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     if s.sequences.tokenizer and theirs.exists():
         results["image_tokenizer"] = json.loads(theirs.read_text())
     results |= {**experiment.timing(root), "evaluate_seconds": round(time.perf_counter() - begun, 2)}
-    table, grids = "\n".join(tables), {}
+    table, grids, singly = "\n".join(tables), {}, {}
     if count := min(4 * e.pictures, len(chosen)):
         shown = speaker.eyes.decode([images_of(r)[0] for r in chosen[:count]], seeds[:count])
         grids["text_to_image"] = pictures.grid(drawn.pictures[:count], drawn.labels(captions)[:count])
         grids["image_to_text"] = pictures.grid(shown, said[:count])
+        drew, wrote = (drawn.pictures, captions, drawn.valid), (said, captions)
+        singly["text_to_image"] = samples.drawn(*(x[:count] for x in drew), verified=e.verifier)
+        singly["image_to_text"] = samples.described(shown, *(x[:count] for x in wrote), verified=e.verifier)
     if count := min(4 * e.pictures, len(edits)):
         before, after = (
             speaker.eyes.decode(side[:count], edit_seeds[:count])
@@ -355,6 +358,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         atomic.write_text(root / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n"),
         atomic.write_text(root / "results.md", table),
         *(pictures.save_png(grid, root / f"{name}.png") for name, grid in grids.items()),
+        *([samples.write(root / samples.FILE, singly)] if singly else []),
     ]
     written += plots.loss_curve(root / "metrics.jsonl", root / "loss.png")
     return {"results": results, "table": table, "written": [str(p) for p in written]}

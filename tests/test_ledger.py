@@ -251,3 +251,29 @@ def test_rows_of_the_comparison_hold_two_documents_whatever_images_are(tmp_path)
     assert (held[0][:, 2] == 2).all() and (held[1][:, 2] == 2).all()
     # Of documents of one length either may come first; over a block that is nothing.
     np.testing.assert_allclose(held[0].sum(axis=0), held[1].sum(axis=0), rtol=0.005)
+
+
+def test_a_point_of_a_scaling_study_is_the_runs_own_training(codes, monkeypatch):
+    s, workdir = codes
+    monkeypatch.setattr("ddt_jax.training.checkpoint.saved_steps", lambda workdir: [STEPS])
+    (row,) = ledger.rows("codes", workdir)
+    found = ledger.point("arm", workdir)
+    assert (found.family, found.run, found.status) == ("arm", workdir, "finished")
+    assert found.flops == row.flops["training"] < row.total_flops
+    assert found.tokens == pytest.approx(row.seen["text tokens"] + row.seen["image positions"])
+    assert found.metrics["t2i_all_correct"] == 0.5 and "step" not in found.metrics
+    width, depth, mlp = (TRANSFORMER[name] for name in ("width", "depth", "mlp_width"))
+    layer = 4 * width**2 + 3 * width * mlp + 2 * width
+    assert found.params == 2 * s.model.transformer.vocab_size * width + depth * layer + width
+
+
+def test_sizes_that_data_decide_come_from_the_tokenizers_run(root):
+    s, tokenizer = settings_of(root), experiment.saved_settings(str(root / "tokenizer"))
+    found = ledger.sized(s).model
+    assert found.image.num_tokens == tokenizer.model.num_tokens
+    assert found.image.codebook_size == tokenizer.model.quantizer.codebook_size
+    assert found.transformer.vocab_size > 300 + found.image.codebook_size
+    assert ledger.sized(tokenizer) is tokenizer
+    nowhere = replace(s, sequences=replace(s.sequences, tokenizer=str(root / "none")))
+    with pytest.raises(UserError, match="holds no run"):
+        ledger.sized(nowhere)

@@ -99,6 +99,25 @@ def reconstruction_grid(originals, reconstructions: dict, first: str = "original
     return np.asarray(canvas)
 
 
+def rows_of(sheet, rows: int) -> list[np.ndarray]:
+    """The rows of a `reconstruction_grid` without their labels, originals first.
+
+    Args:
+      sheet: uint8 [H, W, 3].
+      rows: how many it has.
+    Returns:
+      uint8 [h, w, 3] each, of one size; [] for a picture that is no such sheet.
+    """
+    height, rest = divmod(sheet.shape[0] - 2 * _MARGIN, rows)
+    top = sheet[_MARGIN - 1]  # the hairline over the originals
+    inked = np.flatnonzero((top == _HAIRLINE).all(axis=-1))
+    if rest or height <= _GAP or not len(inked):
+        return []
+    left, height = inked[0], height - _GAP
+    starts = [_MARGIN + row * (height + _GAP) + (_GAP if row else 0) for row in range(rows)]
+    return [sheet[y - 1 : y + height + 1, left : sheet.shape[1] - _MARGIN + 1] for y in starts]
+
+
 def grid(images, captions=None, *, columns: int = 0) -> np.ndarray:
     """Images in rows, each over its caption.
 

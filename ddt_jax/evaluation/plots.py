@@ -3,44 +3,14 @@
 Drawn with Matplotlib, which is imported when something is drawn.
 """
 
-import io
 import math
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from ddt_jax.io import atomic
+from ddt_jax.evaluation import canvas
 from ddt_jax.training.writers import read_metrics
-
-_CURVE = "#2563a8"
-_COLOURS = (_CURVE, "#d9822b", "#4c9a6a", "#a3498b", "#7a6a53", "#c0392b", "#4aa3b8", "#6b7280")
-_PALE = "#c3d4e8"
-_FAINT = "#5a606b"
-
-
-def _figure(width, height):
-    # Not pyplot: it keeps figures and a backend in global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _style(axis, title):
-    axis.set_title(title, fontsize=10, loc="left", color="#262a30")
-    axis.grid(color="#e6e8ec", linewidth=0.8)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#b8bdc6")
-    axis.tick_params(which="both", labelsize=8, color="#b8bdc6", labelcolor=_FAINT)
-
-
-def _save_figure(figure, path):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return atomic.write_bytes(path, buffer.getvalue())
 
 
 def loss_curve(metrics_path, path) -> list:
@@ -65,42 +35,42 @@ def loss_curve(metrics_path, path) -> list:
         return []
     columns = min(3, len(order))
     lines = math.ceil(len(order) / columns)
-    figure = _figure(4.2 * columns, 2.7 * lines)
+    figure = canvas.new(4.2 * columns, 2.7 * lines)
     for i, name in enumerate(order):
         axis = figure.add_subplot(lines, columns, i + 1)
         steps, values = np.array(series[name], float).T
         finite = np.isfinite(values)
         steps, values = steps[finite], values[finite]
-        axis.plot(steps, values, color=_CURVE, linewidth=1.4, marker="o" if len(values) < 3 else None)
+        axis.plot(steps, values, color=canvas.CURVE, linewidth=1.4, marker="o" if len(values) < 3 else None)
         if len(values) and values.min() > 0 and values.max() > 10 * values.min():
             axis.set_yscale("log")
-        _style(axis, name)
-        axis.set_xlabel("step", fontsize=8, color=_FAINT)
-    return [_save_figure(figure, path)]
+        canvas.style(axis, name)
+        axis.set_xlabel("step", fontsize=8, color=canvas.FAINT)
+    return [canvas.save(figure, path)]
 
 
 def tokens_plot(psnr_by_tokens: dict, path):
     """Draws PSNR over the number of tokens shown ({"2": 17.6, "4": 21.1, ...}) and returns the path."""
     counts = sorted(int(k) for k in psnr_by_tokens)
     values = [psnr_by_tokens[str(k)] for k in counts]
-    figure = _figure(4.6, 3.2)
+    figure = canvas.new(4.6, 3.2)
     axis = figure.add_subplot()
-    axis.plot(counts, values, color=_CURVE, marker="o", markersize=5, linewidth=1.6)
+    axis.plot(counts, values, color=canvas.CURVE, marker="o", markersize=5, linewidth=1.6)
     for k, value in zip(counts, values, strict=True):
         axis.annotate(f"{value:.1f}", (k, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
     axis.margins(x=0.08, y=0.16)
-    _style(axis, "PSNR (dB) by tokens shown")
+    canvas.style(axis, "PSNR (dB) by tokens shown")
     _count_axis(axis, counts, "tokens")
-    return _save_figure(figure, path)
+    return canvas.save(figure, path)
 
 
 def probe_plot(by_tokens: dict[str, dict], chance: float, path):
     """Draws the accuracies of `probes.probe_prefixes` with their intervals, and that of the commonest class."""
     counts = sorted(int(k) for k in by_tokens)
-    figure = _figure(4.6, 3.2)
+    figure = canvas.new(4.6, 3.2)
     axis = figure.add_subplot()
     names = {"linear": "linear probe", "knn": "k nearest neighbours"}
-    for (kind, label), colour, shift in zip(names.items(), _COLOURS, (0.985, 1.015), strict=False):
+    for (kind, label), colour, shift in zip(names.items(), canvas.COLOURS, (0.985, 1.015), strict=False):
         found = [by_tokens[str(k)][kind] for k in counts]
         value = np.array([f["accuracy"] for f in found])
         low, high = np.array([f["interval"] for f in found]).T
@@ -108,74 +78,74 @@ def probe_plot(by_tokens: dict[str, dict], chance: float, path):
         x = np.array(counts) * shift
         bars = np.maximum(0, [value - low, high - value])
         axis.errorbar(x, value, bars, color=colour, marker="o", markersize=4, linewidth=1.6, capsize=3, label=label)
-    axis.axhline(chance, color=_FAINT, linewidth=1, linestyle=":", label="commonest class")
+    axis.axhline(chance, color=canvas.FAINT, linewidth=1, linestyle=":", label="commonest class")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    _style(axis, "Class from the first tokens")
+    canvas.style(axis, "Class from the first tokens")
     _count_axis(axis, counts, "tokens")
-    _legend(figure)
-    return _save_figure(figure, path)
+    canvas.legend(figure)
+    return canvas.save(figure, path)
 
 
 def entropy_plot(by_stride: dict[str, dict], codebook_size: int, path):
     """Draws `probes.order_entropies`: what a code costs at each place of an order, for several orders."""
-    figure = _figure(5.6, 3.2)
+    figure = canvas.new(5.6, 3.2)
     axis = figure.add_subplot()
-    for (stride, found), colour in zip(by_stride.items(), _COLOURS, strict=False):
+    for (stride, found), colour in zip(by_stride.items(), canvas.COLOURS, strict=False):
         values = found["by_place"]
         label = f"{'own order' if stride == '1' else f'stride {stride}'}, mean {found['mean']:.2f}"
         places = np.arange(1, len(values) + 1)
         marker = "o" if len(values) <= 32 else None
         axis.plot(places, values, color=colour, linewidth=1.4, marker=marker, markersize=3.5, label=label)
-    axis.axhline(math.log(codebook_size), color=_FAINT, linewidth=1, linestyle=":", label="uniform codes")
+    axis.axhline(math.log(codebook_size), color=canvas.FAINT, linewidth=1, linestyle=":", label="uniform codes")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    _style(axis, "Nats per code when the one before it is known")
-    axis.set_xlabel("place in the order", fontsize=8, color=_FAINT)
-    _legend(figure)
-    return _save_figure(figure, path)
+    canvas.style(axis, "Nats per code when the one before it is known")
+    axis.set_xlabel("place in the order", fontsize=8, color=canvas.FAINT)
+    canvas.legend(figure)
+    return canvas.save(figure, path)
 
 
 def usage_plot(results: dict[str, Any], path):
     """Draws how many codes each position uses, and their perplexity, from the results of an evaluation."""
     used, perplexity = results["codebook_used_by_position"], results["codebook_perplexity_by_position"]
-    figure = _figure(5.6, 3.2)
+    figure = canvas.new(5.6, 3.2)
     axis = figure.add_subplot()
     positions = np.arange(len(used))
     width = 0.8 if len(used) <= 64 else 1.0  # many bars with gaps between them flicker
-    axis.bar(positions, used, width, color=_PALE, label="codes seen")
-    axis.bar(positions, perplexity, width, color=_CURVE, label="perplexity")
+    axis.bar(positions, used, width, color=canvas.PALE, label="codes seen")
+    axis.bar(positions, perplexity, width, color=canvas.CURVE, label="perplexity")
     # Of a few images no position can show more codes than there are images.
     most, of = min((results["codebook_size"], "codebook"), (results["n"], "images"))
-    axis.axhline(most, color=_FAINT, linewidth=1, linestyle=":", label=f"{of}: {most:,}")
+    axis.axhline(most, color=canvas.FAINT, linewidth=1, linestyle=":", label=f"{of}: {most:,}")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.margins(x=0.02)
-    _style(axis, "Codes in use by position")
+    canvas.style(axis, "Codes in use by position")
     axis.grid(axis="x", visible=False)
     axis.set_axisbelow(True)
-    axis.set_xlabel("position of the token", fontsize=8, color=_FAINT)
-    _legend(figure)
-    return _save_figure(figure, path)
+    axis.set_xlabel("position of the token", fontsize=8, color=canvas.FAINT)
+    canvas.legend(figure)
+    return canvas.save(figure, path)
 
 
 def comparison_plot(runs: dict[str, dict[str, Any]], path):
     """Draws PSNR over the tokens shown for several runs; over their bits where codebooks differ in size."""
     sizes = {results["codebook_size"] for results in runs.values()}
-    figure = _figure(6.0, 3.8)
+    figure = canvas.new(6.0, 3.8)
     axis = figure.add_subplot()
     for i, (name, results) in enumerate(runs.items()):
         counts = sorted(int(k) for k in results["psnr_by_tokens"])
         bits = 1 if len(sizes) == 1 else math.log2(results["codebook_size"])
         values = [results["psnr_by_tokens"][str(k)] for k in counts]
-        style = ("-", "--", ":")[i // len(_COLOURS) % 3]
-        colour = _COLOURS[i % len(_COLOURS)]
+        style = ("-", "--", ":")[i // len(canvas.COLOURS) % 3]
+        colour = canvas.COLOURS[i % len(canvas.COLOURS)]
         axis.plot(np.array(counts) * bits, values, style, color=colour, marker="o", markersize=4, label=name)
-    _style(axis, "PSNR (dB)")
+    canvas.style(axis, "PSNR (dB)")
     shown = {int(k) for results in runs.values() for k in results["psnr_by_tokens"]}
     if len(sizes) == 1:
         _count_axis(axis, sorted(shown) if len(shown) <= 10 else None, "tokens")
     else:
         _count_axis(axis, None, "bits of the tokens shown")
-    _legend(figure, columns=min(3, len(runs)))
-    return _save_figure(figure, path)
+    canvas.legend(figure, columns=min(3, len(runs)))
+    return canvas.save(figure, path)
 
 
 def _count_axis(axis, counts, label):
@@ -186,9 +156,4 @@ def _count_axis(axis, counts, label):
     axis.minorticks_off()
     if counts is None:
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axis.set_xlabel(label, fontsize=8, color=_FAINT)
-
-
-def _legend(figure, columns=4):
-    """Below the plot, where it hides no curve."""
-    figure.legend(loc="outside lower center", fontsize=8, frameon=False, labelcolor=_FAINT, ncols=columns)
+    axis.set_xlabel(label, fontsize=8, color=canvas.FAINT)

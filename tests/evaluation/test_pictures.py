@@ -113,3 +113,19 @@ def test_images_that_stand_side_by_side_are_all_there():
         (at,), (beside,) = (_find(tile, _enlarged(side[n], 3)) for side in (left, right))
         assert at == (0, 0) and beside[0] == 0 and beside[1] > 96
     assert pictures.grid(tiles, ["a", "b", "c"]).shape[2] == 3
+
+
+@pytest.mark.parametrize("side", [8, 32, 100])
+def test_rows_of_a_sheet_are_those_that_it_was_made_of(side):
+    rng = np.random.default_rng(side)
+    images = [rng.integers(0, 255, (3, side, side, 3), np.uint8) for _ in range(3)]
+    sheet = pictures.reconstruction_grid(images[0], {"2 tokens\n17 dB": images[1], "4 tokens": images[2]})
+    rows = pictures.rows_of(sheet, 3)
+    factor = max(1, -(-96 // side))
+    size = side * factor
+    assert [row.shape for row in rows] == [(size + 2, 3 * (size + 6) - 6 + 2, 3)] * 3
+    for row, of in zip(rows, images, strict=True):
+        for i, image in enumerate(of):
+            left = 1 + i * (size + 6)
+            assert (row[1 : 1 + size : factor, left : left + size : factor] == image).all()
+    assert pictures.rows_of(np.zeros((77, 50, 3), np.uint8), 3) == []

@@ -63,6 +63,9 @@ def test_it_learns_and_is_evaluated_and_draws(root, trained, capsys, monkeypatch
     for name in ("text_to_image.png", "image_to_text.png", "loss.png"):
         with Image.open(trained / name) as picture:
             assert picture.width > 100
+    singly = json.loads((trained / "samples.json").read_text())
+    for kind, share in {"text_to_image": "t2i_all_correct", "image_to_text": "caption_all_correct"}.items():
+        assert len(singly[kind]) == 9 and np.mean([s["right"] for s in singly[kind]]) == pytest.approx(results[share])
     assert "pictures of captions" in (trained / "results.md").read_text().lower()
 
     scene = scenes.sample_scene("heldout", 0)

@@ -1,0 +1,304 @@
+"""`ddt-jax report`: runs, and fits of them, on one HTML page that needs nothing else."""
+
+import base64
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from ddt_jax.errors import UserError
+from ddt_jax.evaluation import event_times, page, pictures, samples, svg
+from ddt_jax.io import atomic
+from ddt_jax.scaling import points
+from ddt_jax.training.checkpoint import saved_config
+from ddt_jax.training.progress import duration
+from ddt_jax.training.writers import METRICS_FILE, read_metrics
+
+# Curves that are shown at once; the others are folded away. A name belongs to the first group with one of its words.
+_GROUPS = {
+    "Held-out figures": ("eval/",),
+    "Loss and its terms": ("loss", "next_token", "diffusion", "flow", "pixel", "commitment", "lpips", "kl"),
+    "By modality": ("text_", "image_", "codebook_"),
+    "Speed and goodput": ("per_second", "goodput", "mfu", "seconds"),
+}
+_FIGURES = ("psnr", "ssim", "lpips", "rfid", "scenes_all_correct", "codebook_perplexity", "image_bits")
+_FIGURES += ("plain_perplexity", "t2i_all_correct", "t2i_fid", "caption_all_correct", "edit_all_correct")
+_ENDS = ("_low", "_high", "_n")  # of names that belong to a figure
+_SHEETS = {
+    "text_to_image": "Pictures of held-out captions",
+    "image_to_text": "Captions of held-out pictures",
+    "editing": "Edits: before, drawn, wanted",
+    "generated": "Drawn by `generate`",
+    "samples": "Drawn",
+    "counterfactuals": "A's codes with some of B's in their place",
+}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a page shows of a workdir."""
+
+    workdir: str
+    name: str
+    index: int
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    results: dict[str, Any]
+    times: list[tuple[int, float]]
+    seconds: float | None = None
+    series: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+def report(sources: Sequence[str], out: str, title: str = "") -> dict[str, Any]:
+    """Writes the page.
+
+    Args:
+      sources: workdirs, and folders that `ddt-jax fit` and `ddt-jax sweep` have written.
+      out: the .html file.
+
+    Returns:
+      "runs", their names; "written"; "bytes".
+
+    Raises:
+      UserError: a source is none of these, is named twice, its files are no JSON, or the page cannot be written.
+    """
+    if len(set(sources)) < len(sources):
+        raise UserError(f"report: {next(s for s in sources if list(sources).count(s) > 1)} is named twice")
+    fits = [s for s in sources if (epath.Path(s) / "fit.json").exists()]
+    sweeps = [s for s in sources if (epath.Path(s) / points.SWEEP_FILE).exists()]
+    workdirs = [s for s in sources if s not in (*fits, *sweeps)]
+    runs = [_read(w, name, i) for i, (w, name) in enumerate(zip(workdirs, _names(workdirs), strict=True))]
+    sections = [
+        ("Results", _results(runs)),
+        ("Sweeps", "".join(map(_sweep, sweeps))),
+        ("Curves", _curves(runs)),
+        ("Speed", _speed(runs)),
+        ("Samples", "".join(map(_samples, runs))),
+        ("Progressive reconstructions", "".join(map(_progressive, runs))),
+        ("Codebook", _codebook(runs)),
+        ("Scaling", "".join(map(_fit, fits))),
+        ("Settings", _settings(runs)),
+    ]
+    written = time.strftime("%d %B %Y, %H:%M")
+    chips = " &nbsp; ".join(f"{_chip(run)}{escape(run.name)}" for run in runs)
+    lead = f'<p class="faint">{escape(written)}</p>\n<p>{chips}</p>'
+    text = page.page(title or ", ".join(run.name for run in runs) or "Scaling", lead, sections)
+    try:
+        atomic.write_text(out, text)
+    except OSError as error:
+        raise UserError(f"report: cannot write {out}: {error.strerror or error}") from error
+    return {"runs": [run.name for run in runs], "written": out, "bytes": len(text.encode())}
+
+
+def _names(workdirs) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [str(w).rstrip("/").split("/") for w in workdirs]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(map(str, workdirs))
+
+
+def _read(workdir, name, index) -> _Run:
+    root = epath.Path(workdir)
+    tree = saved_config(workdir, "report")
+    log = root / METRICS_FILE
+    metrics = read_metrics(log) if log.exists() else []
+    series: dict[str, list[tuple[float, float]]] = {}
+    for record in metrics:
+        for key, value in record.items():
+            if key != "step":
+                series.setdefault(key, []).append((float(record["step"]), float(value)))
+    timing, results = _json(root / "timing.json"), _json(root / "results.json")
+    seconds, times = timing.get("train_seconds"), event_times.read(workdir)
+    return _Run(str(workdir), name, index, tree, metrics, results, times, seconds, series)
+
+
+def _json(path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"report: {path} is no JSON ({error}); make it again, or take it away") from error
+
+
+def _chip(run) -> str:
+    return f'<span class="chip" style="background:{svg.colour(run.index)}"></span>'
+
+
+def _results(runs) -> str:
+    """Key figures first, all others folded."""
+    if not runs:
+        return ""
+
+    def rows(names):
+        return [[name.replace("_", " "), *(_figure(run.results, name) for run in runs)] for name in names]
+
+    header = ["", *(run.name for run in runs)]
+    plain = {k for run in runs for k, v in run.results.items() if isinstance(v, int | float)}
+    plain -= {f"{name}{end}" for name in plain for end in _ENDS}  # part of their figure's own row
+    known = [name for name in _FIGURES if name in plain]
+    about = [
+        ["config", *(f"{run.config.get('name', '')} ({run.config['model']['kind']})" for run in runs)],
+        ["steps", *(_steps(run) for run in runs)],
+        ["training", *("–" if run.seconds is None else duration(run.seconds) for run in runs)],
+    ]
+    bad = [run.name for run in runs if any(not np.isfinite(y) for _, y in run.series.get("loss", ()))]
+    warning = f'<p class="wrong">Loss that is no finite number in {escape(", ".join(bad))}.</p>' if bad else ""
+    others = page.table(header, rows(sorted(plain - set(known)))) if plain - set(known) else ""
+    return warning + page.table(header, [*about, *rows(known)]) + page.folded("All figures", others)
+
+
+def _steps(run) -> str:
+    done, wanted = run.metrics[-1]["step"] if run.metrics else 0, run.config["train"]["steps"]
+    done = max(done, run.results.get("step", 0))
+    return f"{done:,}" if done >= wanted else f"{done:,} of {wanted:,}"
+
+
+def _figure(results, name) -> str:
+    """A figure, with its interval where it has one."""
+    value = results.get(name)
+    if not isinstance(value, int | float):
+        return "–"
+    low, high = results.get(f"{name}_interval") or (results.get(f"{name}_low"), results.get(f"{name}_high"))
+    bounds = "" if low is None or high is None else f" ({low:.3g} to {high:.3g})"
+    return (f"{value:,}" if isinstance(value, int) else f"{value:.4g}") + bounds
+
+
+def _curves(runs) -> str:
+    names = sorted({name for run in runs for name in run.series})
+    groups: dict[str, list[str]] = {heading: [] for heading in (*_GROUPS, "")}
+    for name in names:
+        moved = any(y != 0 for run in runs for _, y in run.series.get(name, ()))
+        heading = next((h for h, words in _GROUPS.items() if any(word in name for word in words)), "")
+        if moved:
+            groups[heading].append(name)
+    parts = []
+    for heading, members in groups.items():
+        members.sort(key=lambda name: name != "loss")
+        charts = [_chart(runs, name) for name in members]
+        if heading:
+            parts.append(f"<h3>{heading}</h3>\n{page.flow(charts)}" if any(charts) else "")
+        else:
+            parts.append(page.folded("Everything else that was logged", page.flow(charts)))
+    return "\n".join(parts)
+
+
+def _chart(runs, name) -> str:
+    shown = [svg.Curve(run.name, run.index, run.series[name]) for run in runs if name in run.series]
+    return svg.curves(name.replace("_", " "), shown)
+
+
+def _speed(runs) -> str:
+    measured = [(run, event_times.speed(run.times)) for run in runs]
+    found = [(run, speed) for run, speed in measured if speed]
+    if not found:
+        return ""
+    chart = svg.curves("steps per second", [svg.Curve(run.name, run.index, speed.points) for run, speed in found])
+    rows = []
+    for run, speed in found:
+        usual = float(np.median([rate for _, rate in speed.points]))
+        examples = usual * run.config["train"]["batch_size"]
+        rows.append([run.name, f"{usual:.3g}", f"{examples:,.0f}", f"{speed.goodput:.0%}"])
+    text = '<p class="faint">Goodput: the share of the wall time, from the first logged step to the last, that the '
+    text += "steps would have taken at the usual speed (the median).</p>"
+    table = page.table(["run", "steps per second", "examples per second", "goodput"], rows)
+    return page.flow([chart, table + text])
+
+
+def _samples(run) -> str:
+    root, parts = epath.Path(run.workdir), []
+    singly = _json(root / samples.FILE)
+    for name, heading in _SHEETS.items():
+        if of := singly.get(name):
+            parts.append(f"<h4>{heading}</h4>" + page.samples([(s["picture"], s["text"], s["right"]) for s in of]))
+        elif (root / f"{name}.png").exists():
+            uri = _uri(root / f"{name}.png")
+            parts.append(page.folded(heading, f'<img class="sheet" src="{uri}" alt="{heading}">'))
+    return f"<h3>{_chip(run)}{escape(run.name)}</h3>\n{''.join(parts)}" if parts else ""
+
+
+def _uri(path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _progressive(run) -> str:
+    path, by_tokens = epath.Path(run.workdir) / "reconstructions.png", run.results.get("psnr_by_tokens")
+    if not by_tokens or not path.exists():
+        return ""
+    sheet = np.asarray(Image.open(BytesIO(path.read_bytes())).convert("RGB"))
+    rows = pictures.rows_of(sheet, 1 + len(by_tokens))
+    if not rows:  # of another version
+        body = f'<img class="sheet" src="{_uri(path)}" alt="reconstructions">'
+    else:
+        labels = [f"{count} tokens: {value:.1f} dB" for count, value in by_tokens.items()]
+        layers = list(zip(labels, map(samples.data_uri, rows[1:]), strict=True))
+        body = page.progressive(samples.data_uri(rows[0]), layers)
+    line = [(float(count), value) for count, value in by_tokens.items()]
+    chart = svg.curves("PSNR (dB) by tokens shown", [svg.Curve(run.name, run.index, line)], "tokens")
+    return f"<h3>{_chip(run)}{escape(run.name)}</h3>\n{body}\n{page.flow([chart])}"
+
+
+def _codebook(runs) -> str:
+    charts = []
+    for run in runs:
+        r = run.results
+        if "codebook_used_by_position" in r:
+            used, perplexity = r["codebook_used_by_position"], r["codebook_perplexity_by_position"]
+            most = min(r["codebook_size"], r["n"])
+            title = f"{run.name}: codes seen, perplexity"
+            charts.append(svg.bars(title, used, perplexity, most, "position of the token", run.index))
+    note = '<p class="faint">Pale: different codes that a position has shown; strong: their perplexity. The dotted '
+    note += "line is what they can reach, all codes or as many as there were images.</p>"
+    return page.flow(charts) + note if charts else ""
+
+
+def _fit(folder) -> str:
+    root = epath.Path(folder)
+    plots = "".join(f'<p><img class="sheet" src="{_uri(p)}" alt="{p.stem}"></p>' for p in sorted(root.glob("*.png")))
+    text = (root / "fit.md").read_text()
+    return f"<h3>{escape(str(folder))}</h3>\n{plots}\n{page.markdown(text)}"
+
+
+def _sweep(folder) -> str:
+    rows = []
+    for p in _json(epath.Path(folder) / points.SWEEP_FILE)["points"]:
+        loss = p["metrics"].get("loss")
+        figures = [f"{p['params']:,.0f}", f"{p['flops']:.3g}", "–" if loss is None else f"{float(loss):.4g}"]
+        rows.append([p["run"], p["status"], *figures, p["why"]])
+    table = page.table(["run", "state", "parameters", "FLOPs", "loss", ""], rows)
+    return f"<h3>{escape(str(folder))}</h3>\n{table}"
+
+
+def _settings(runs) -> str:
+    if not runs:
+        return ""
+    flat = [_flat(run.config) for run in runs]
+    names = sorted(set().union(*flat))
+    header = ["setting", *(run.name for run in runs)]
+
+    def table(chosen):
+        return page.table(header, [[name, *(_value(tree.get(name)) for tree in flat)] for name in chosen])
+
+    differing = [name for name in names if len({_value(tree.get(name)) for tree in flat}) > 1]
+    first = f"<p>What differs:</p>{table(differing)}" if differing else ""
+    return first + page.folded("All settings", table(names))
+
+
+def _flat(tree, prefix="") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _value(value) -> str:
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
