@@ -101,12 +101,16 @@ def search(request: Request, pod: Topology, wanted: list[str], note: Callable[[s
             asked.setdefault(prepare(tried, pod, len(devices))[0], (tried, chosen))
         except UserError as error:
             refused = error
-    if not asked:
-        raise refused
     found = []
     for number, (tried, chosen) in enumerate(asked.values()):
         note(f"{number + 1} of {len(asked)}: {', '.join(f'{k}={v}' for k, v in chosen.items())}")
-        found.append({"chosen": chosen, **plan_one(tried, pod, devices)})
+        try:
+            found.append({"chosen": chosen, **plan_one(tried, pod, devices)})
+        except UserError as error:  # before anything is compiled: a mesh that does not fit, or no accumulation
+            refused = error
+            note(f"left out: {error}")
+    if not found:
+        raise refused
     seconds = lambda r: r["estimate"]["step_seconds"] / r[f"{r['unit']}s_per_step"] if "estimate" in r else np.inf  # noqa: E731
     return {"found": sorted(found, key=lambda r: (not r["fits"], seconds(r)))}
 

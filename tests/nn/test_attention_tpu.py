@@ -7,7 +7,7 @@ import pytest
 
 from ddt_jax.nn import spans
 from ddt_jax.nn.attention import attend
-from ddt_jax.nn.attention_tpu import attend_splash, fits
+from ddt_jax.nn.attention_tpu import _block, attend_splash, fits, planned_share
 
 B, H, G, S, E = 2, 2, 1, 256, 8
 DOCUMENT = np.where(np.arange(S) < np.array([[150], [40]]), 0, np.array([[150], [40]])).astype(np.int32)
@@ -65,3 +65,11 @@ def test_what_the_kernel_cannot_do_is_refused():
     q = jnp.zeros((1, 1, 200, 8))
     with pytest.raises(ValueError, match="multiples of 128 rows"):
         attend_splash(q, q, q, spans.causal(200), 0.0)
+
+
+@pytest.mark.parametrize(("rows", "reach"), [(1024, 0), (1024, 255), (2048, 1), (4096, 0), (384, 100)])
+def test_planned_share_is_that_of_tiles_in_which_anything_is_seen(rows, reach):
+    block = _block(rows)
+    seen = np.arange(rows)[None] <= np.arange(rows)[:, None] + reach
+    tiles = seen.reshape(rows // block, block, rows // block, block).any((1, 3))
+    assert planned_share(rows, rows, reach) == tiles.mean()
