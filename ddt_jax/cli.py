@@ -167,26 +167,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--part", default="0/1", metavar="I/N", help="make only every Nth shard from I on: N processes share the work"
     )
-    p = verb(
-        "plan",
-        "compile the train step for a pod that is not there: does it fit, what does it cost",
-        config=True,
-        more="TPUs need libtpu: pip install 'ddt-jax[tpu]' into an environment of its own. docs/plan.md.",
-    )
-    p.add_argument("--topology", required=True, metavar="POD", help="v5p:8x8x8, v6e:16x16, h100:8x16; or POD,POD,...")
-    p.add_argument("--slices", type=int, default=1, metavar="N", help="slices of a TPU (default: 1)")
-    p.add_argument("--mesh", default="", metavar="AXIS=N,...", help="sizes of the mesh, as fsdp=128,tensor=4")
-    p.add_argument("--rows", type=int, default=0, metavar="N", help="rows of a micro-batch on each part of the mesh")
-    p.add_argument(
-        "--search",
-        nargs="*",
-        metavar="NAME=V,V",
-        help="try meshes, remat and accumulation (fsdp, tensor, remat, accumulate) and list what fits, fastest first",
-    )
-    p.add_argument(
-        "--effort", type=float, default=0.0, metavar="E", help="of the compiler, -1 (quick) to 1 (default: a run's, 0)"
-    )
-    p.add_argument("--to", "--json", dest="json", metavar="PATH", help="also write the report to this file, as JSON")
     verb("config", "print the resolved settings of a config", config=True, report=True)
     p = verb(
         "checkpoint",
@@ -400,14 +380,6 @@ def _latents(args, overrides) -> int:
     return 0
 
 
-def _plan(args, overrides) -> int:
-    from ddt_jax import planning
-
-    result, text = planning.run(args, overrides)
-    _report(args, result, text)
-    return 0
-
-
 def _config(args, overrides) -> int:
     from ddt_jax import config
 
@@ -484,12 +456,12 @@ _VERBS = {
     "generate": _generate,
     "data": _data,
     "latents": _latents,
-    "plan": _plan,
     "config": _config,
     "checkpoint": _checkpoint,
     "replay": _replay,
     "import": _import,
     "export": _export,
+    "plan": lambda args, overrides: cli_scaling.plan(args, overrides, _report),
     "sweep": lambda args, overrides: cli_scaling.sweep(args, overrides, _report),
     "fit": lambda args, overrides: cli_scaling.fit(args, overrides, _report),
     "report": lambda args, overrides: cli_scaling.report(args, overrides, _report),

@@ -1,10 +1,30 @@
-"""Verbs of the command line for many runs: `sweep`, `fit`, `report`. As `cli`: arguments and calls, no logic."""
+"""Verbs of the command line for pods and many runs: `plan`, `sweep`, `fit`, `report`. As `cli`: arguments and calls."""
 
 from ddt_jax.errors import UserError
 
 
 def add_verbs(verb) -> None:
     """Adds the parsers. verb: of `cli`, makes one."""
+    p = verb(
+        "plan",
+        "compile the train step for a pod that is not there: does it fit, what does it cost",
+        config=True,
+        more="TPUs need libtpu: pip install 'ddt-jax[tpu]' into an environment of its own. docs/plan.md.",
+    )
+    p.add_argument("--topology", required=True, metavar="POD", help="v5p:8x8x8, v6e:16x16, h100:8x16; or POD,POD,...")
+    p.add_argument("--slices", type=int, default=1, metavar="N", help="slices of a TPU (default: 1)")
+    p.add_argument("--mesh", default="", metavar="AXIS=N,...", help="sizes of the mesh, as fsdp=128,tensor=4")
+    p.add_argument("--rows", type=int, default=0, metavar="N", help="rows of a micro-batch on each part of the mesh")
+    p.add_argument(
+        "--search",
+        nargs="*",
+        metavar="NAME=V,V",
+        help="try meshes, remat and accumulation (fsdp, tensor, remat, accumulate) and list what fits, fastest first",
+    )
+    p.add_argument(
+        "--effort", type=float, default=0.0, metavar="E", help="of the compiler, -1 (quick) to 1 (default: a run's, 0)"
+    )
+    p.add_argument("--to", "--json", dest="json", metavar="PATH", help="also write the report to this file, as JSON")
     p = verb(
         "sweep",
         "train and evaluate a grid of runs under one budget of FLOPs",
@@ -50,6 +70,14 @@ def add_verbs(verb) -> None:
     p.add_argument("sources", nargs="+", metavar="DIR", help="workdirs, folders of `fit` and of `sweep`")
     p.add_argument("--out", metavar="HTML", default="report.html", help="where the page goes (default: report.html)")
     p.add_argument("--title", default="", help="of the page (default: the names of the runs)")
+
+
+def plan(args, overrides, report) -> int:
+    from ddt_jax import planning
+
+    result, text = planning.run(args, overrides)
+    report(args, result, text)
+    return 0
 
 
 def sweep(args, overrides, report) -> int:
