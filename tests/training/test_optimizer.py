@@ -36,6 +36,18 @@ def test_muon_update_is_orthogonal_with_the_stated_size():
     assert np.sum(np.asarray(u) * np.asarray(g)) < 0
 
 
+def test_the_steps_of_muon_are_a_loop_and_its_state_is_that_of_optax():
+    s = settings.Optimizer(newton_schulz_steps=3)
+    tx, g = make_optimizer(s, 10, {"w": MATRIX}), {"w": jnp.ones((4, 8))}
+    state = tx.init(g)
+    compiled = jax.jit(tx.update).lower(g, state, g).compile()
+    assert " while(" in compiled.as_text(), "written out, the steps of all matrices are nearly half of a train step"
+    theirs = optax.contrib.scale_by_muon(ns_steps=3).init(g)
+    for found in (state, compiled(g, state, g)[1]):
+        muon = found[1].inner_states["muon"].inner_state[0]
+        assert jax.tree.map(jnp.shape, muon) == jax.tree.map(jnp.shape, theirs)
+
+
 def test_every_matrix_of_a_stack_is_its_own():
     shape = (2, 8, 2, 2, 4)
     g = jax.random.normal(jax.random.key(1), shape)
