@@ -78,7 +78,7 @@ def make_optimizer(s: settings.Optimizer, steps: int, declarations) -> optax.Gra
 
 def _muon(s: settings.Optimizer, dimensions) -> optax.GradientTransformation:
     """optax's, with its Newton-Schulz steps as a loop: written out one after another for every matrix, as optax does
-    with one set of coefficients for all steps, they are nearly half of what a train step takes to compile.
+    with one set of coefficients for all steps, they are a quarter to a half of what a train step takes to compile.
     """
     muon = scale_by_muon(ns_steps=s.newton_schulz_steps, beta=s.momentum, weight_dimension_numbers=dimensions)
 
