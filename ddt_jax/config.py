@@ -122,6 +122,7 @@ _FREE += tuple(f"train.{k}" for k in ("tensorboard", "wandb", "max_bad_steps"))
 CODES = ("data.image_size", "model.encoder")
 CODES += tuple(f"model.{k}" for k in ("kind", "num_tokens", "patch_size", "width", "heads", "mlp_ratio", "mix"))
 CODES += tuple(f"model.{k}" for k in ("qk_norm", "scan_layers", "codec.kind", "codec.preset", "codec.sizes"))
+ENCODER = CODES = (*CODES, *(f"model.{k}" for k in ("causal", "vision.", "qformer.")))  # of which a codebook is no part
 CODES += tuple(f"model.quantizer.{k}" for k in ("code_dim", "codebook_size", "normalize_input"))
 
 
