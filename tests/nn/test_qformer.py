@@ -73,7 +73,8 @@ def test_rows_and_gradients_equal_blip2_with_an_explicit_mask(oracle, queries, c
         found = blip2.to_arrays(grads, POST)
         for name, p in model.named_parameters():
             expected = p.grad.numpy()
-            tolerance = 1e-4 * max(np.abs(expected).max(), 1e-2)  # keys' biases have none but rounding
+            # A key's bias moves no softmax: its gradient is rounding, and others' size says how much.
+            tolerance = 1e-4 * (1.0 if name.endswith("key.bias") else np.abs(expected).max())
             np.testing.assert_allclose(found[f"qformer.{name}"], expected, atol=tolerance, err_msg=name)
 
 
