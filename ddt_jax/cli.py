@@ -36,6 +36,8 @@ _EXPORTS = {
     "vae": "of a run that trains an autoencoder: diffusers' folder, its latents' scale measured",
     "torch": "a folder for PyTorch users: weights with the codec, config, and one Python file that needs PyTorch only",
     "llama": "Hugging Face's folder, of imported weights or of a multimodal run",
+    "qformer": "of a SEED run: its Q-Former in the names of transformers' BLIP-2",
+    "seed-qformer": "the same in the names of SEED's checkpoints",
 }
 
 

@@ -123,6 +123,7 @@ _FREE += ("train.recheck_every", "train.accumulate")  # losses that micro-batche
 CODES = ("data.image_size", "model.encoder")
 CODES += tuple(f"model.{k}" for k in ("kind", "num_tokens", "patch_size", "width", "heads", "mlp_ratio", "mix"))
 CODES += tuple(f"model.{k}" for k in ("qk_norm", "scan_layers", "codec.kind", "codec.preset", "codec.sizes"))
+ENCODER = CODES = (*CODES, *(f"model.{k}" for k in ("causal", "vision.", "qformer.")))  # of which a codebook is no part
 CODES += tuple(f"model.quantizer.{k}" for k in ("code_dim", "codebook_size", "normalize_input"))
 
 

@@ -5,6 +5,7 @@ has taken no step, with a config and a checkpoint at step 0, so that all other v
 run is only a part of, weights alone (`training/weights.py`).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,8 +18,8 @@ from etils import epath
 from ddt_jax import config, experiment, settings
 from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
-from ddt_jax.interop import diffusers_vae, llama, sd3, selftok, torch_export
-from ddt_jax.io import torch_file
+from ddt_jax.interop import blip2, diffusers_vae, llama, sd3, selftok, torch_export
+from ddt_jax.io import torch_file, weights_folder
 from ddt_jax.multimodal import backbone
 from ddt_jax.training import checkpoint, corpus, weights
 from ddt_jax.training.state import TrainState
@@ -227,10 +228,37 @@ def export_vae(workdir: str, folder: str) -> dict[str, Any]:
     return _export(workdir, folder, write)
 
 
+def export_qformer(workdir: str, folder: str, names: str = "huggingface") -> dict[str, Any]:
+    """Writes the Q-Former of a SEED run as a safetensors file in the names of transformers' BLIP-2.
+
+    Args:
+      names: see `interop.blip2.to_arrays`.
+
+    Returns:
+      as `export_selftok`.
+
+    Raises:
+      UserError: if the run is no SEED, or its norms stand where theirs do not, or the folder cannot be written.
+    """
+
+    _check_empty(folder, "--to")
+
+    def write(built, state, params, about):
+        c = built.settings.model
+        if not isinstance(c, settings.SEED) or c.qformer.norm != "post":
+            raise UserError(f"export: {workdir} holds no SEED with model.qformer.norm='post', which BLIP-2 has")
+        arrays = blip2.to_arrays(jax.device_get(params["qformer"]), c.qformer, names)
+        weights_folder.save(folder, arrays)
+        return {"tensors": len(arrays)}
+
+    return _export(workdir, folder, write)
+
+
 # What the command line offers; its texts are in cli.py, which imports nothing heavy.
 IMPORTS = {"selftok": Importer(import_selftok, released_settings), "sd3": Importer(import_sd3)}
 WEIGHT_IMPORTS = {"llama": import_llama}  # whose settings come with them
 EXPORTS = {"selftok": export_selftok, "vae": export_vae, "torch": export_torch, "llama": export_llama}
+EXPORTS |= {"qformer": export_qformer, "seed-qformer": functools.partial(export_qformer, names="seed")}
 
 
 def _on_one_device(s: settings.Experiment) -> experiment.Built:

@@ -19,12 +19,13 @@ from etils import epath
 from ddt_jax import config, settings
 from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
-from ddt_jax.interop import diffusers_vae
-from ddt_jax.io import atomic
+from ddt_jax.interop import blip2, diffusers_vae, hf_vision
+from ddt_jax.io import atomic, weights_folder
 from ddt_jax.multimodal.code_embedding import VECTORS
 from ddt_jax.multimodal.model import Multimodal, make_multimodal
 from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
+from ddt_jax.tokenizers.seed import VISION
 from ddt_jax.training import checkpoint, corpus, latents, loop, warm_start, writers
 from ddt_jax.training import feed as feeds
 from ddt_jax.training import optimizer as optimizers
@@ -64,16 +65,34 @@ class Built:
             found["codec"] = diffusers_vae.read(file, codec.sizes)
         if image_loss and image_loss.has_lpips:
             found[LPIPS] = image_loss.read_lpips()
+        if folder := getattr(self.model, "vision_weights", ""):
+            found[VISION] = hf_vision.read(folder, self.settings.model.vision, self.settings.data.image_size)
         if isinstance(self.model, Multimodal) and self.settings.model.image.code_vectors:
             found[VECTORS] = corpus.code_vectors(self.settings)
         return found
 
+    def starting_weights(self) -> dict[str, Any]:
+        """Parameters that training starts from in files that the settings name: part → NumPy arrays. Raises as
+        `frozen_weights`.
+        """
+        m = self.settings.model
+        if not (folder := getattr(self.model, "qformer_weights", "")):
+            return {}
+        found = weights_folder.load(folder)
+        return {"qformer": blip2.from_arrays(found, m.qformer, m.num_tokens, m.vision.width, f"qformer: {folder}")}
+
     def init(self) -> TrainState:
         """A fresh state, made on the devices where it belongs. Raises UserError as `frozen_weights`."""
-        weights = self.frozen_weights()
+        weights, started = self.frozen_weights(), self.starting_weights()
         with jax.set_mesh(self.mesh):
             state = self._run(self._init, self.shardings)
-            return state.replace(extra=state.extra | {name: self._placed(name, v) for name, v in weights.items()})
+            state = state.replace(extra=state.extra | {name: self._placed(name, v) for name, v in weights.items()})
+            if not started:
+                return state
+            abstract = self.abstract.params
+            placed = {name: jax.tree.map(meshes.put_whole, v, abstract[name]) for name, v in started.items()}
+            ema = None if state.ema is None else state.ema | jax.tree.map(jax.numpy.copy, placed)
+            return state.replace(params=state.params | placed, ema=ema)
 
     def init_codec(self):
         """What `init` puts into `extra["codec"]`, without the rest; None for a codec without arrays."""
@@ -164,7 +183,8 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
     if new:
         feed.check(built.model, built.init_codec)
         check_tokenizer(s, note)
-    claim(root, tree, lambda: (built.frozen_weights(), _first_stage(built)), note if force else None)
+    wanted = lambda: (built.frozen_weights(), built.starting_weights(), _first_stage(built))  # noqa: E731
+    claim(root, tree, wanted, note if force else None)
     if new and first:
         feed.save(root)
     points = checkpoint.Checkpoints(workdir, s.train, note)
@@ -352,13 +372,14 @@ def look_at_data(s: settings.Experiment, split: str, count: int, out: str) -> di
     }
 
 
-def measure(built: Built, state: TrainState, progress=None):
-    """The report of a state's weights on the held-out source. progress: see `suite.reconstruct`."""
+def measure(built: Built, state: TrainState, progress=None, captions=None):
+    """The report of a state's weights on the held-out source. progress, captions: see `suite.reconstruct`."""
     from ddt_jax.evaluation import suite
 
     s = built.settings
     held_out = feeds.open_images(s, s.data.eval_source)
-    return suite.reconstruct(built.model, weights(state), state.extra, s, held_out, mesh=built.mesh, progress=progress)
+    options = {"mesh": built.mesh, "progress": progress, "captions": captions}
+    return suite.reconstruct(built.model, weights(state), state.extra, s, held_out, **options)
 
 
 def measure_rows(built: Built, state: TrainState, found: corpus.Corpus) -> dict[str, Any]:
@@ -383,7 +404,7 @@ def _hooks(built: Built, feed: feeds.Feed, writer, progress) -> tuple[loop.Hook,
 
     def evaluate_images(step, state):
         with progress.phase("evaluating") as detail:
-            report = measure(built, state, lambda seen: detail(f"{seen:,} images"))
+            report = measure(built, state, lambda seen: detail(f"{seen:,} images"), feed.captions)
         if report.pictured:
             writer.image(step, report.picture_name, report.picture())
         return report.results

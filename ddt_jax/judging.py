@@ -15,6 +15,7 @@ from ddt_jax.errors import UserError
 from ddt_jax.evaluation import autoencoding, pictures, plots, reconstruction, suite, tables
 from ddt_jax.io import atomic
 from ddt_jax.tokenizers.base import ImageTokenizer
+from ddt_jax.training import captions
 from ddt_jax.training import feed as feeds
 from ddt_jax.training.progress import Progress
 
@@ -51,6 +52,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
             held_out=held_out,
             known=lambda: feeds.open_images(s, s.data.source),
             weights=judges,
+            captions=captions.resolve(s, workdir) if isinstance(s.model, settings.SEED) else None,
             progress=progress,
         )
     results = {"step": int(state.step), "eval_source": s.data.eval_source, **found.results, **experiment.timing(root)}
@@ -80,6 +82,10 @@ def reconstruct(
         raise UserError(f"reconstruct: {workdir} holds a transformer; name the workdir of its image tokenizer")
     if isinstance(kind, settings.ACDiT):
         raise UserError(f"reconstruct: {workdir} holds a model that draws images and has no codes of yours to decode")
+    if isinstance(kind, settings.SEED) and kind.stage != "draw":
+        raise UserError(
+            f"reconstruct: {workdir} holds model.stage={kind.stage!r}, which draws nothing; name a run of 'draw'"
+        )
     built, state = experiment.restore(workdir, overrides)
     s, params = built.settings, experiment.weights(state)
     originals = np.stack([images.read_file(file, s.data) for file in files])

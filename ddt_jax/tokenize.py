@@ -80,7 +80,7 @@ def tokenize(
     todo = [shard for shard, report in done.items() if report is None]
     if kept := len(mine) - len(todo):
         print(f"tokenize: {kept:,} of {len(mine):,} shards are there and whole", file=sys.stderr)
-    writer.write_vectors(model.code_vectors(state.extra, np.arange(model.codebook_size)[None])[0])
+    writer.write_vectors(model.code_vectors(weights, state.extra, np.arange(model.codebook_size)[None])[0])
     encoder = _Encoder(built, weights, state.extra, batch_size or s.evaluate.batch_size, reversed_)
     total = sum(len(plan.shard_range(shard)) for shard in todo)
     account = _Account(images, s.data, sum(report.records + report.bad for report in done.values() if report))

@@ -37,6 +37,7 @@ RANK = {unit: len(LAYERS) - i for i, layer in enumerate(LAYERS) for unit in laye
 WITHOUT_JAX = {"data"}
 WITHOUT_JAX |= {f"multimodal.{name}" for name in ("batches", "documents", "mixture", "packing")}
 WITHOUT_JAX |= {"multimodal.records", "multimodal.sequence", "multimodal.vocabulary", "tokenizers.text"}
+WITHOUT_JAX |= {"tokenizers.caption_ids"}
 
 
 def module_name(path: Path) -> str:

@@ -57,7 +57,9 @@ def test_codes_are_those_of_the_tokenizer_image_by_image(workdir, made):
         np.testing.assert_array_equal(record["codes"], expected)
         assert record["caption"] == images[i]["caption"] and record["label"] == images[i]["label"]
     every = jnp.arange(codes.plan.codebook_size)[None]
-    np.testing.assert_array_equal(codes.code_vectors(), built.model.code_vectors(state.extra, every)[0])
+    np.testing.assert_array_equal(
+        codes.code_vectors(), built.model.code_vectors(experiment.weights(state), state.extra, every)[0]
+    )
 
 
 def test_the_same_command_keeps_what_is_whole_and_mends_the_rest(workdir, made, tmp_path, capsys):

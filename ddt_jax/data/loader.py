@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
 from typing import Any
@@ -43,6 +44,7 @@ class Batcher:
     shuffle: bool
     with_captions: bool
     keep_captions: bool = False  # those that there are, in batches for evaluation
+    caption_ids: Callable[[list[str]], np.ndarray] | None = None  # captions → rows of training batches
 
     def slots(self, batch_size):
         """The rows of a global batch that this host makes."""
@@ -85,6 +87,8 @@ class Batcher:
                 )
         if self.with_captions:
             batch["caption"] = captions
+        if self.caption_ids is not None:
+            batch["caption_ids"] = self.caption_ids(captions)
         return batch, errors
 
     def make_eval(self, start: int, stop: int, batch_size: int):
@@ -239,6 +243,7 @@ class Loader(BatchLoader):
       index: int32 [b], the record in the source.
       label: int32 [b], -1 where there is none.
       caption: list of b strings; only with captions.
+      caption_ids: int32 [b, L]; only with caption_ids, in training.
 
     Args:
       source: what `open_source` returns.
@@ -249,6 +254,7 @@ class Loader(BatchLoader):
       shuffle: False = the source's own order in every epoch.
       with_captions: a record without a caption is then a bad one.
       keep_captions: batches for evaluation have captions, "" where there is none.
+      caption_ids: captions → rows of ids, picklable; asks for `with_captions`.
 
     Raises:
       UserError: sizes that do not fit; later, when too many records are bad.
@@ -266,6 +272,7 @@ class Loader(BatchLoader):
         shuffle: bool = True,
         with_captions: bool = False,
         keep_captions: bool = False,
+        caption_ids: Callable[[list[str]], np.ndarray] | None = None,
     ):
         if not 0 <= shard_index < shard_count:
             raise ValueError(f"shard {shard_index} of {shard_count}")
@@ -275,7 +282,7 @@ class Loader(BatchLoader):
         self.source = source
         self.batch_size = batch_size
         batcher = Batcher(
-            source, data, batch_size, seed, shard_index, shard_count, shuffle, with_captions, keep_captions
+            source, data, batch_size, seed, shard_index, shard_count, shuffle, with_captions, keep_captions, caption_ids
         )
         super().__init__(data, batcher, f"images could not be {'used' if with_captions else 'decoded'}")
 

@@ -31,11 +31,14 @@ from ddt_jax.evaluation import (
     plots,
     probes,
     reconstruction,
+    retrieval,
     tables,
 )
 from ddt_jax.nn import inception, lpips
 from ddt_jax.tokenizers.acdit import ACDiT
 from ddt_jax.tokenizers.base import ImageTokenizer
+from ddt_jax.tokenizers.caption_ids import CaptionIds
+from ddt_jax.tokenizers.seed import SEED, Aligner
 from ddt_jax.training.progress import Progress
 
 _FINGERPRINT_RECORDS = 8  # spread over the source; of Parquet each costs a row group
@@ -91,7 +94,7 @@ class Evaluation:
     """
 
     results: dict[str, Any]
-    report: reconstruction.Report | autoencoding.Report | drawing.Report
+    report: reconstruction.Report | autoencoding.Report | drawing.Report | retrieval.Report
     counterfactuals: np.ndarray | None
     probes: dict[str, dict] | None
     entropies: dict[str, dict] | None
@@ -129,6 +132,7 @@ def evaluate(
     known: Callable[[], Loader],
     weights: Weights,
     progress: Progress,
+    captions: CaptionIds | None = None,
 ) -> Evaluation:
     """Runs all of it.
 
@@ -139,6 +143,7 @@ def evaluate(
       known: opens that of data.source, for what is learned from codes.
       weights: of `read_weights`.
       progress: counts the images of this process.
+      captions: what reads the captions of a model that knows them.
 
     Raises:
       UserError: if the batch does not divide over the mesh, or the data or a folder cannot be used.
@@ -153,15 +158,43 @@ def evaluate(
         if not e.verifier:
             left_out.append("scenes: evaluate.verifier is False")
         return Evaluation(report.results | {"left_out": left_out}, report, None, None, None)
+    found = {}
+    if isinstance(model, Aligner):
+        options = {"mesh": mesh, "progress": progress.update, "captions": captions}
+        report = _retrieve(model, params, extra, s, held_out, **options)
+        found = report.results
+        if not isinstance(model, SEED):
+            return Evaluation(
+                found | {"left_out": ["reconstruction: this stage has no codes"]}, report, None, None, None
+            )
+        if not model.draws:
+            left_out.append("reconstruction: this stage draws nothing")
+            results, probed, entropies = _read_codes(
+                model, params, extra, s, mesh, known, held_out.source, report, progress, left_out
+            )
+            return Evaluation(found | results | {"left_out": left_out}, report, None, probed, entropies)
     watching, swapping = _judges(model, params, extra, s, mesh, held_out.source, weights, left_out)
     # The pass asks for the second batch when it is done with the first, which is when all is compiled.
     compiling = progress.phase("compiling")
     options = {"mesh": mesh, "judges": watching, "progress": progress.update, "first_batch": compiling}
     report = reconstruct(model, params, extra, s, held_out, **options)
-    results, probed, entropies = dict(report.results), None, None
+    results = found | dict(report.results)
     if not isinstance(model, ImageTokenizer):
         return Evaluation(results | {"left_out": left_out}, report, None, None, None)
-    half = _known_codes(model, params, extra, s, mesh, known, held_out.source, progress, left_out)
+    of_codes, probed, entropies = _read_codes(
+        model, params, extra, s, mesh, known, held_out.source, report, progress, left_out
+    )
+    results |= of_codes
+    picture = swapping.picture() if swapping else None
+    if swapping and picture is None:
+        left_out.append("counterfactuals: the first batch holds less than two images")
+    return Evaluation(results | {"left_out": left_out}, report, picture, probed, entropies)
+
+
+def _read_codes(model, params, extra, s, mesh, known, source, report, progress, left_out):
+    """(results, probes, entropies) of what codes alone tell; see `Evaluation`."""
+    e, results, probed, entropies = s.evaluate, {}, None, None
+    half = _known_codes(model, params, extra, s, mesh, known, source, progress, left_out)
     if half is not None:
         codes_MK, labels_M = half
         order_K = _reading_order(model)
@@ -177,15 +210,12 @@ def evaluate(
             left_out.append(f"probes: {reason}")
         else:
             with progress.phase("probing"):
-                vectors_Vd = _code_vectors(model, extra, mesh)
+                vectors_Vd = _code_vectors(model, params, extra, mesh)
                 train = vectors_Vd[codes_MK[labelled_M]], labels_M[labelled_M]
                 test = vectors_Vd[codes_NK[labelled_N]], report.labels[labelled_N]
                 probed = probes.probe_prefixes(*train, *test, e.visible)
             results |= _probe_results(probed, train[1], test[1])
-    picture = swapping.picture() if swapping else None
-    if swapping and picture is None:
-        left_out.append("counterfactuals: the first batch holds less than two images")
-    return Evaluation(results | {"left_out": left_out}, report, picture, probed, entropies)
+    return results, probed, entropies
 
 
 def reconstruct(
@@ -200,14 +230,18 @@ def reconstruct(
     progress=None,
     first_batch=contextlib.nullcontext(),  # noqa: B008  it holds no state
     count: int = 0,
+    captions: CaptionIds | None = None,
 ) -> reconstruction.Report | autoencoding.Report | drawing.Report:
     """The pass over the held-out images alone. Arguments as in `evaluate` and `reconstruction.evaluate_reconstruction`.
 
     Args:
       first_batch: context in which the first batch is judged.
       count: of a model that draws: how many pictures are judged.
+      captions: what reads those of a model that knows them; of one that draws nothing yet, retrieval is the report.
     """
     e = s.evaluate
+    if isinstance(model, Aligner) and not getattr(model, "draws", False):
+        return _retrieve(model, params, extra, s, loader, mesh=mesh, progress=progress, captions=captions)
 
     def batches():
         made = loader.eval_batches(e.images, e.batch_size)
@@ -226,6 +260,12 @@ def reconstruct(
             return autoencoding.evaluate_autoencoder(model, params, batches(), e, **how)
         verifier = _verifier(loader.source) if e.verifier else None
         return reconstruction.evaluate_reconstruction(model, params, extra, batches(), e, verifier=verifier, **how)
+
+
+def _retrieve(model, params, extra, s, loader, *, mesh, captions, progress):
+    how = {"mesh": mesh, "progress": progress}
+    with jax.set_mesh(mesh):
+        return retrieval.evaluate_retrieval(model, params, extra, loader.source, s.data, s.evaluate, captions, **how)
 
 
 def _verifier(source):
@@ -337,11 +377,12 @@ def _no_probe(train_M, test_N) -> str:
     return ""
 
 
-def _code_vectors(model, extra, mesh) -> np.ndarray:
+def _code_vectors(model, params, extra, mesh) -> np.ndarray:
     """[V, d]."""
     codes_1V = np.arange(model.codebook_size, dtype=np.int32)[None]
     with jax.set_mesh(mesh):
-        return np.asarray(jax.jit(model.code_vectors, out_shardings=meshes.replicated(mesh))(extra, codes_1V))[0]
+        look_up = jax.jit(model.code_vectors, out_shardings=meshes.replicated(mesh))
+        return np.asarray(look_up(params, extra, codes_1V))[0]
 
 
 def _probe_results(probed, train_M, test_N) -> dict[str, Any]:

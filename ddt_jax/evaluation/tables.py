@@ -64,10 +64,27 @@ def drawing(results: dict[str, Any]) -> str:
     return _lines(lines)
 
 
+def retrieval(results: dict[str, Any]) -> str:
+    """How often images and captions find each other."""
+    n = results["retrieval_images"]
+    lines = [f"Retrieval among {n:,} images and captions; chance at 1 is {results['retrieval_chance']:.2%}.", ""]
+    lines += ["| | image to text at 1 / 5 / 10 | text to image at 1 / 5 / 10 | mean |", "|---|---:|---:|---:|"]
+    for name, found in results["retrieval"].items():
+        ways = (" / ".join(f"{x:.1%}" for x in found[way].values()) for way in ("image_to_text", "text_to_image"))
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(ways)} | {found['mean']:.1%} |")
+    if "code_cosine" in results:
+        used = f"{results['codebook_used']} of {results['codebook_size']} codes used"
+        lines += ["", f"{used}, perplexity {results['codebook_perplexity']:.1f};"]
+        lines += [f"cosine between vectors by embedding and by code {results['code_cosine']:.3f}."]
+    return _lines(lines)
+
+
 def evaluation(results: dict[str, Any]) -> str:
     """All that `ddt-jax evaluate` found, and what it left out."""
-    first = reconstruction if "psnr_by_tokens" in results else drawing if "diffusion" in results else autoencoder
-    parts = [first(results)]
+    firsts = {"psnr_by_tokens": reconstruction, "diffusion": drawing, "psnr": autoencoder}
+    parts = [next((first(results) for name, first in firsts.items() if name in results), "")]
+    if "retrieval" in results:
+        parts = [part for part in parts if part] + [retrieval(results)]
     if "probe_linear_by_tokens" in results:
         lines = ["| tokens | linear probe | k nearest neighbours |", "|---:|---:|---:|"]
         for k, value in results["probe_linear_by_tokens"].items():

@@ -28,6 +28,19 @@ from ddt_jax.settings.multimodal import (
     Transformer,
     UNetCoder,
 )
+from ddt_jax.settings.quantizer import Quantizer
+from ddt_jax.settings.seed import (
+    BLIP2_QFORMER,
+    NO_TOKEN,
+    SEED,
+    VIT_SIZES,
+    Contrast,
+    FlowHead,
+    QFormer,
+    TextTower,
+    ViT,
+    vit,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,27 +115,6 @@ class Schedule:
     logit_mean: float = 0.0  # logit_normal
     logit_std: float = 1.0  # logit_normal
     groups: int = 0  # tokens appear in so many equal groups, each at once; 0 = one by one
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantizer:
-    code_dim: int = 8
-    codebook_size: int = 512
-    decay: float = 0.95
-    revive_below: float = 0.03  # share of the uniform usage below which a code is moved to a current feature; 0 = never
-    commitment: float = 0.002  # must match the loss scale: see docs/tokenizer.md
-    normalize_input: Literal["none", "batch"] = (
-        "batch"  # batch: per query and dimension, running statistics at evaluation
-    )
-    norm_momentum: float = 0.05
-    diversity: float = 0.0  # weight of the loss for even usage of codes at each position (Selftok: 1.0); 0 = off
-    entropy_groups: int = 64  # diversity: runs of neighbouring tokens that share an entropy; at most num_tokens
-    entropy_ramp: tuple[float, float] = (0.1, 0.3)  # diversity: full weight below, none above this share of perplexity
-    revive_from: Literal["uniform", "perplexity"] = "uniform"  # perplexity: from positions that use few codes (Selftok)
-    revive_count: Literal["uniform", "threshold"] = "uniform"  # what a moved code starts with; threshold: Selftok's
-    init: Literal["first_batch", "when_varied"] = "first_batch"  # when codes are taken from the data
-    init_variance: float = 0.01  # when_varied: between images, of unit features of the same token
-    deterministic: bool = False  # sums without atomic additions, for equal bits on GPUs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,8 +416,8 @@ class Experiment:
     mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
     sequences: Sequences = field(default_factory=Sequences)  # of a multimodal transformer
-    model: DDTTokenizer | SelftokTokenizer | SpatialTokenizer | VAE | LinearTokenizer | ACDiT | Multimodal = field(
-        default_factory=DDTTokenizer
+    model: DDTTokenizer | SelftokTokenizer | SpatialTokenizer | VAE | LinearTokenizer | ACDiT | SEED | Multimodal = (
+        field(default_factory=DDTTokenizer)
     )
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)

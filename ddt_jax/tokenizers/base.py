@@ -18,7 +18,8 @@ from ddt_jax.nn.images import to_float as to_float  # how every tokenizer reads 
 from ddt_jax.nn.images import to_uint8 as to_uint8
 from ddt_jax.tokenizers.image_loss import ImageLoss
 
-# kind of the settings → module and class; imported when asked for, so that one tokenizer never pays for another.
+# kind of the settings → module and what makes the model there; imported when asked for, so that one tokenizer never
+# pays for another.
 _REGISTRY = {
     "ddt": ("ddt_jax.tokenizers.ddt", "DDTTokenizer"),
     "selftok": ("ddt_jax.tokenizers.ddt", "DDTTokenizer"),
@@ -26,6 +27,7 @@ _REGISTRY = {
     "vae": ("ddt_jax.tokenizers.vae", "VAE"),
     "linear": ("ddt_jax.tokenizers.linear", "LinearTokenizer"),
     "acdit": ("ddt_jax.tokenizers.acdit", "ACDiT"),
+    "seed": ("ddt_jax.tokenizers.seed", "make_seed"),
 }
 
 
@@ -43,6 +45,7 @@ class ImageModel(abc.ABC):
       inherited: names of parts of the state ("params/encoder") that this model does not train, and that have to come
         from another run.
       classes: how many labels its images have; 0: it is not told labels.
+      caption_length: how many ids of a caption a batch has; 0: it is not told captions.
     """
 
     image_size: int
@@ -51,6 +54,7 @@ class ImageModel(abc.ABC):
     image_loss: ImageLoss | None = None
     inherited: tuple[str, ...] = ()
     classes: int = 0
+    caption_length: int = 0
 
     @abc.abstractmethod
     def init(self, rng) -> tuple[Any, Any]:
@@ -69,7 +73,7 @@ class ImageModel(abc.ABC):
           extra: state as it was before the step.
           batch: `image` uint8 [b, H, W, 3] and `slot` int32 [b], the rows of the global batch these images are. In the
             place of images a tokenizer on latents takes `latent_mean` and `latent_logvar` [b, h, w, c]. With `classes`
-            also `label` int32 [b], -1 for none.
+            also `label` int32 [b], -1 for none; with `caption_length` also `caption_ids` int32 [b, L].
           rng: the step's key, the same in all micro-batches.
 
         Returns:
@@ -95,12 +99,14 @@ class ImageTokenizer(ImageModel):
       codebook_size: how many codes there are.
       token_order: of codes as `encode` gives them: "coarse_to_fine", "fine_to_coarse", or "none".
       code_parts: names of the parts of the state ("params/encoder") that codes come from; () = all of it.
+      draws: whether it decodes; one that is trained in stages may not do so yet.
     """
 
     num_tokens: int
     codebook_size: int
     token_order: str = "none"
     code_parts: tuple[str, ...] = ()
+    draws: bool = True
 
     @abc.abstractmethod
     def encode(self, params, extra, images_BHWC):
@@ -118,8 +124,9 @@ class ImageTokenizer(ImageModel):
           steps: solver steps, static; None: the setting.
         """
 
-    def code_vectors(self, extra, codes_BK):
+    def code_vectors(self, params, extra, codes_BK):
         """What the decoder is given for codes: float [B, K, d]."""
+        del params
         return self.quantizer.lookup(extra["codebook"], codes_BK)
 
 

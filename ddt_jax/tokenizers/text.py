@@ -14,6 +14,7 @@ from ddt_jax.errors import UserError
 
 _SPACE = "\u2581"  # sentencepiece's stand-in for a space; as a character of the text it needs care
 _STAND_INS = [chr(c) for c in range(0xF8F0, 0xF900)]  # private use: no model has pieces for them
+_FILES = ("tokenizer.json", "tokenizer.model")  # by what a folder that holds one calls it
 # Usual names of special tokens, by what the vocabulary calls them.
 _USUAL = {
     "BOS": ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]"),
@@ -144,7 +145,7 @@ def open_text_tokenizer(path) -> TextTokenizer:
 
     path = epath.Path(path)
     if path.is_dir():
-        path = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()), path)
+        path = next((path / name for name in _FILES if (path / name).exists()), path)
         if path.is_dir():
             raise UserError(f"text: {path} holds no tokenizer.json and no tokenizer.model; name the file")
     if not path.exists():
@@ -154,6 +155,24 @@ def open_text_tokenizer(path) -> TextTokenizer:
         return HuggingFace(data) if data[:1] == b"{" else SentencePiece(data)
     except UserError as error:
         raise UserError(f"{error}: {path}") from None
+
+
+def holds_text_tokenizer(folder) -> bool:
+    """Whether `save_text_tokenizer` has been there, or someone who names files likewise."""
+    from etils import epath
+
+    return any((epath.Path(folder) / name).exists() for name in _FILES)
+
+
+def save_text_tokenizer(text: TextTokenizer, folder) -> None:
+    """Writes its file, byte for byte, where `open_text_tokenizer` finds it."""
+    from etils import epath
+
+    from ddt_jax.io import atomic
+
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_bytes(folder / _FILES[text.data[:1] != b"{"], text.data)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path=None) -> SentencePiece:

@@ -27,7 +27,13 @@ from ddt_jax.multimodal.model import make_multimodal
 from ddt_jax.multimodal.records import RecordDocuments
 from ddt_jax.multimodal.sequence import ImageForm
 from ddt_jax.multimodal.vocabulary import Vocabulary
-from ddt_jax.tokenizers.text import TextTokenizer, open_text_tokenizer, train_sentencepiece
+from ddt_jax.tokenizers.text import (
+    TextTokenizer,
+    holds_text_tokenizer,
+    open_text_tokenizer,
+    save_text_tokenizer,
+    train_sentencepiece,
+)
 from ddt_jax.training import weights
 
 _FOLDER, _VOCABULARY = "text", "vocabulary.json"
@@ -167,9 +173,7 @@ def load(workdir: str, s: settings.Experiment) -> Corpus:
 def save(workdir, corpus: Corpus) -> None:
     """Writes what `load` reads."""
     folder = epath.Path(workdir) / _FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "tokenizer.json" if corpus.text.data[:1] == b"{" else "tokenizer.model"
-    atomic.write_bytes(folder / name, corpus.text.data)
+    save_text_tokenizer(corpus.text, folder)
     atomic.write_text(folder / _VOCABULARY, corpus.vocabulary.to_json())
 
 
@@ -227,7 +231,7 @@ def _of_weights(init_from: str) -> TextTokenizer | None:
     """The text tokenizer that lies with a multimodal run or with imported weights; None: there is none."""
     for name in (_FOLDER, weights.BESIDE) if init_from else ():
         folder = epath.Path(init_from) / name
-        if any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
+        if holds_text_tokenizer(folder):
             return open_text_tokenizer(folder)
     return None
 

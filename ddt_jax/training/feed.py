@@ -11,7 +11,8 @@ from ddt_jax import settings
 from ddt_jax.data.base import open_source
 from ddt_jax.data.loader import BatchLoader, Loader
 from ddt_jax.errors import UserError
-from ddt_jax.training import corpus, latents
+from ddt_jax.tokenizers.caption_ids import CaptionIds
+from ddt_jax.training import captions, corpus, latents
 from ddt_jax.training.tokenizer_step import STOP
 
 
@@ -39,6 +40,7 @@ class Feed(Protocol):
 class ImageFeed:
     settings: settings.Experiment
     loader: Loader
+    captions: CaptionIds | None = None  # of a model that knows captions
 
     @property
     def description(self):
@@ -50,7 +52,8 @@ class ImageFeed:
             _check_labels(self.loader, model.classes)
 
     def save(self, workdir):
-        return
+        if self.captions is not None:
+            captions.save(workdir, self.captions)
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,28 @@ def open_feed(s: settings.Experiment, workdir: str) -> Feed:
     if isinstance(s.model, settings.Multimodal):
         s, found = corpus.resolve(s, workdir)
         return RowFeed(s, corpus.open_rows(s, found, s.sequences.sources), found)
+    if isinstance(s.model, settings.SEED):
+        return _seed_feed(s, workdir)
     return ImageFeed(s, open_images(s, s.data.source))
 
 
-def open_images(s: settings.Experiment, spec: str, batch_size: int = 0) -> Loader:
+def _seed_feed(s: settings.Experiment, workdir: str) -> ImageFeed:
+    """Only the first stage reads captions; the others keep what reads them, for evaluation."""
+    ids = captions.resolve(s, workdir)
+    loader = open_images(s, s.data.source, caption_ids=ids if s.model.stage == "align" else None)
+    if getattr(loader.source, "arrays", None):
+        raise UserError(
+            f"config: model.kind='seed' reads images, and data.source={s.data.source} has none; name theirs"
+        )
+    return ImageFeed(s, loader, ids)
+
+
+def open_images(s: settings.Experiment, spec: str, batch_size: int = 0, caption_ids=None) -> Loader:
     """The loader of a source of images for this process.
 
     Args:
       batch_size: over all processes; 0: train.batch_size.
+      caption_ids: see `Loader`; None: captions are not read.
 
     Raises:
       UserError: if the source cannot be opened, or the batch does not divide among the processes.
@@ -109,6 +126,8 @@ def open_images(s: settings.Experiment, spec: str, batch_size: int = 0) -> Loade
         seed=s.seed,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
+        with_captions=caption_ids is not None,
+        caption_ids=caption_ids,
     )
 
 
@@ -124,6 +143,8 @@ def batch_shapes(s: settings.Experiment, model) -> dict:
         shapes = {"image": ((n, s.data.image_size, s.data.image_size, 3), jnp.uint8)}
     if not isinstance(s.model, settings.Multimodal) and model.classes:
         shapes["label"] = ((n,), jnp.int32)
+    if length := getattr(model, "caption_length", 0):
+        shapes["caption_ids"] = ((n, length), jnp.int32)
     return shapes | {"slot": ((n,), jnp.int32), STOP: ((n,), jnp.int32)}
 
 

@@ -134,8 +134,8 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) 
     if not s.init_from:
         if model.inherited:
             raise UserError(
-                f"config: model.stage={s.model.stage!r} trains a decoder for codes that stand; "
-                "set init_from to the workdir of the run that made them"
+                f"config: model.stage={s.model.stage!r} goes on from what another run has learned, which stands; "
+                "set init_from to the workdir of that run"
             )
         return None
     if isinstance(s.model, settings.Multimodal) and weights.holds(s.init_from):
@@ -144,7 +144,9 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) 
     if not checkpoint.saved_steps(s.init_from):
         raise UserError(f"init_from: {s.init_from} has no checkpoint yet; train that run first")
     differing = config.difference(config.dump(theirs), config.dump(s))
-    if model.inherited and (differing := [name for name in differing if name.startswith(config.CODES)]):
+    # A codebook that is trained here may be another one than there.
+    decisive = config.CODES if "extra/codebook" in model.inherited else config.ENCODER
+    if model.inherited and (differing := [name for name in differing if name.startswith(decisive)]):
         raise UserError(
             f"init_from: {s.init_from} makes other codes than this run would; set as there: {', '.join(differing)}"
         )
