@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ddt_jax.data import images
+from ddt_jax.data import images, videos
 from ddt_jax.data.base import BadRecord, Source
 from ddt_jax.data.permutation import Permutation, keyed_generator, keyed_integers
 from ddt_jax.errors import UserError
@@ -68,7 +68,7 @@ class Batcher:
             slot = int(slots[row])
             for attempt in range(1, MAX_ATTEMPTS + 1):
                 rng = None
-                if self.data.flip or self.data.crop == "random":
+                if self.data.flip or "random" in (self.data.crop, self.data.clip_start):
                     rng = keyed_generator("augment", self.seed, step, slot)
                 try:
                     captions.append(self._fill(batch, row, int(index), rng))
@@ -115,6 +115,8 @@ class Batcher:
         if arrays := self._arrays:
             for name in arrays:
                 batch[name][row] = record[name]
+        elif self.data.frames:
+            batch["video"][row] = videos.prepare(record["video"], self.data, rng)
         else:
             batch["image"][row] = images.prepare(record["image"], self.data, rng)
         batch["label"][row] = record.get("label", -1)
@@ -127,7 +129,8 @@ class Batcher:
 
     def _empty(self, slots) -> dict[str, Any]:
         size = self.data.image_size
-        arrays = self._arrays or {"image": ((size, size, 3), np.uint8)}
+        pictures = {"video": (self.data.frames, size, size, 3)} if self.data.frames else {"image": (size, size, 3)}
+        arrays = self._arrays or {name: (shape, np.uint8) for name, shape in pictures.items()}
         return {name: np.zeros((len(slots), *shape), dtype) for name, (shape, dtype) in arrays.items()} | {
             "slot": slots.astype(np.int32),
             "index": np.zeros(len(slots), np.int32),
@@ -234,14 +237,15 @@ class Loader(BatchLoader):
     """Batches of a source for one host.
 
     A batch is a dict of NumPy arrays, rows of this host only (b = batch_size / shard_count):
-      image: uint8 [b, S, S, 3]; or the arrays that the source has in the place of images.
+      image: uint8 [b, S, S, 3]; with data.frames video, uint8 [b, T, S, S, 3]; or the arrays that the source has in
+        the place of images.
       slot: int32 [b], the row inside the global batch.
       index: int32 [b], the record in the source.
       label: int32 [b], -1 where there is none.
       caption: list of b strings; only with captions.
 
     Args:
-      source: what `open_source` returns.
+      source: what `open_source` returns; of clips if data.frames says so.
       data: crop, flip, limits, threads, workers, prefetch.
       batch_size: rows of the global batch.
       seed: of the order and of augmentation.
