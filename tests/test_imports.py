@@ -19,7 +19,7 @@ PACKAGE = ROOT / "ddt_jax"
 LAYERS = [
     {"cli"},
     {"exchange", "judging", "ledger", "tokenize"},
-    {"speaking"},
+    {"drawings", "speaking"},
     {"experiment"},
     {"scaling", "evaluation", "interop"},
     {"training"},

@@ -43,6 +43,7 @@ class Batcher:
     shuffle: bool
     with_captions: bool
     keep_captions: bool = False  # those that there are, in batches for evaluation
+    caption_bytes: int = 0  # captions as arrays, of so many bytes
 
     def slots(self, batch_size):
         """The rows of a global batch that this host makes."""
@@ -85,6 +86,8 @@ class Batcher:
                 )
         if self.with_captions:
             batch["caption"] = captions
+        if self.caption_bytes:
+            batch["text"] = as_bytes(captions, self.caption_bytes)
         return batch, errors
 
     def make_eval(self, start: int, stop: int, batch_size: int):
@@ -104,14 +107,18 @@ class Batcher:
                 errors.append((self.source.describe(int(index)), str(error)))
         if self.with_captions or self.keep_captions:
             batch["caption"] = captions
+        if self.caption_bytes:
+            batch["text"] = as_bytes(captions, self.caption_bytes)
         return batch, errors
 
     def _fill(self, batch, row, index, rng):
         """Puts one record into its row and returns its caption. Raises BadRecord and leaves the row as it was."""
         record = self.source[index]
         caption = record.get("caption", "")
-        if self.with_captions and not caption:
+        if (self.with_captions or self.caption_bytes) and not caption:
             raise BadRecord("no caption")
+        if self.caption_bytes and (length := len(caption.encode())) > self.caption_bytes:
+            raise BadRecord(f"a caption of {length} bytes, more than model.caption_bytes={self.caption_bytes}")
         if arrays := self._arrays:
             for name in arrays:
                 batch[name][row] = record[name]
@@ -136,6 +143,15 @@ class Batcher:
             "index": np.zeros(len(slots), np.int32),
             "label": np.full(len(slots), -1, np.int32),
         }
+
+
+def as_bytes(texts: list[str], length: int) -> np.ndarray:
+    """Texts as UTF-8, zeros behind them: uint8 [n, length]. They must fit."""
+    table = np.zeros((len(texts), length), np.uint8)
+    for row, text in zip(table, texts, strict=True):
+        encoded = np.frombuffer(text.encode(), np.uint8)
+        row[: len(encoded)] = encoded
+    return table
 
 
 class _EvalBatches:
@@ -243,6 +259,7 @@ class Loader(BatchLoader):
       index: int32 [b], the record in the source.
       label: int32 [b], -1 where there is none.
       caption: list of b strings; only with captions.
+      text: the same as `as_bytes`; only with caption_bytes.
 
     Args:
       source: what `open_source` returns; of clips if data.frames says so.
@@ -253,6 +270,7 @@ class Loader(BatchLoader):
       shuffle: False = the source's own order in every epoch.
       with_captions: a record without a caption is then a bad one.
       keep_captions: batches for evaluation have captions, "" where there is none.
+      caption_bytes: Z of `text`; a record without a caption, or with a longer one, is then a bad one.
 
     Raises:
       UserError: sizes that do not fit; later, when too many records are bad.
@@ -270,6 +288,7 @@ class Loader(BatchLoader):
         shuffle: bool = True,
         with_captions: bool = False,
         keep_captions: bool = False,
+        caption_bytes: int = 0,
     ):
         if not 0 <= shard_index < shard_count:
             raise ValueError(f"shard {shard_index} of {shard_count}")
@@ -279,9 +298,20 @@ class Loader(BatchLoader):
         self.source = source
         self.batch_size = batch_size
         batcher = Batcher(
-            source, data, batch_size, seed, shard_index, shard_count, shuffle, with_captions, keep_captions
+            source,
+            data,
+            batch_size,
+            seed,
+            shard_index,
+            shard_count,
+            shuffle,
+            with_captions,
+            keep_captions,
+            caption_bytes,
         )
-        super().__init__(data, batcher, f"images could not be {'used' if with_captions else 'decoded'}")
+        super().__init__(
+            data, batcher, f"images could not be {'used' if with_captions or caption_bytes else 'decoded'}"
+        )
 
     def eval_batches(self, n: int, batch_size: int):
         """The first n records of the fixed order (fewer if the source has fewer), each once.

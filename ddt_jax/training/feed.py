@@ -103,12 +103,13 @@ def open_images(s: settings.Experiment, spec: str, batch_size: int = 0) -> Loade
       UserError: if the source cannot be opened, or the batch does not divide among the processes.
     """
     return Loader(
-        open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir),
+        open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir, clips=s.data.frames > 0),
         s.data,
         batch_size=batch_size or s.train.batch_size,
         seed=s.seed,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
+        caption_bytes=getattr(s.model, "caption_bytes", 0),
     )
 
 
@@ -121,9 +122,13 @@ def batch_shapes(s: settings.Experiment, model) -> dict:
         shape, dtype = latents.layout(model.codec, s.data.image_size)
         shapes = dict.fromkeys(("latent_mean", "latent_logvar"), ((n, *shape), jnp.dtype(dtype)))
     else:
-        shapes = {"image": ((n, s.data.image_size, s.data.image_size, 3), jnp.uint8)}
+        picture = (s.data.image_size, s.data.image_size, 3)
+        of = {"video": (s.data.frames, *picture)} if s.data.frames else {"image": picture}
+        shapes = {name: ((n, *shape), jnp.uint8) for name, shape in of.items()}
     if not isinstance(s.model, settings.Multimodal) and model.classes:
         shapes["label"] = ((n,), jnp.int32)
+    if length := getattr(s.model, "caption_bytes", 0):
+        shapes["text"] = ((n, length), jnp.uint8)
     return shapes | {"slot": ((n,), jnp.int32), STOP: ((n,), jnp.int32)}
 
 
