@@ -47,6 +47,7 @@ EXTRAS = {
     "gcs": ["etils[epath-gcs]>=1.15,<2"],
     "s3": ["etils[epath-s3]>=1.15,<2"],
     "tokenizers": ["tokenizers>=0.23.1,<0.24"],
+    "video": ["av>=18.1,<19"],
     "wandb": ["wandb>=0.31,<1"],
     # Oracles that tests compare with, and the tests themselves.
     "torch": ["torch>=2.13,<3"],

@@ -4,9 +4,12 @@ All as in acdit_scenes.py but the data, its ten classes and the guidance of the 
 """
 
 from ddt_jax import config
+from ddt_jax.errors import UserError
 
 
 def get_config(variant="ddpm"):
+    if variant == "captions":
+        raise UserError("config: acdit_cifar10 has no variant 'captions', as its images have none; leave it out")
     c = config.sibling(__file__, "acdit_scenes").get_config(variant)
     c.name = f"acdit_cifar10_{variant}"
     c.data.source = "parquet:${DDT_JAX_DATA}/cifar10/train-0000[0-3]-of-00005.parquet"

@@ -1,13 +1,14 @@
 """ACDiT on scenes at 32 px, in pixels: four blocks, each denoised beside the clean ones. Hardware: 2 CPU cores.
 
 Images are told how many objects they show. Variants: "ddpm" (linear β, predicts the noise, as published), "flow"
-(rectified flow), "dit" (one block, which is a DiT), "tokens" (64 blocks of one token).
+(rectified flow), "dit" (one block, which is a DiT), "tokens" (64 blocks of one token), "captions" (told captions in the
+place of counts).
 """
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 
-BLOCKS = {"ddpm": 16, "flow": 16, "dit": 64, "tokens": 1}  # tokens of a block
+BLOCKS = {"ddpm": 16, "flow": 16, "dit": 64, "tokens": 1, "captions": 16}  # tokens of a block
 
 
 def get_config(variant="ddpm"):
@@ -22,7 +23,8 @@ def get_config(variant="ddpm"):
         depth=4,
         width=96,
         heads=4,
-        classes=4,  # no object to three
+        classes=0 if variant == "captions" else 4,  # no object to three
+        caption_bytes=192 if variant == "captions" else 0,  # the longest has 181
         codec=settings.IdentityCodec(),
     )
     published = settings.DDPM(schedule="linear", solver="dpmpp_2m", solver_steps=25, clip=1.0)

@@ -109,13 +109,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="PNG", help="where the picture goes (default: WORKDIR/reconstruct.png)")
     p = verb(
         "generate",
-        "draw prompts, describe pictures and change pictures with a trained transformer",
+        "draw prompts, describe and change pictures with a trained transformer; draw classes with a model that draws",
         workdir=True,
         report=True,
         more="Codes need their tokenizer: sequences.tokenizer of the run, or --config.sequences.tokenizer=DIR. How "
         "tokens are drawn: --config.evaluate.text_to_image.NAME=VALUE (guidance, temperature, top_k, top_p, min_p), "
         "image_to_text for texts; how images are denoised: its guidance, and --config.model.image.diffusion.NAME=VALUE "
         "(solver, solver_steps). The same seed gives the same picture: --config.evaluate.seed=N.",
+    )
+    p.add_argument(
+        "--class", action="append", default=[], metavar="CLASS", dest="classes", help="draw this class: name or number"
+    )
+    p.add_argument(
+        "--frames", type=int, default=0, metavar="N", help="of clips that are drawn (as many as were learned)"
     )
     p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="draw this; can be repeated")
     p.add_argument("--prompts", default="", metavar="FILE", help="draw these: one on a line, or a benchmark's own file")
@@ -335,8 +341,23 @@ def _tokenize(args, overrides) -> int:
 
 
 def _generate(args, overrides) -> int:
-    from ddt_jax import speaking
+    from ddt_jax import drawings, speaking
 
+    if drawings.draws(args.workdir):
+        if any([args.prompts, args.caption, args.edit, args.go_on, args.force_image]):
+            raise UserError(f"generate: {args.workdir} only draws; give --class or --prompt, or neither")
+        how = {
+            "classes": args.classes,
+            "prompts": args.prompt,
+            "samples": args.samples,
+            "frames": args.frames,
+            "out": args.out,
+        }
+        result = drawings.generate(args.workdir, overrides=overrides, **how)
+        _report(args, result, "\n".join(f"written: {path}" for path in result["written"]))
+        return 0
+    if args.classes or args.frames:
+        raise UserError(f"generate: {args.workdir} is told texts, not --class and --frames; give --prompt TEXT")
     result = speaking.generate(
         args.workdir,
         prompt=args.prompt,

@@ -261,6 +261,7 @@ def _check(e: settings.Experiment):
         "data.image_size": d.image_size,
         "data.prefetch": d.prefetch,
         "data.threads": d.threads,
+        "data.frame_step": d.frame_step,
         "model.num_tokens": getattr(m, "num_tokens", 1),
         "model.quantizer.codebook_size": quantizer.codebook_size,
         "model.quantizer.code_dim": quantizer.code_dim,
@@ -283,6 +284,7 @@ def _check(e: settings.Experiment):
         "evaluate.pictures": e.evaluate.pictures,
         "evaluate.probe_images": e.evaluate.probe_images,
         "evaluate.counterfactuals": e.evaluate.counterfactuals,
+        "data.frames": d.frames,
     }.items():
         need(value >= 0, f"{key} must not be negative, got {value}")
     for key, s in {"text_to_image": e.evaluate.text_to_image, "image_to_text": e.evaluate.image_to_text}.items():

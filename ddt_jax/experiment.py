@@ -147,7 +147,7 @@ def make_model(s: settings.Experiment):
     """The model of a run, no arrays. Raises UserError if its settings do not go together."""
     if isinstance(s.model, settings.Multimodal):
         return make_multimodal(s.model, s.data.image_size)
-    return make_tokenizer(s.model, s.data.image_size, s.train.batch_size)
+    return make_tokenizer(s.model, s.data.image_size, s.train.batch_size, s.data.frames)
 
 
 def abstract_batch(built: Built) -> dict:
@@ -337,6 +337,10 @@ def write_latents(s: settings.Experiment, folder: str, *, per_shard: int = 4096)
 
     What is there already of an earlier call stays. Returns and raises as `training.latents.write`.
     """
+    if s.data.frames:
+        raise UserError(
+            f"latents: of clips (data.frames={s.data.frames}) none are kept; the codec runs in the train step"
+        )
     built, size = build(s), s.evaluate.batch_size
     meshes.check_batch(size, built.mesh, "evaluate.batch_size")
     latents.identity(built.model, s.data)  # refuses before weights are read
@@ -358,7 +362,9 @@ def look_at_data(s: settings.Experiment, split: str, count: int, out: str) -> di
     batch = loader.batch_at(0)
     seconds = time.perf_counter() - start
     captions = [str(source[int(i)].get("caption", "")) for i in batch["index"]]
-    pictures.save_png(pictures.grid(batch["image"], captions if any(captions) else None), out)
+    texts = captions if any(captions) else None
+    shown = pictures.contact_sheet(batch["video"], texts) if s.data.frames else pictures.grid(batch["image"], texts)
+    pictures.save_png(shown, out)
     return {
         "source": source.name,
         "images": len(source),

@@ -21,7 +21,7 @@ LAYERS = [
     {"cli_scaling"},
     {"fitting", "reporting", "sweeping"},
     {"exchange", "inspection", "judging", "ledger", "planning", "replaying", "tokenize"},
-    {"speaking"},
+    {"drawings", "speaking"},
     {"experiment"},
     {"scaling", "evaluation", "interop"},
     {"training"},

@@ -16,9 +16,11 @@ class BadRecord(Exception):  # noqa: N818  not an error of the program: the reco
 
 
 class Record(TypedDict, total=False):
-    """One example. Only `image`, or its latent, is always there; what a source does not know is absent, never empty.
+    """One example. Only `image`, `video`, or its latent is always there; what a source does not know is absent, never
+    empty.
 
     image: encoded bytes, or uint8 [H, W, 3].
+    video: in place of an image, a `data.videos.Clip`.
     latent_mean, latent_logvar: in place of an image, float [h, w, c].
     caption: non-empty text.
     label: class number.
@@ -26,6 +28,7 @@ class Record(TypedDict, total=False):
     """
 
     image: Any
+    video: Any
     latent_mean: Any
     latent_logvar: Any
     caption: str
@@ -40,7 +43,8 @@ class Source(Protocol):
       name: the spec's short form, for messages.
       label_names: class names by number, or None.
 
-    One whose records hold arrays in place of an image says so in `arrays`: name → (shape, type).
+    One whose records hold arrays in place of an image says so in `arrays`: name → (shape, type); one whose records hold
+    a `video`, in `clips`.
     """
 
     name: str
@@ -66,6 +70,7 @@ class CaptionFromLabel:
         self.source = source
         self.name = source.name
         self.label_names = source.label_names
+        self.clips = getattr(source, "clips", False)
 
     def __len__(self):
         return len(self.source)
@@ -94,8 +99,11 @@ OPTIONS = {
     "scenes": (),
     "scenes_edits": (),
     "digits": ("caption",),
+    "video": ("caption",),
+    "moving_scenes": (),
 }
 SPLITS = {"scenes": ("train", "heldout"), "scenes_edits": ("train", "heldout"), "digits": ("train", "test")}
+SPLITS |= {"moving_scenes": ("train", "heldout")}
 
 # `?` is a wildcard too, so only `?key=value` at the very end counts as options.
 _OPTIONS_AT_END = re.compile(r"^(?P<rest>.*?)\?(?P<options>[a-z_]+=[^&?]*(?:&[a-z_]+=[^&?]*)*)$", re.DOTALL)
@@ -141,7 +149,7 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     return kind, rest, options
 
 
-def open_source(spec: str, *, image_size: int = 32, cache_dir: str = "") -> Source:
+def open_source(spec: str, *, image_size: int = 32, cache_dir: str = "", clips: bool = False) -> Source:
     """Opens a source.
 
     Args:
@@ -149,9 +157,10 @@ def open_source(spec: str, *, image_size: int = 32, cache_dir: str = "") -> Sour
         class names.
       image_size: side of the pictures that embedded sources draw.
       cache_dir: where offset indices and local copies live; "" = $XDG_CACHE_HOME/ddt_jax.
+      clips: whether its records are to hold clips, or images.
 
     Raises:
-      UserError: the spec is wrong, nothing matches it, or the data lack what it needs.
+      UserError: the spec is wrong, nothing matches it, it holds the other of the two, or the data lack what it needs.
     """
     from ddt_jax.data import files
 
@@ -198,6 +207,17 @@ def open_source(spec: str, *, image_size: int = 32, cache_dir: str = "") -> Sour
             from ddt_jax.data.scenes_edits import EditsSource
 
             source = EditsSource(rest, image_size)
+        case "video":
+            from ddt_jax.data.video_folder import VideoFolderSource
+
+            source = VideoFolderSource(rest)
+        case "moving_scenes":
+            from ddt_jax.data.moving_scenes import MovingScenesSource
+
+            source = MovingScenesSource(rest, image_size)
+    if getattr(source, "clips", False) != clips:
+        holds, way = ("images, not clips", "=0") if clips else ("clips", ", how many frames of each are learned")
+        raise UserError(f"data: {spec} holds {holds}; set data.frames{way}")
     if not len(source):
         raise UserError(f"data: {spec} holds no images")
     return CaptionFromLabel(source) if from_label else source

@@ -3,6 +3,7 @@
 Whatever Pillow can open becomes plain 8-bit RGB or a BadRecord: never a guess, never a grey picture.
 """
 
+import contextlib
 import io
 import warnings
 
@@ -46,15 +47,17 @@ def prepare(image, data: Data, rng: np.random.Generator | None = None):
       BadRecord: corrupt, too large, too small, or of a kind that has no plain RGB reading.
     """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise BadRecord(f"array of {image.dtype} {list(image.shape)} is not an image")
-        _check_size(image.shape[1], image.shape[0], data)
+        check_array(image, data)
     else:
         image = decode(image, data)
-    image = _fit(image, data, rng)
-    if data.flip and rng is not None and rng.random() < 0.5:
-        image = image[:, ::-1]
-    return np.ascontiguousarray(image)
+    return fit(image[None], data, rng)[0]
+
+
+def check_array(image, data: Data):
+    """Raises BadRecord unless it is uint8 [H, W, 3] of a size that the settings allow."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise BadRecord(f"array of {image.dtype} {list(image.shape)} is not an image")
+    _check_size(image.shape[1], image.shape[0], data)
 
 
 def decode(encoded: bytes, data: Data):
@@ -63,13 +66,18 @@ def decode(encoded: bytes, data: Data):
     Raises:
       BadRecord: see `prepare`.
     """
+    with opened(encoded) as image:
+        return rgb(image, data)
+
+
+@contextlib.contextmanager
+def opened(encoded: bytes):
+    """A Pillow image, nothing of it decoded; what goes wrong with it inside becomes a BadRecord."""
     kind = "image"
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             kind = image.format
-            _check_size(*image.size, data)
-            image.load()
-            return _to_rgb(_upright(image), data.background)
+            yield image
     except BadRecord:
         raise
     except Image.UnidentifiedImageError:
@@ -80,6 +88,13 @@ def decode(encoded: bytes, data: Data):
         if any(word in str(error).lower() for word in ("truncated", "unexpected end", "eof")):
             raise BadRecord(f"truncated {kind}") from None
         raise BadRecord(f"corrupt {kind} ({error})") from None
+
+
+def rgb(image, data: Data):
+    """The frame at which an opened image stands: uint8 [H, W, 3], upright."""
+    _check_size(*image.size, data)
+    image.load()
+    return _to_rgb(_upright(image), data.background)
 
 
 def _check_size(width: int, height: int, data: Data):
@@ -118,10 +133,9 @@ def _over(image, background):
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
-def _fit(image, data: Data, rng):
-    """Crop and antialiased resize of uint8 [H, W, 3] to the model's size."""
-    size = data.image_size
-    height, width = image.shape[:2]
+def fit(images, data: Data, rng=None):
+    """Crop, antialiased resize and flip of uint8 [T, H, W, 3], the same for all, to the model's size; see `prepare`."""
+    height, width = images.shape[1:3]
     side = min(height, width)
     if data.crop == "stretch":
         left, top, crop_width, crop_height = 0, 0, width, height
@@ -131,8 +145,14 @@ def _fit(image, data: Data, rng):
     else:
         left, top = (width - side) // 2, (height - side) // 2
         crop_width = crop_height = side
-    image = image[top : top + crop_height, left : left + crop_width]
-    if image.shape[:2] == (size, size):
-        return image
+    images = images[:, top : top + crop_height, left : left + crop_width]
+    if images.shape[1:3] != (data.image_size, data.image_size):
+        images = np.stack([_resized(image, data.image_size) for image in images])
+    if data.flip and rng is not None and rng.random() < 0.5:
+        images = images[:, :, ::-1]
+    return np.ascontiguousarray(images)
+
+
+def _resized(image, size):
     # Pillow widens the bicubic kernel by the scale when it shrinks an image, which is the antialiasing.
     return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((size, size), Image.Resampling.BICUBIC))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ddt_jax.data import images
+from ddt_jax.data import images, videos
 from ddt_jax.data.base import BadRecord, Source
 from ddt_jax.data.permutation import Permutation, keyed_generator, keyed_integers
 from ddt_jax.errors import UserError
@@ -45,6 +45,7 @@ class Batcher:
     with_captions: bool
     keep_captions: bool = False  # those that there are, in batches for evaluation
     caption_ids: Callable[[list[str]], np.ndarray] | None = None  # captions → rows of training batches
+    caption_bytes: int = 0  # captions as arrays, of so many bytes
 
     def slots(self, batch_size):
         """The rows of a global batch that this host makes."""
@@ -70,7 +71,7 @@ class Batcher:
             slot = int(slots[row])
             for attempt in range(1, MAX_ATTEMPTS + 1):
                 rng = None
-                if self.data.flip or self.data.crop == "random":
+                if self.data.flip or "random" in (self.data.crop, self.data.clip_start):
                     rng = keyed_generator("augment", self.seed, step, slot)
                 try:
                     captions.append(self._fill(batch, row, int(index), rng))
@@ -89,6 +90,8 @@ class Batcher:
             batch["caption"] = captions
         if self.caption_ids is not None:
             batch["caption_ids"] = self.caption_ids(captions)
+        if self.caption_bytes:
+            batch["text"] = as_bytes(captions, self.caption_bytes)
         return batch, errors
 
     def make_eval(self, start: int, stop: int, batch_size: int):
@@ -108,17 +111,23 @@ class Batcher:
                 errors.append((self.source.describe(int(index)), str(error)))
         if self.with_captions or self.keep_captions:
             batch["caption"] = captions
+        if self.caption_bytes:
+            batch["text"] = as_bytes(captions, self.caption_bytes)
         return batch, errors
 
     def _fill(self, batch, row, index, rng):
         """Puts one record into its row and returns its caption. Raises BadRecord and leaves the row as it was."""
         record = self.source[index]
         caption = record.get("caption", "")
-        if self.with_captions and not caption:
+        if (self.with_captions or self.caption_bytes) and not caption:
             raise BadRecord("no caption")
+        if self.caption_bytes and (length := len(caption.encode())) > self.caption_bytes:
+            raise BadRecord(f"a caption of {length} bytes, more than model.caption_bytes={self.caption_bytes}")
         if arrays := self._arrays:
             for name in arrays:
                 batch[name][row] = record[name]
+        elif self.data.frames:
+            batch["video"][row] = videos.prepare(record["video"], self.data, rng)
         else:
             batch["image"][row] = images.prepare(record["image"], self.data, rng)
         batch["label"][row] = record.get("label", -1)
@@ -131,12 +140,22 @@ class Batcher:
 
     def _empty(self, slots) -> dict[str, Any]:
         size = self.data.image_size
-        arrays = self._arrays or {"image": ((size, size, 3), np.uint8)}
+        pictures = {"video": (self.data.frames, size, size, 3)} if self.data.frames else {"image": (size, size, 3)}
+        arrays = self._arrays or {name: (shape, np.uint8) for name, shape in pictures.items()}
         return {name: np.zeros((len(slots), *shape), dtype) for name, (shape, dtype) in arrays.items()} | {
             "slot": slots.astype(np.int32),
             "index": np.zeros(len(slots), np.int32),
             "label": np.full(len(slots), -1, np.int32),
         }
+
+
+def as_bytes(texts: list[str], length: int) -> np.ndarray:
+    """Texts as UTF-8, zeros behind them: uint8 [n, length]. They must fit."""
+    table = np.zeros((len(texts), length), np.uint8)
+    for row, text in zip(table, texts, strict=True):
+        encoded = np.frombuffer(text.encode(), np.uint8)
+        row[: len(encoded)] = encoded
+    return table
 
 
 class _EvalBatches:
@@ -238,15 +257,17 @@ class Loader(BatchLoader):
     """Batches of a source for one host.
 
     A batch is a dict of NumPy arrays, rows of this host only (b = batch_size / shard_count):
-      image: uint8 [b, S, S, 3]; or the arrays that the source has in the place of images.
+      image: uint8 [b, S, S, 3]; with data.frames video, uint8 [b, T, S, S, 3]; or the arrays that the source has in
+        the place of images.
       slot: int32 [b], the row inside the global batch.
       index: int32 [b], the record in the source.
       label: int32 [b], -1 where there is none.
       caption: list of b strings; only with captions.
       caption_ids: int32 [b, L]; only with caption_ids, in training.
+      text: the same as `as_bytes`; only with caption_bytes.
 
     Args:
-      source: what `open_source` returns.
+      source: what `open_source` returns; of clips if data.frames says so.
       data: crop, flip, limits, threads, workers, prefetch.
       batch_size: rows of the global batch.
       seed: of the order and of augmentation.
@@ -255,6 +276,7 @@ class Loader(BatchLoader):
       with_captions: a record without a caption is then a bad one.
       keep_captions: batches for evaluation have captions, "" where there is none.
       caption_ids: captions → rows of ids, picklable; asks for `with_captions`.
+      caption_bytes: Z of `text`; a record without a caption, or with a longer one, is then a bad one.
 
     Raises:
       UserError: sizes that do not fit; later, when too many records are bad.
@@ -273,6 +295,7 @@ class Loader(BatchLoader):
         with_captions: bool = False,
         keep_captions: bool = False,
         caption_ids: Callable[[list[str]], np.ndarray] | None = None,
+        caption_bytes: int = 0,
     ):
         if not 0 <= shard_index < shard_count:
             raise ValueError(f"shard {shard_index} of {shard_count}")
@@ -282,9 +305,21 @@ class Loader(BatchLoader):
         self.source = source
         self.batch_size = batch_size
         batcher = Batcher(
-            source, data, batch_size, seed, shard_index, shard_count, shuffle, with_captions, keep_captions, caption_ids
+            source,
+            data,
+            batch_size,
+            seed,
+            shard_index,
+            shard_count,
+            shuffle,
+            with_captions,
+            keep_captions,
+            caption_ids,
+            caption_bytes,
         )
-        super().__init__(data, batcher, f"images could not be {'used' if with_captions else 'decoded'}")
+        super().__init__(
+            data, batcher, f"images could not be {'used' if with_captions or caption_bytes else 'decoded'}"
+        )
 
     def eval_batches(self, n: int, batch_size: int):
         """The first n records of the fixed order (fewer if the source has fewer), each once.

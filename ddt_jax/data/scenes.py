@@ -47,7 +47,8 @@ class Stream:
         return (_mix(self._state) * high) >> 64
 
 
-def _shuffled(items, rng):
+def shuffled(items, rng):
+    """The items as a list in a random order. rng: a Stream or a numpy.random.Generator."""
     items = list(items)
     for i in range(len(items) - 1, 0, -1):
         j = int(rng.integers(i + 1))
@@ -112,7 +113,7 @@ def sample_combination(rng, count, split):
     """Keys of `count` objects that belong to a split, in the order of their cells."""
     code = None
     while code is None or _code_is_heldout(code) != (split == "heldout"):
-        cells = sorted(_shuffled(range(len(CELLS)), rng)[:count])
+        cells = sorted(shuffled(range(len(CELLS)), rng)[:count])
         kinds = [rng.integers(len(_KINDS)) for _ in cells]
         code = sum(map(_digit, kinds, cells))
     return [(*_KINDS[kind], cell) for kind, cell in zip(kinds, cells, strict=True)]
@@ -180,7 +181,7 @@ def caption_of(scene, rng):
       scene: a Scene.
       rng: a Stream or a numpy.random.Generator.
     """
-    return phrase(_shuffled(scene.objects, rng), int(rng.integers(NUM_PHRASINGS)))
+    return phrase(shuffled(scene.objects, rng), int(rng.integers(NUM_PHRASINGS)))
 
 
 def parse_caption(text):

@@ -63,10 +63,11 @@ class ReadScene:
     @property
     def clean(self):
         """Whether the picture looks like what was read from it."""
-        return bool(_is_clean(self.cell_mse, self.block_error))
+        return bool(is_clean(self.cell_mse, self.block_error))
 
 
-def _is_clean(cell_mse, block_error):
+def is_clean(cell_mse, block_error):
+    """Whether these residuals are those of a picture that looks like what was read from it."""
     return (cell_mse <= MAX_CELL_MSE) & (block_error <= MAX_BLOCK_ERROR)
 
 
@@ -94,14 +95,14 @@ def _plane_SSF():
     return np.stack([np.ones((BASE_SIZE, BASE_SIZE), np.float32), *np.meshgrid(ramp, ramp)], -1)
 
 
-def _pool(x, factor):
+def pool(x, factor):
     """Means over factor x factor pixels: [B, S, S, C] -> [B, S / factor, S / factor, C]."""
     # Adding slices is many times faster than a mean over two axes of a reshaped array.
     offsets = range(factor)
     return sum(x[:, i::factor, j::factor] for i in offsets for j in offsets) / np.float32(factor**2)
 
 
-def _to_cells(x_BSSC):
+def to_cells(x_BSSC):
     """[B, 32, 32, C] -> [N, P, C], cells row by row."""
     b, c = x_BSSC.shape[0], x_BSSC.shape[-1]
     return x_BSSC.reshape(b, 2, CELL, 2, CELL, c).transpose(0, 1, 3, 2, 4, 5).reshape(b * 4, CELL * CELL, c)
@@ -113,15 +114,15 @@ def _disagreement(x_BQC, known_QC):
     return (off_BQ / (off_BQ + _SCALE**2)).sum(-1)
 
 
-def _background(x_BSSC):
+def background(x_BSSC):
     """The background of each image, objects removed. float32 [B, 32, 32, C]."""
     b, side, _, channels = x_BSSC.shape
-    coarse_BQC = _pool(x_BSSC, 2).reshape(b, (side // 2) ** 2, channels)
+    coarse_BQC = pool(x_BSSC, 2).reshape(b, (side // 2) ** 2, channels)
     known = shapes.backgrounds(BASE_SIZE) / np.float32(255)
-    known_GQC = _pool(known, 2).reshape(len(known), -1, channels)
+    known_GQC = pool(known, 2).reshape(len(known), -1, channels)
     best_B = np.stack([_disagreement(coarse_BQC, known_QC) for known_QC in known_GQC], -1).argmin(-1)
     away_BQC = coarse_BQC - known_GQC[best_B]
-    basis_QF = _pool(_plane_SSF()[None], 2).reshape(-1, 3)
+    basis_QF = pool(_plane_SSF()[None], 2).reshape(-1, 3)
     coef_BFC = np.zeros((b, 3, channels), np.float32)
     fifth = coarse_BQC.shape[1] // 5
     for _ in range(3):
@@ -162,10 +163,17 @@ def _fit_cells(x_NPC, ground_NPC):
     return best_N, np.take_along_axis(flat_NI, best_N[:, None], 1)[:, 0], empty_N
 
 
+def residuals(left_NPC):
+    """Of what a reading leaves of cells: mean squares, and the largest block error of each. float32 [N] each."""
+    quarter = pool(left_NPC.reshape(-1, CELL, CELL, left_NPC.shape[-1]), 2)
+    blocks = (quarter[:, 1:, 1:] + quarter[:, 1:, :-1] + quarter[:, :-1, 1:] + quarter[:, :-1, :-1]) / 4
+    return (left_NPC**2).mean((1, 2)), np.sqrt((blocks**2).mean(-1).max((1, 2)))
+
+
 def _read_chunk(images_BSSC):
     b, s = images_BSSC.shape[:2]
-    x_BSSC = _pool(images_BSSC.astype(np.float32) / 255, s // BASE_SIZE)
-    x_NPC, ground_NPC = _to_cells(x_BSSC), _to_cells(_background(x_BSSC))
+    x_BSSC = pool(images_BSSC.astype(np.float32) / 255, s // BASE_SIZE)
+    x_NPC, ground_NPC = to_cells(x_BSSC), to_cells(background(x_BSSC))
     best_N, error_N, empty_N = _fit_cells(x_NPC, ground_NPC)
     filled_N = error_N < empty_N
     template_N, colour_N = np.divmod(best_N, len(COLOURS))
@@ -174,10 +182,7 @@ def _read_chunk(images_BSSC):
 
     alpha_NP1 = (_templates_TP()[template_N] * filled_N[:, None])[..., None]
     left_NPC = x_NPC - ground_NPC - alpha_NP1 * (shapes.COLOUR_RGB[colour_N][:, None] / 255 - ground_NPC)
-    cell_mse_N = (left_NPC**2).mean((1, 2))
-    quarter = _pool(left_NPC.reshape(-1, CELL, CELL, left_NPC.shape[-1]), 2)
-    blocks = (quarter[:, 1:, 1:] + quarter[:, 1:, :-1] + quarter[:, :-1, 1:] + quarter[:, :-1, :-1]) / 4
-    block_error_N = np.sqrt((blocks**2).mean(-1).max((1, 2)))
+    cell_mse_N, block_error_N = residuals(left_NPC)
 
     def per_cell(values_N):
         return np.where(filled_N, values_N, EMPTY).reshape(b, 4)
@@ -283,7 +288,7 @@ def score(images, scenes):
         "colour": (free | (r.colour == colour)).all(-1),
         "size": (free | (r.size == size)).all(-1),
     }
-    clean = _is_clean(r.cell_mse, r.block_error)
+    clean = is_clean(r.cell_mse, r.block_error)
     result["all_correct"] = result["position"] & result["shape"] & result["colour"] & result["size"] & clean
     return {name: right & askable for name, right in result.items()}
 

@@ -83,7 +83,7 @@ def recurrence(kept: np.ndarray, method: Method) -> np.ndarray:
     return np.stack([of_x, of_x0 * (1 + ahead), -of_x0 * ahead, none], axis=1)
 
 
-def integrate(denoise: Callable, x, keys_B, kept, numbers: np.ndarray, method: Method):
+def integrate(denoise: Callable, x, keys_B, kept, numbers: np.ndarray, method: Method, first=None):
     """x at the end of the grid, of x's shape and type, in one compiled loop.
 
     Args:
@@ -91,13 +91,14 @@ def integrate(denoise: Callable, x, keys_B, kept, numbers: np.ndarray, method: M
       x: [B, ...], at the first number of the grid.
       keys_B: a key of each example, for "ddpm"; others look at none.
       kept: ᾱ [T + 1]; numbers: of `grid`.
+      first: x0 at the first number, where that is known already.
     """
     table = jnp.asarray(recurrence(kept[numbers], method), x.dtype)
 
-    def step(carry, at):
+    def step(carry, at, x0=None):
         x, last = carry
         n, (of_x, of_x0, of_last, of_noise) = at
-        x0 = denoise(x, n).astype(x.dtype)
+        x0 = (denoise(x, n) if x0 is None else x0).astype(x.dtype)
         moved = of_x * x + of_x0 * x0
         if method == "dpmpp_2m":
             moved = moved + of_last * last
@@ -107,5 +108,9 @@ def integrate(denoise: Callable, x, keys_B, kept, numbers: np.ndarray, method: M
         return (moved, x0 if method == "dpmpp_2m" else None), None
 
     last = jnp.zeros_like(x) if method == "dpmpp_2m" else None
-    (x, _), _ = jax.lax.scan(step, (x, last), (jnp.asarray(numbers[:-1], jnp.int32), table))
+    carry, numbers = (x, last), jnp.asarray(numbers[:-1], jnp.int32)
+    if first is not None:
+        carry, _ = step(carry, (numbers[0], table[0]), first)
+        numbers, table = numbers[1:], table[1:]
+    (x, _), _ = jax.lax.scan(step, carry, (numbers, table))
     return x

@@ -60,13 +60,14 @@ class Process(abc.ABC):
         """Factor on the squared error of a prediction that makes it the squared error in x0."""
 
     @abc.abstractmethod
-    def solve(self, predict: Callable, noise, keys_B=None, *, steps: int | None = None) -> Any:
+    def solve(self, predict: Callable, noise, keys_B=None, *, steps: int | None = None, first=None) -> Any:
         """Images from noise, of its shape and type.
 
         Args:
           predict: (x, t) → what the network predicts, t a scalar.
           keys_B: a key of each example, for solvers that add noise on their way; apart from the key of `noise`.
           steps: static; None: the setting.
+          first: what the network predicts of `noise` at t = 1, where every solver begins, if that is known already.
         """
 
     def noised(self, x0, noise, t_B):
@@ -115,7 +116,7 @@ class Steps(Process):
     def to_x0(self, predicted, x_t, t_B):
         return ddpm.to_x0(self.config.prediction, predicted, x_t, *self._shaped(t_B, x_t))
 
-    def solve(self, predict, noise, keys_B=None, *, steps=None):
+    def solve(self, predict, noise, keys_B=None, *, steps=None, first=None):
         c = self.config
         if c.solver == "ddpm" and keys_B is None:
             raise ValueError("the solver ddpm adds noise on its way and needs keys")
@@ -125,7 +126,9 @@ class Steps(Process):
             return self._held(self.to_x0(predict(x, t), x, t))
 
         numbers = ddpm.grid(c.steps, c.solver_steps if steps is None else steps)
-        return ddpm.integrate(denoise, noise, keys_B, self.kept, numbers, c.solver)
+        if first is not None:
+            first = self._held(self.to_x0(first, noise, jnp.ones((), jnp.promote_types(noise.dtype, jnp.float32))))
+        return ddpm.integrate(denoise, noise, keys_B, self.kept, numbers, c.solver, first)
 
     def _x0_weight(self, t_B):
         return jnp.square(ddpm.x0_error(self.config.prediction, *self.scales(t_B)))
@@ -150,17 +153,21 @@ class Straight(Process):
     def to_x0(self, predicted, x_t, t_B):
         return prediction.to_x0(self.config.prediction, predicted, x_t, jnp.asarray(t_B))
 
-    def solve(self, predict, noise, keys_B=None, *, steps=None):
+    def solve(self, predict, noise, keys_B=None, *, steps=None, first=None):
         c = self.config
         u_grid = time.grid(c.solver_steps if steps is None else steps)
 
-        def velocity(x, u, t):
-            predicted = predict(x, t)
+        def implied(predicted, x, t):
             if c.clip:
                 return prediction.to_velocity("x0", self._held(self.to_x0(predicted, x, t)), x, t)
             return prediction.to_velocity(c.prediction, predicted, x, t)
 
-        return solvers.integrate(velocity, noise, u_grid, time.shift(u_grid, c.shift), c.solver)
+        def velocity(x, u, t):
+            return implied(predict(x, t), x, t)
+
+        t_grid = time.shift(u_grid, c.shift)
+        first = None if first is None else implied(first, noise, t_grid[0])
+        return solvers.integrate(velocity, noise, u_grid, t_grid, c.solver, first)
 
     def _x0_weight(self, t_B):
         return prediction.loss_weight(self.config.prediction, "x0", t_B)

@@ -1,4 +1,4 @@
-"""How well a model that draws images predicts noise on held-out ones, and pictures that it draws.
+"""How well a model that draws images or clips predicts noise on held-out ones, and what it draws.
 
 Held-out images are noised once, the same each time. Pictures have the labels of held-out images, one after another, so
 that each class is drawn as often as it occurs. Neither depends on batch size or number of devices.
@@ -30,7 +30,7 @@ class Report:
 
     Attributes:
       results: JSON values.
-      drawn: uint8 [D, H, W, C]; captions: what each should be, or None.
+      drawn: uint8 [D, H, W, C], of clips [D, T, H, W, C]; captions: what each should be, or None.
     """
 
     results: dict[str, Any]
@@ -43,8 +43,12 @@ class Report:
         return len(self.drawn) > 0
 
     def picture(self) -> np.ndarray:
-        """The pictures with their classes. uint8 [H, W, 3]."""
-        return pictures.grid(self.drawn, self.captions)
+        """The pictures with their classes, of clips some frames. uint8 [H, W, 3]."""
+        return (pictures.grid if self.drawn.ndim == 4 else pictures.contact_sheet)(self.drawn, self.captions)
+
+    def moving(self) -> np.ndarray | None:
+        """Clips with their classes, frame by frame: uint8 [T, H, W, 3]; None of images."""
+        return pictures.moving_grid(self.drawn, self.captions) if self.pictured and self.drawn.ndim == 5 else None
 
     def markdown(self) -> str:
         """A table for a person."""
@@ -52,11 +56,11 @@ class Report:
 
 
 @functools.lru_cache(maxsize=4)
-def programs(model: ACDiT) -> tuple[Callable, Callable]:
+def programs(model: ACDiT, frames: int = 0) -> tuple[Callable, Callable]:
     """(errors, draw): (params, extra, batch, seed) → error and noise level of each block [B, N]; and → uint8 images.
 
     Compiled once per model, so that evaluating again during a run costs no compilation. A batch's `slot` is the number
-    of each image, from which its noise follows.
+    of each image, from which its noise follows. frames: of the clips that are drawn, see `ACDiT.sample`.
     """
 
     def keys(seed, batch, what):
@@ -66,7 +70,9 @@ def programs(model: ACDiT) -> tuple[Callable, Callable]:
         return model.errors(params, extra, batch, keys(seed, batch, 0))
 
     def draw(params, extra, batch, seed):
-        return to_uint8(model.sample(params, extra, model.labels(batch), keys(seed, batch, 1)))
+        return to_uint8(
+            model.sample(params, extra, model.labels(batch), keys(seed, batch, 1), frames, batch.get("text"))
+        )
 
     return jax.jit(errors), jax.jit(draw)
 
@@ -102,13 +108,14 @@ def evaluate_drawing(
     errors, _ = programs(model)
     rows, seen, seed = [], 0, np.uint32(settings.seed)
     for batch in batches:
-        b = len(batch["image"])
+        b, name = len(batch["index"]), "video" if model.frames else "image"
         valid_B = np.asarray(batch.get("valid", np.ones(b, bool)))
-        given = {"image": batch["image"], "label": batch["label"], "slot": np.maximum(batch["index"], 0)}
+        told = {what: np.asarray(batch[what]) for what in ("label", "text") if what in batch}
+        given = {name: batch[name], "slot": np.maximum(batch["index"], 0), **told}
         on_device = meshes.put_batch(given, mesh)
-        local = functools.partial(gather.local_rows, by_rows=on_device["image"].sharding)
+        local = functools.partial(gather.local_rows, by_rows=on_device[name].sharding)
         error_BN, t_BN = map(local, errors(params, extra, on_device, seed))
-        rows.append({"valid": valid_B, "error": error_BN, "t": t_BN, "label": np.asarray(batch["label"])})
+        rows.append({"valid": valid_B, "error": error_BN, "t": t_BN, **told})
         seen += int(valid_B.sum())
         if progress is not None:
             progress(seen)
@@ -126,18 +133,54 @@ def evaluate_drawing(
     results["mse_by_block"] = error_MN.mean(0).tolist()
 
     shown = min(settings.pictures, len(error_MN))
-    label_D = np.resize(table["label"], max(shown, count)).astype(np.int32)
-    drawn = draw(model, params, extra, label_D, settings, mesh=mesh)
+    order_D = np.arange(max(shown, count)) % len(error_MN)
+    label_D = table["label"][order_D].astype(np.int32)
+    text_DZ = table["text"][order_D] if "text" in table else None
+    drawn = draw(model, params, extra, label_D, settings, mesh=mesh, text_DZ=text_DZ)
+    captions = None
+    if text_DZ is not None:
+        captions = tuple(bytes(row).rstrip(b"\0").decode() for row in text_DZ)
+    elif model.classes:
+        captions = _captions(label_D, class_names)
     if verify is not None:
         results |= verify(drawn, label_D if model.classes else None)
-    captions = _captions(label_D[:shown], class_names) if model.classes else None
-    return Report(results | {"drawn": len(drawn)}, drawn[:shown], captions)
+        if text_DZ is not None:
+            results |= follow_captions(drawn, captions)
+    return Report(results | {"drawn": len(drawn)}, drawn[:shown], captions and captions[:shown])
 
 
-def draw(model: ACDiT, params, extra, label_D, settings: settings_lib.Evaluate, *, mesh) -> np.ndarray:
-    """Pictures of labels int32 [D], -1 for none: uint8 [D, H, W, C] on every process."""
+@functools.lru_cache(maxsize=4)
+def _features(model: ACDiT) -> Callable:
+    def features(params, extra, batch, seed):
+        return model.features(params, extra, batch, example_keys(jax.random.key(seed), batch["slot"]))
+
+    return jax.jit(features)
+
+
+def clean_features(model: ACDiT, params, extra, batches: Iterable[dict], seed: int, *, mesh):
+    """What a model makes of clean images or clips, for probes: (float32 [M, D], labels int32 [M]) of valid rows."""
+    rows, name = [], "video" if model.frames else "image"
+    for batch in batches:
+        on_device = meshes.put_batch({name: batch[name], "slot": np.maximum(batch["index"], 0)}, mesh)
+        found = _features(model)(params, extra, on_device, np.uint32(seed))
+        features_BD = gather.local_rows(found, by_rows=on_device[name].sharding)
+        rows.append({"valid": batch["valid"], "features": features_BD, "label": batch["label"]})
+    table = gather.valid_rows(rows)
+    return table["features"], table["label"]
+
+
+def draw(
+    model: ACDiT, params, extra, label_D, settings: settings_lib.Evaluate, *, mesh, frames: int = 0, text_DZ=None
+) -> np.ndarray:
+    """Pictures of labels int32 [D], -1 for none: uint8 [D, H, W, C], or clips [D, T, H, W, C], on every process.
+
+    Args:
+      frames: T; 0: as many as the model learned.
+      text_DZ: captions, of a model that is told them; None: none.
+    """
     if not len(label_D):
-        return np.zeros((0, model.image_size, model.image_size, 3), np.uint8)
+        clip = (frames or model.frames,) if model.frames else ()
+        return np.zeros((0, *clip, model.image_size, model.image_size, 3), np.uint8)
     parts = int(np.prod([mesh.shape[axis] for axis in meshes.BATCH]))
     size = min(settings.batch_size, -(-len(label_D) // parts) * parts)
     share = size // jax.process_count()
@@ -146,8 +189,11 @@ def draw(model: ACDiT, params, extra, label_D, settings: settings_lib.Evaluate, 
         index_B = start + jax.process_index() * share + np.arange(share)
         inside_B = index_B < len(label_D)
         label_B = np.where(inside_B, label_D[np.minimum(index_B, len(label_D) - 1)], -1)
-        given = meshes.put_batch({"label": label_B.astype(np.int32), "slot": index_B.astype(np.int32)}, mesh)
-        images = programs(model)[1](params, extra, given, np.uint32(settings.seed))
+        given = {"label": label_B.astype(np.int32), "slot": index_B.astype(np.int32)}
+        if text_DZ is not None:
+            given["text"] = text_DZ[np.minimum(index_B, len(label_D) - 1)]
+        given = meshes.put_batch(given, mesh)
+        images = programs(model, frames)[1](params, extra, given, np.uint32(settings.seed))
         images_BHWC = gather.local_rows(images, by_rows=given["slot"].sharding)
         rows.append({"valid": inside_B, "index": index_B, "image": images_BHWC})
     table = gather.valid_rows(rows)
@@ -167,9 +213,45 @@ def count_objects(images, label_D) -> dict[str, Any]:
     if label_D is not None:
         right["scenes_count"] = sum(r.count == n for r, n in zip(read, label_D, strict=True))
         found["scenes_count_chance"] = float(np.bincount(label_D).max() / len(read))
+    return found | _shares(right, len(read))
+
+
+def follow_objects(clips, label_D) -> dict[str, Any]:
+    """Of clips of moving scenes, whose class says where their objects go: shares that a program reads as asked.
+
+    scenes_clean: all frames look like one such scene. With labels also scenes_direction: exactly the objects asked for,
+    each on its lane and in its direction, and scenes_direction_chance: of who always draws the commonest class.
+    """
+    from ddt_jax.data.moving_scenes import label_of
+    from ddt_jax.data.moving_scenes_verifier import read_moving_scene
+
+    read = read_moving_scene(clips)
+    right, found = {"scenes_clean": sum(r.clean for r in read)}, {}
+    if label_D is not None:
+        right["scenes_direction"] = sum(
+            bool(r.keys) and label_of(r.keys) == n for r, n in zip(read, label_D, strict=True)
+        )
+        found["scenes_direction_chance"] = float(np.bincount(label_D).max() / len(read))
+    return found | _shares(right, len(read))
+
+
+def follow_captions(drawn, captions) -> dict[str, Any]:
+    """Of pictures or clips of scenes: shares that a program reads as their captions say; scenes_all_correct and others.
+
+    A caption that is none of such scenes counts as wrong.
+    """
+    from ddt_jax.data import moving_scenes_verifier, scenes_verifier
+
+    judge = (scenes_verifier if drawn.ndim == 4 else moving_scenes_verifier).judge
+    found = judge(drawn, captions)
+    return _shares({f"scenes_{name}": int(right.sum()) for name, right in found.items()}, len(drawn))
+
+
+def _shares(right: dict[str, int], n: int) -> dict[str, Any]:
+    found = {}
     for name, successes in right.items():
-        found[name] = successes / len(read)
-        found[f"{name}_interval"] = list(metrics.binomial_interval(successes, len(read)))
+        found[name] = successes / n
+        found[f"{name}_interval"] = list(metrics.binomial_interval(successes, n))
     return found
 
 

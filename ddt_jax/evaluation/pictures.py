@@ -161,6 +161,34 @@ def grid(images, captions=None, *, columns: int = 0) -> np.ndarray:
     return np.asarray(canvas)
 
 
+def contact_sheet(clips, captions=None, *, most: int = 8) -> np.ndarray:
+    """A row of frames, evenly spread in time, for each clip, over its caption.
+
+    Args:
+      clips: uint8 [N, T, H, W, C].
+      captions: N texts; None: none.
+      most: frames of a row.
+    Returns:
+      uint8 [H, W, 3].
+    """
+    clips = np.asarray(clips)
+    shown = np.linspace(0, clips.shape[1] - 1, min(most, clips.shape[1])).round().astype(int)
+    return grid(side_by_side(*(clips[:, t] for t in shown)), captions, columns=1)
+
+
+def moving_grid(clips, captions=None) -> np.ndarray:
+    """`grid` of clips uint8 [N, T, H, W, C], frame by frame: uint8 [T, H, W, 3]."""
+    return np.stack([grid(frames, captions) for frames in np.asarray(clips).swapaxes(0, 1)])
+
+
+def save_gif(frames, path, *, per_second: float = 8.0):
+    """Saves uint8 [T, H, W, 3] as a GIF without end, whole or not at all. Returns the path."""
+    first, *rest = (Image.fromarray(frame) for frame in np.asarray(frames))
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=rest, loop=0, duration=round(1000 / per_second))
+    return atomic.write_bytes(path, buffer.getvalue())
+
+
 def side_by_side(*images) -> np.ndarray:
     """Tiles for `grid` that each hold several images, left to right: uint8 [N, H, W, 3].
 

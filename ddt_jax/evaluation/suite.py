@@ -35,10 +35,7 @@ from ddt_jax.evaluation import (
     tables,
 )
 from ddt_jax.nn import inception, lpips
-from ddt_jax.tokenizers.acdit import ACDiT
-from ddt_jax.tokenizers.base import ImageTokenizer
 from ddt_jax.tokenizers.caption_ids import CaptionIds
-from ddt_jax.tokenizers.seed import SEED, Aligner
 from ddt_jax.training.progress import Progress
 
 _FINGERPRINT_RECORDS = 8  # spread over the source; of Parquet each costs a row group
@@ -91,6 +88,7 @@ class Evaluation:
       counterfactuals: picture, uint8 [H, W, 3]; None without one.
       probes: of `probes.probe_prefixes`; None without labels.
       entropies: of `probes.order_entropies`; None without a training half.
+      moving: clips that were drawn, frame by frame, uint8 [T, H, W, 3]; None of what is no model of clips.
     """
 
     results: dict[str, Any]
@@ -98,6 +96,7 @@ class Evaluation:
     counterfactuals: np.ndarray | None
     probes: dict[str, dict] | None
     entropies: dict[str, dict] | None
+    moving: np.ndarray | None = None
 
     def draw(self, folder) -> list:
         """Writes the pictures and returns their paths."""
@@ -105,6 +104,8 @@ class Evaluation:
         written = []
         if self.report.pictured:
             written.append(pictures.save_png(self.report.picture(), folder / f"{self.report.picture_name}.png"))
+        if self.moving is not None:
+            written.append(pictures.save_gif(self.moving, folder / f"{self.report.picture_name}.gif"))
         if self.counterfactuals is not None:
             written.append(pictures.save_png(self.counterfactuals, folder / "counterfactuals.png"))
         if "psnr_by_tokens" in self.results:
@@ -151,22 +152,22 @@ def evaluate(
     e = s.evaluate
     meshes.check_batch(e.batch_size, mesh, "evaluate.batch_size")
     left_out: list[str] = []
-    if isinstance(model, ACDiT):
+    if model.measured == "drawing":
         options = {"mesh": mesh, "progress": progress.update, "first_batch": progress.phase("compiling")}
         report = reconstruct(model, params, extra, s, held_out, count=e.prompts if e.verifier else 0, **options)
         left_out.append("FID: what a model draws from noise is not compared with other images yet")
         if not e.verifier:
             left_out.append("scenes: evaluate.verifier is False")
-        return Evaluation(report.results | {"left_out": left_out}, report, None, None, None)
+        probed = _probe_clean(model, params, extra, s, mesh, known, held_out, progress, left_out)
+        return Evaluation(report.results | probed | {"left_out": left_out}, report, None, None, None, report.moving())
     found = {}
-    if isinstance(model, Aligner):
+    if model.retrieves:
         options = {"mesh": mesh, "progress": progress.update, "captions": captions}
         report = _retrieve(model, params, extra, s, held_out, **options)
         found = report.results
-        if not isinstance(model, SEED):
-            return Evaluation(
-                found | {"left_out": ["reconstruction: this stage has no codes"]}, report, None, None, None
-            )
+        if model.measured == "retrieval":
+            left_out.append("reconstruction: this stage has no codes")
+            return Evaluation(found | {"left_out": left_out}, report, None, None, None)
         if not model.draws:
             left_out.append("reconstruction: this stage draws nothing")
             results, probed, entropies = _read_codes(
@@ -179,7 +180,7 @@ def evaluate(
     options = {"mesh": mesh, "judges": watching, "progress": progress.update, "first_batch": compiling}
     report = reconstruct(model, params, extra, s, held_out, **options)
     results = found | dict(report.results)
-    if not isinstance(model, ImageTokenizer):
+    if model.measured != "codes":
         return Evaluation(results | {"left_out": left_out}, report, None, None, None)
     of_codes, probed, entropies = _read_codes(
         model, params, extra, s, mesh, known, held_out.source, report, progress, left_out
@@ -240,7 +241,7 @@ def reconstruct(
       captions: what reads those of a model that knows them; of one that draws nothing yet, retrieval is the report.
     """
     e = s.evaluate
-    if isinstance(model, Aligner) and not getattr(model, "draws", False):
+    if model.measured == "retrieval" or not getattr(model, "draws", True):
         return _retrieve(model, params, extra, s, loader, mesh=mesh, progress=progress, captions=captions)
 
     def batches():
@@ -249,14 +250,14 @@ def reconstruct(
             yield next(made)
         yield from made
 
-    if isinstance(model, ACDiT):
-        verify = drawing.count_objects if count and _verifier(loader.source) else None
+    if model.measured == "drawing":
+        verify = _reader(loader.source) if count else None
         how = {"mesh": mesh, "count": count, "class_names": loader.source.label_names, "verify": verify}
         with jax.set_mesh(mesh):
             return drawing.evaluate_drawing(model, params, extra, batches(), e, progress=progress, **how)
     how = {"put": lambda batch: meshes.put_batch(batch, mesh), "judges": judges, "progress": progress}
     with jax.set_mesh(mesh):
-        if not isinstance(model, ImageTokenizer):
+        if model.measured != "codes":
             return autoencoding.evaluate_autoencoder(model, params, batches(), e, **how)
         verifier = _verifier(loader.source) if e.verifier else None
         return reconstruction.evaluate_reconstruction(model, params, extra, batches(), e, verifier=verifier, **how)
@@ -266,6 +267,16 @@ def _retrieve(model, params, extra, s, loader, *, mesh, captions, progress):
     how = {"mesh": mesh, "progress": progress}
     with jax.set_mesh(mesh):
         return retrieval.evaluate_retrieval(model, params, extra, loader.source, s.data, s.evaluate, captions, **how)
+
+
+def _reader(source) -> Callable:
+    """What reads drawn pictures, or clips, of a source's kind back. Raises UserError if nothing does."""
+    from ddt_jax.data.moving_scenes import MovingScenesSource
+
+    if isinstance(source, MovingScenesSource):
+        return drawing.follow_objects
+    _verifier(source)
+    return drawing.count_objects
 
 
 def _verifier(source):
@@ -295,7 +306,7 @@ def _judges(model, params, extra, s, mesh, source, weights, left_out):
         left_out.append("rFID: set evaluate.inception_file")
     if e.save_images:
         found.append(judges.SavedImages(e.save_images))
-    if not isinstance(model, ImageTokenizer):
+    if model.measured != "codes":
         return found, None
     if not e.counterfactuals:
         left_out.append("counterfactuals: evaluate.counterfactuals is 0")
@@ -332,20 +343,8 @@ def _originals_key(s: settings.Experiment, source, weights: Weights) -> dict:
 
 def _known_codes(model, params, extra, s, mesh, known, source, progress, left_out):
     """(codes, labels) of the training half; None where there is none, and why goes to `left_out`."""
-    e = s.evaluate
-    if not e.probe_images:
-        left_out.append("probes and entropies: evaluate.probe_images is 0")
-        return None
-    if s.data.source == s.data.eval_source:
-        left_out.append("probes and entropies: data.source and data.eval_source are the same images")
-        return None
-    try:
-        loader = known()
-    except UserError as error:  # a run may be evaluated where its training data are not
-        left_out.append(f"probes and entropies: {error}")
-        return None
-    if getattr(loader.source, "arrays", None):
-        left_out.append(f"probes and entropies: {loader.source.name} holds no pictures")
+    e, loader = s.evaluate, _known_loader(s, known, "probes and entropies", left_out)
+    if loader is None:
         return None
     with jax.set_mesh(mesh), progress.phase("encoding images of data.source") as detail:
         codes, labels = reconstruction.codes_of(
@@ -356,10 +355,54 @@ def _known_codes(model, params, extra, s, mesh, known, source, progress, left_ou
             put=lambda batch: meshes.put_batch(batch, mesh),
             progress=lambda seen: detail(f"{seen:,}"),
         )
-    names = loader.source.label_names, source.label_names
-    if None not in names and names[0] != names[1]:
-        labels = np.full_like(labels, -1)  # the same numbers mean other classes
-    return codes, labels
+    return codes, _same_classes(labels, loader.source, source)
+
+
+def _known_loader(s, known, what: str, left_out) -> Loader | None:
+    """The loader of the training half; None where there is none, and why goes to `left_out`."""
+    reason, loader = "", None
+    if not s.evaluate.probe_images:
+        reason = "evaluate.probe_images is 0"
+    elif s.data.source == s.data.eval_source:
+        reason = "data.source and data.eval_source are the same images"
+    else:
+        try:
+            loader = known()
+        except UserError as error:  # a run may be evaluated where its training data are not
+            reason = str(error)
+        if getattr(getattr(loader, "source", None), "arrays", None):
+            reason = f"{loader.source.name} holds no pictures"
+    if not reason:
+        return loader
+    left_out.append(f"{what}: {reason}")
+    return None
+
+
+def _same_classes(labels, source, held_out):
+    """Labels of a source, -1 where the same numbers mean other classes in the held-out one."""
+    names = source.label_names, held_out.label_names
+    return np.full_like(labels, -1) if None not in names and names[0] != names[1] else labels
+
+
+def _probe_clean(model, params, extra, s, mesh, known, held_out, progress, left_out) -> dict[str, Any]:
+    """Classes from what a model that draws makes of clean images; why there are none goes to `left_out`."""
+    e, loader = s.evaluate, _known_loader(s, known, "probes", left_out)
+    if loader is None:
+        return {}
+    parts = (loader, e.probe_images), (held_out, e.images)
+    with jax.set_mesh(mesh), progress.phase("probing clean images"):
+        (train_MD, labels_M), (test_ND, labels_N) = (
+            drawing.clean_features(model, params, extra, half.eval_batches(n, e.batch_size), e.seed, mesh=mesh)
+            for half, n in parts
+        )
+        labels_M = _same_classes(labels_M, loader.source, held_out.source)
+        train = train_MD[labels_M >= 0, None], labels_M[labels_M >= 0]
+        test = test_ND[labels_N >= 0, None], labels_N[labels_N >= 0]
+        if reason := _no_probe(train[1], test[1]):
+            left_out.append(f"probes: {reason}")
+            return {}
+        found = _probe_results(probes.probe_prefixes(*train, *test, (1.0,)), train[1], test[1])
+    return {k: v for k, v in found.items() if not k.endswith("_by_tokens")} | {"probe_depth": model.probe_depth}
 
 
 def _reading_order(model) -> np.ndarray:

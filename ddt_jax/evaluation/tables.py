@@ -61,6 +61,18 @@ def drawing(results: dict[str, Any]) -> str:
     lines += _shares(results)
     lines += ["", "| block | error |", "|---:|---:|"]
     lines += [f"| {i} | {error:.4f} |" for i, error in enumerate(results["mse_by_block"])]
+    if "probe_linear" in results:
+        n, m, depth = (results[name] for name in ("probe_test_images", "probe_images", "probe_depth"))
+        lines += [
+            "",
+            f"Class of {n:,} clean images after {depth} layers, learned on {m:,} others.",
+            "",
+            "| | |",
+            "|---|---:|",
+        ]
+        for name, label in (("linear", "linear probe"), ("knn", "k nearest neighbours")):
+            lines.append(f"| {label} | {share(results[f'probe_{name}'], results[f'probe_{name}_interval'])} |")
+        lines.append(f"| commonest class | {results['probe_chance']:.1%} |")
     return _lines(lines)
 
 

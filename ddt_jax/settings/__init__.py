@@ -61,6 +61,9 @@ class Data:
     image_size: int = 32
     crop: Literal["center", "random", "stretch"] = "center"
     flip: bool = False  # random horizontal flip, keyed by (seed, step, slot)
+    frames: int = 0  # of a clip, for sources of clips; 0 = images
+    frame_step: int = 1  # 1 = all frames that follow each other, 2 = every other one, ...
+    clip_start: Literal["middle", "random"] = "middle"  # which frames of a longer clip; evaluation: those in the middle
     background: tuple[int, int, int] = (255, 255, 255)  # what transparent pixels are laid over
     min_image_size: int = 0  # smaller images count as bad
     max_pixels: int = 178_956_970  # larger ones are refused before decoding (a decompression bomb)

@@ -23,9 +23,11 @@ class ACDiT:
     heads: int = 12
     mlp_ratio: int = 4
     classes: int = 1000  # labels of the source; 0 = images are learned without
-    label_drop: float = 0.1  # share of the images that are learned without their label, which guidance needs
+    caption_bytes: int = 0  # of a caption in UTF-8, which images are told beside or in place of a label; 0 = none
+    caption_depth: int = 2  # blocks of the encoder of captions
+    label_drop: float = 0.1  # share of the images that are learned without label and caption, which guidance needs
     rope: Literal["nd", "released"] = "nd"  # released: what the published checkpoints were trained with, no rotation
-    guidance: float = 1.5  # g: u + g (c - u) of what is predicted without and with the label; 1 = none
+    guidance: float = 1.5  # g: u + g (c - u) of what is predicted without and with label and caption; 1 = none
     scan_layers: bool = True
     remat: Literal["none", "full", "dots", "attention", "dots_attention"] = "none"  # see `Transformer`
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -1,11 +1,11 @@
-"""ACDiT (arXiv 2412.07720): an image is drawn block by block, each denoised beside the clean blocks before it.
+"""ACDiT (arXiv 2412.07720): images and clips are drawn block by block, each denoised beside the clean blocks before it.
 
 One number goes from token-wise autoregression (blocks of one token) to full-sequence diffusion (one block). In a step
 all blocks are learned at once, each at a noise level of its own (`nn/acdit.py`). It has no codes, so it is no image
 tokenizer; it is trained, kept and restored as one.
 
-Legend: B batch, N blocks, R tokens of a block, L = N R tokens of an image, P values of a token; H, W, C an image,
-h, w, c its latent.
+Legend: B batch, N blocks, R tokens of a block, L = N R tokens of an image or a clip, P values of a token; T frames of a
+clip, H, W, C an image or a frame, h, w, c its latent.
 """
 
 from dataclasses import replace
@@ -31,31 +31,35 @@ class ACDiT(base.ImageModel):
     Attributes:
       codec, process: between pixels and latents; of noise.
       classes: how many labels there are; 0: batches have none.
-      tokens, blocks: of an image, L and N.
+      tokens, blocks: of an image or a clip, L and N.
       network: the module; its parameters are all that is trained.
 
     Raises:
       UserError: for settings that do not go together.
     """
 
-    def __init__(self, config: settings.ACDiT, image_size: int, batch_size: int):
+    measured = "drawing"
+
+    def __init__(self, config: settings.ACDiT, image_size: int, batch_size: int, frames: int = 0):
         del batch_size
         self.config = config
         self.image_size = image_size
+        self.frames = frames
         self.codec = make_codec(config.codec)
         self.process = make_process(config.diffusion)
         self.classes = config.classes
         self.loss_weights = {"diffusion": 1.0}
         self._latent_side = image_size // self.codec.downsampling
         side = self._check(image_size)
-        self.tokens = side * side
+        self._frame_tokens = side * side
+        self.tokens = self._frame_tokens * (frames or 1)
         self.blocks = self.tokens // config.block_size
         self._values = config.patch_size**2 * self.codec.channels
-        self._order = square_blocks.order(side, config.block_size)
-        self.network = acdit.Network(config, side, self._values)
+        self._order = square_blocks.order(side, config.block_size, frames or 1)
+        self.network = acdit.Network(config, side, self._values, frames)
 
     def _check(self, image_size) -> int:
-        """Tokens of a side of the image."""
+        """Tokens of a side of the image, or of a frame."""
         c = self.config
         if image_size % (self.codec.downsampling * c.patch_size):
             raise UserError(
@@ -63,31 +67,39 @@ class ACDiT(base.ImageModel):
                 f"(reduced {self.codec.downsampling}x by the codec); choose a divisor of {self._latent_side}"
             )
         side = self._latent_side // c.patch_size
-        if c.block_size not in (sizes := square_blocks.sizes(side)):
+        if c.block_size not in (sizes := square_blocks.sizes(side, self.frames or 1)):
+            whole = f", nor whole frames that divide {self.frames}" if self.frames else ""
             raise UserError(
-                f"config: model.block_size={c.block_size} is no square that divides {side} x {side} tokens; "
+                f"config: model.block_size={c.block_size} is no square that divides {side} x {side} tokens{whole}; "
                 f"choose from {', '.join(map(str, sizes))}"
             )
         if c.width % c.heads:
             raise UserError(f"config: model.width={c.width} is not a multiple of model.heads={c.heads}")
         try:
-            rope_nd.split(c.width // c.heads, 2)
+            rope_nd.split(c.width // c.heads, 3 if self.frames else 2)
         except ValueError as error:
             raise UserError(f"config: model.width={c.width}, model.heads={c.heads}: {error}") from None
         if c.classes < 0 or not 0 <= c.label_drop <= 1:
             raise UserError(
                 f"config: model.classes={c.classes} must not be negative, model.label_drop={c.label_drop} lie in [0, 1]"
             )
+        if c.caption_bytes < 0 or c.caption_depth < 1:
+            raise UserError(
+                f"config: model.caption_bytes={c.caption_bytes} must not be negative, "
+                f"model.caption_depth={c.caption_depth} at least 1"
+            )
         return side
 
     def init(self, rng):
         network_key, codec_key = jax.random.split(rng)
         tokens_1LP = jnp.zeros((1, self.tokens, self._values))
-        example = (tokens_1LP, tokens_1LP, jnp.zeros((1, self.blocks)), jnp.zeros((1,), jnp.int32))
+        told = jnp.zeros((1,), jnp.int32), self._no_text(1)
+        example = (tokens_1LP, tokens_1LP, jnp.zeros((1, self.blocks)), *told)
         return self.network.init(network_key, *example)["params"], self.codec.init(codec_key)
 
     def loss_fn(self, params, extra, batch, rng):
-        """See `ImageModel.loss_fn`; where there are classes, a batch has `label` int32 [b], -1 for none. The terms:
+        """See `ImageModel.loss_fn`; where there are classes, a batch has `label` int32 [b], -1 for none, and where
+        there are captions `text` uint8 [b, caption_bytes], zeros behind the text. The terms:
 
         diffusion: squared error of the prediction, mean over all values of all blocks; with `min_snr` times its weight.
         mse_t25, mse_t50, mse_t75, mse_t100: the same without weights, of blocks at noise levels up to 0.25, ...
@@ -112,18 +124,18 @@ class ACDiT(base.ImageModel):
           keys_B: of each example: its noise levels, its noise, what its codec draws, whether its label is dropped.
           drop: share of the labels that are.
         """
-        clean_BLP, noise_BLP, t_BN, label_B = self.draw(extra, batch, keys_B, drop)
+        clean_BLP, noise_BLP, t_BN, *told = self.draw(extra, batch, keys_B, drop)
         clean, noise = (x.reshape(*t_BN.shape, -1, self._values) for x in (clean_BLP, noise_BLP))
         noised_BLP = self.process.noised(clean, noise, t_BN).reshape(clean_BLP.shape)
-        predicted = self.network.apply({"params": params}, clean_BLP, noised_BLP, t_BN, label_B).reshape(clean.shape)
+        predicted = self.network.apply({"params": params}, clean_BLP, noised_BLP, t_BN, *told).reshape(clean.shape)
         return jnp.mean(jnp.square(predicted - self.process.target(clean, noise, t_BN)), axis=(2, 3)), t_BN
 
     def draw(self, extra, batch, keys_B, drop: float = 0.0):
         """What errors are measured at.
 
         Returns:
-          (clean tokens and noise [B, L, P] in the order of blocks, noise level of each block [B, N], labels [B] as the
-          network takes them: the null class where there is none).
+          (clean tokens and noise [B, L, P] in the order of blocks, noise level of each block [B, N], labels [B] and
+          captions [B, Z] as the network takes them: the null class and zeros where there is none; None: no captions).
         """
 
         def of_image(key):
@@ -133,7 +145,9 @@ class ACDiT(base.ImageModel):
 
         uniform_BN, noise_BLP, codec_keys_B, dropped_B = jax.vmap(of_image)(keys_B)
         label_B = jnp.where(dropped_B, self.classes, self.labels(batch))
-        return self._latent_tokens(extra, batch, codec_keys_B), noise_BLP, self.process.draw(uniform_BN), label_B
+        text_BZ = jnp.where(dropped_B[:, None], 0, batch["text"]) if self.config.caption_bytes else None
+        clean_BLP = self._latent_tokens(extra, batch, codec_keys_B)
+        return clean_BLP, noise_BLP, self.process.draw(uniform_BN), label_B, text_BZ
 
     def labels(self, batch):
         """Labels of a batch as the network takes them, int32 [B]."""
@@ -142,53 +156,120 @@ class ACDiT(base.ImageModel):
         label_B = batch["label"]
         return jnp.where((label_B >= 0) & (label_B < self.classes), label_B, self.classes)
 
-    def sample(self, params, extra, label_B, keys_B):
-        """Images float [B, H, W, C] in [-1, 1], drawn block by block beside a cache of what is clean.
+    @property
+    def probe_depth(self) -> int:
+        """After how many layers `features` are taken: half of them, as the last ones are busy with noise."""
+        return max(1, self.config.depth // 2)
 
-        Guidance shares the cache, which knows no labels. A picture depends on its label and key alone, not on its
-        batch. One program: all blocks but the last run through one loop's body.
+    def features(self, params, extra, batch, keys_B):
+        """What the network makes of clean images: the mean over their tokens after `probe_depth` layers, f32 [B, D]."""
+        config = replace(self.config, depth=self.probe_depth, scan_layers=False, remat="none")
+        tokens_BLP = self._latent_tokens(extra, batch, keys_B)
+        module, variables = self.network.clone(config=config), {"params": unrolled(params)}
+        rows_BLD = module.apply(variables, tokens_BLP, method="clean_rows")
+        return jnp.mean(rows_BLD.astype(jnp.float32), axis=1)
+
+    def _no_text(self, rows: int):
+        z = self.config.caption_bytes
+        return jnp.zeros((rows, z), jnp.uint8) if z else None
+
+    def check_length(self, frames: int) -> None:
+        """Raises UserError unless clips of so many frames can be drawn."""
+        c, of_frame = self.config, self._frame_tokens
+        if not self.frames:
+            raise UserError(f"config: the run's data.frames=0, so it draws images, not clips of {frames} frames")
+        if frames < 1 or frames * of_frame % c.block_size:
+            raise UserError(
+                f"config: {frames} frames are no whole number of blocks of {c.block_size // of_frame or 1} frames; "
+                "choose a multiple"
+            )
+        if frames > self.frames and (self.blocks == 1 or c.block_size % of_frame):
+            raise UserError(
+                f"config: clips of {frames} frames, more than data.frames={self.frames}, need blocks of whole frames "
+                f"and more than one of them; model.block_size={c.block_size} with {of_frame} tokens in a frame gives "
+                f"{self.blocks}; draw {self.frames} frames"
+            )
+
+    def sample(self, params, extra, label_B, keys_B, frames: int = 0, text_BZ=None):
+        """Images float [B, H, W, C] in [-1, 1], or clips [B, T, H, W, C], block by block beside a cache of clean ones.
+
+        The first solver step of a block also brings the block before it into the cache (§4.2). Guidance shares the
+        cache, which knows no labels and captions. A picture depends on its own and its key alone, not on its batch.
+
+        A clip longer than those that were learned is drawn through a window of them: every further block is the last
+        one of a clip whose other blocks are the N - 1 before it. Their keys and values are computed anew at their new
+        places (in the pass of the first step), so that the network meets nothing it was not trained on; it knows
+        nothing of what has left the window. One program, of the same size for any number of blocks.
 
         Args:
           label_B: int32 [B], `classes` for none.
           keys_B: a key of each image.
+          frames: T, static; 0: as many as were learned. See `check_length`.
+          text_BZ: captions as in a batch; zeros, or None, for none.
         """
-        c = self.config
-        module = acdit.Network(replace(c, scan_layers=False, remat="none"), self.network.side, self._values)
+        c, n, r = self.config, self.blocks, self.config.block_size
+        total = (frames * self._frame_tokens // r) if frames else n
+        module = self.network.clone(config=replace(c, scan_layers=False, remat="none"))
         variables = {"params": unrolled(params)}
-        guided = c.guidance != 1 and self.classes
+        b = len(label_B)
+        nothing = (jnp.full_like(label_B, self.classes), self._no_text(b))
+        given = (label_B, nothing[1] if text_BZ is None else text_BZ)
+        told_BD, untold_BD = (module.apply(variables, *words, method="told") for words in (given, nothing))
+        guided = c.guidance != 1 and told_BD is not None
 
-        def draw_block(number, cache):
-            keys_B2 = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, number)))(keys_B)
-            shape = (c.block_size, self._values)
-            noise_BRP = jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B2[:, 0])
+        def draw_block(i, clean_BSP, cache):
+            """Block i, and the cache with the clean blocks right before it; None: there are none to bring in."""
+            number = jnp.minimum(i, n - 1)
+            keys_B2 = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, i)))(keys_B)
+            noise_BRP = jax.vmap(lambda key: jax.random.normal(key, (r, self._values)))(keys_B2[:, 0])
+
+            def of(x_BRP, t, told_BD, cache):
+                t_B = jnp.broadcast_to(t, (b,))
+                return module.apply(variables, x_BRP, t_B, told_BD, number, cache, method="denoise")
+
+            def guide(predicted, x_BRP, t, cache):
+                return solvers.guide(predicted, of(x_BRP, t, untold_BD, cache), c.guidance) if guided else predicted
+
+            first = None
+            if clean_BSP is not None:
+                at_start = (clean_BSP, noise_BRP, jnp.ones((b,)), told_BD, number, cache)
+                first, cache = module.apply(variables, *at_start, method="denoise_after")
+                first = guide(first, noise_BRP, jnp.float32(1), cache)
 
             def predict(x_BRP, t):
-                def of(label_B):
-                    t_B = jnp.broadcast_to(t, label_B.shape)
-                    return module.apply(variables, x_BRP, t_B, label_B, number, cache, method="denoise")
+                return guide(of(x_BRP, t, told_BD, cache), x_BRP, t, cache)
 
-                if not guided:
-                    return of(label_B)
-                return solvers.guide(of(label_B), of(jnp.full_like(label_B, self.classes)), c.guidance)
+            return self.process.solve(predict, noise_BRP, keys_B2[:, 1], first=first), cache
 
-            return self.process.solve(predict, noise_BRP, keys_B2[:, 1])
+        def go_on(before: int):
+            """A loop's body that draws a block, with so many clean ones before it brought into the cache."""
 
-        def one(number, carry):
-            cache, drawn_BLP = carry
-            block_BRP = draw_block(number, cache)
-            cache = module.apply(variables, block_BRP, number, cache, method="commit")
-            return cache, jax.lax.dynamic_update_slice(drawn_BLP, block_BRP, (0, number * c.block_size, 0))
+            def one(i, carry):
+                cache, drawn_BLP = carry
+                clean_BSP = jax.lax.dynamic_slice_in_dim(drawn_BLP, (i - before) * r, before * r, axis=1)
+                block_BRP, cache = draw_block(i, clean_BSP, cache)
+                return cache, jax.lax.dynamic_update_slice(drawn_BLP, block_BRP, (0, i * r, 0))
 
-        b, last = len(label_B), self.blocks - 1
+            return one
+
         dtype = compute_dtype(c.dtype) or variables["params"]["into"]["kernel"].dtype
         cache = kv_cache.empty(c.depth, (b, c.heads, self.tokens, c.width // c.heads), dtype, stacked=False)
-        drawn_BLP = jnp.zeros((b, self.tokens, self._values))
-        if last:
-            cache, drawn_BLP = jax.lax.fori_loop(0, last, one, (cache, drawn_BLP))
-        drawn_BLP = drawn_BLP.at[:, last * c.block_size :].set(draw_block(jnp.int32(last), cache))
-        return self._images(extra, drawn_BLP)
+        block_BRP, cache = draw_block(jnp.int32(0), None, cache)
+        carry = cache, jnp.zeros((b, total * r, self._values)).at[:, :r].set(block_BRP)
+        if min(n, total) > 1:
+            carry = jax.lax.fori_loop(1, min(n, total), go_on(1), carry)
+        if total > n:
+            carry = jax.lax.fori_loop(n, total, go_on(n - 1), carry)
+        return self._pictures(extra, carry[1])
 
     def _latent_tokens(self, extra, batch, keys_B):
+        if self.frames:
+            video_BTHWC = batch["video"]
+            b, t = video_BTHWC.shape[:2]
+            frames_FHWC = base.to_float(video_BTHWC.reshape(b * t, *video_BTHWC.shape[2:]))
+            keys_F = jax.vmap(lambda key: jax.random.split(key, t))(keys_B).reshape(-1)
+            latents = self.codec.encode(extra.get("codec"), frames_FHWC, keys_F)  # frame by frame, as published
+            return patchify(latents, self.config.patch_size).reshape(b, self.tokens, -1)[:, self._order]
         if "image" in batch:
             latents_Bhwc = self.codec.encode(extra.get("codec"), base.to_float(batch["image"]), keys_B)
         else:  # kept from before
@@ -196,7 +277,11 @@ class ACDiT(base.ImageModel):
             latents_Bhwc = self.codec.draw(*kept, keys_B)
         return patchify(latents_Bhwc, self.config.patch_size)[:, self._order]
 
-    def _images(self, extra, tokens_BLP):
-        raster_BLP = tokens_BLP[:, square_blocks.inverse(self._order)]
-        latents_Bhwc = unpatchify(raster_BLP, self.config.patch_size, self._latent_side)
-        return jnp.clip(self.codec.decode(extra.get("codec"), latents_Bhwc), -1, 1)
+    def _pictures(self, extra, tokens_BLP):
+        """Images, or clips of however many frames there are tokens of."""
+        b, t = len(tokens_BLP), tokens_BLP.shape[1] // self._frame_tokens
+        order_L = square_blocks.order(self.network.side, self.config.block_size, t)
+        raster_FLP = tokens_BLP[:, square_blocks.inverse(order_L)].reshape(b * t, self._frame_tokens, -1)
+        latents_Fhwc = unpatchify(raster_FLP, self.config.patch_size, self._latent_side)
+        images_FHWC = jnp.clip(self.codec.decode(extra.get("codec"), latents_Fhwc), -1, 1)
+        return images_FHWC.reshape(b, t, *images_FHWC.shape[1:]) if self.frames else images_FHWC

@@ -9,11 +9,12 @@ Legend: B batch, K tokens, H height, W width, C channels.
 import abc
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from ddt_jax.errors import UserError
 from ddt_jax.nn.images import to_float as to_float  # how every tokenizer reads its images, and gives them back
 from ddt_jax.nn.images import to_uint8 as to_uint8
 from ddt_jax.tokenizers.image_loss import ImageLoss
@@ -29,6 +30,7 @@ _REGISTRY = {
     "acdit": ("ddt_jax.tokenizers.acdit", "ACDiT"),
     "seed": ("ddt_jax.tokenizers.seed", "make_seed"),
 }
+_OF_CLIPS = ("acdit",)
 
 
 class ImageModel(abc.ABC):
@@ -36,6 +38,10 @@ class ImageModel(abc.ABC):
 
     Attributes:
       image_size: height and width of the images.
+      frames: of a clip, where it learns clips; 0: images.
+      measured: what an evaluation asks of it: "codes", "reconstruction" without codes, "drawing" from noise, or
+        "retrieval" alone.
+      retrieves: whether it finds captions of images and images of captions.
       loss_weights: weight of each ratio sums[name] / counts[name] that belongs to the loss, a number or a function of
         the optimizer step (int32, traced); other ratios are only logged.
       cross_example_terms: names of terms in the loss that depend on the whole batch at once. With any of them a step
@@ -49,6 +55,9 @@ class ImageModel(abc.ABC):
     """
 
     image_size: int
+    frames: int = 0
+    measured: Literal["codes", "reconstruction", "drawing", "retrieval"] = "reconstruction"
+    retrieves: bool = False
     loss_weights: dict[str, float | Callable]
     cross_example_terms: tuple[str, ...] = ()
     image_loss: ImageLoss | None = None
@@ -71,9 +80,10 @@ class ImageModel(abc.ABC):
         Args:
           params: plain arrays.
           extra: state as it was before the step.
-          batch: `image` uint8 [b, H, W, 3] and `slot` int32 [b], the rows of the global batch these images are. In the
-            place of images a tokenizer on latents takes `latent_mean` and `latent_logvar` [b, h, w, c]. With `classes`
-            also `label` int32 [b], -1 for none; with `caption_length` also `caption_ids` int32 [b, L].
+          batch: `image` uint8 [b, H, W, 3] and `slot` int32 [b], the rows of the global batch these images are. With
+            `frames` it is `video` uint8 [b, T, H, W, 3]. In the place of images a tokenizer on latents takes
+            `latent_mean` and `latent_logvar` [b, h, w, c]. With `classes` also `label` int32 [b], -1 for none.
+            With `caption_length` also `caption_ids` int32 [b, L].
           rng: the step's key, the same in all micro-batches.
 
         Returns:
@@ -102,6 +112,7 @@ class ImageTokenizer(ImageModel):
       draws: whether it decodes; one that is trained in stages may not do so yet.
     """
 
+    measured = "codes"
     num_tokens: int
     codebook_size: int
     token_order: str = "none"
@@ -140,7 +151,7 @@ def example_keys(rng, slot_B):
     return jax.vmap(lambda s: jax.random.fold_in(rng, s))(slot_B)
 
 
-def make_tokenizer(model, image_size: int, batch_size: int) -> ImageModel:
+def make_tokenizer(model, image_size: int, batch_size: int, frames: int = 0) -> ImageModel:
     """The tokenizer, or the autoencoder under one, that `model.kind` names.
 
     Args:
@@ -148,9 +159,17 @@ def make_tokenizer(model, image_size: int, batch_size: int) -> ImageModel:
       image_size: height and width of its images.
       batch_size: images per optimizer step over the whole mesh; the codebook's statistics and the stratified time
         sampler need to know how many rows there are besides their own.
+      frames: of a clip; 0: images.
 
     Raises:
-      UserError: if the settings do not fit the image size.
+      UserError: if the settings do not fit the image size, or it is no model of clips.
     """
     module, name = _REGISTRY[model.kind]
+    if frames and model.kind not in _OF_CLIPS:
+        raise UserError(
+            f"config: model.kind={model.kind!r} learns images, not data.frames={frames}; set data.frames=0, or "
+            f"model.kind={' or '.join(map(repr, _OF_CLIPS))}"
+        )
+    if frames:
+        return getattr(importlib.import_module(module), name)(model, image_size, batch_size, frames)
     return getattr(importlib.import_module(module), name)(model, image_size, batch_size)

@@ -96,6 +96,8 @@ class Aligner(base.ImageModel):
     """
 
     cross_example_terms = ("the contrastive loss",)
+    measured = "retrieval"
+    retrieves = True
 
     def __init__(self, config: settings.SEED, image_size: int, batch_size: int):
         del batch_size
@@ -210,6 +212,7 @@ class SEED(Aligner, base.ImageTokenizer):
       num_features: M.
     """
 
+    measured = "codes"
     token_order = "none"
     cross_example_terms = ()
 

@@ -120,7 +120,7 @@ def open_images(s: settings.Experiment, spec: str, batch_size: int = 0, caption_
       UserError: if the source cannot be opened, or the batch does not divide among the processes.
     """
     return Loader(
-        open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir),
+        open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir, clips=s.data.frames > 0),
         s.data,
         batch_size=batch_size or s.train.batch_size,
         seed=s.seed,
@@ -128,6 +128,7 @@ def open_images(s: settings.Experiment, spec: str, batch_size: int = 0, caption_
         shard_count=jax.process_count(),
         with_captions=caption_ids is not None,
         caption_ids=caption_ids,
+        caption_bytes=getattr(s.model, "caption_bytes", 0),
     )
 
 
@@ -140,11 +141,15 @@ def batch_shapes(s: settings.Experiment, model) -> dict:
         shape, dtype = latents.layout(model.codec, s.data.image_size)
         shapes = dict.fromkeys(("latent_mean", "latent_logvar"), ((n, *shape), jnp.dtype(dtype)))
     else:
-        shapes = {"image": ((n, s.data.image_size, s.data.image_size, 3), jnp.uint8)}
+        picture = (s.data.image_size, s.data.image_size, 3)
+        of = {"video": (s.data.frames, *picture)} if s.data.frames else {"image": picture}
+        shapes = {name: ((n, *shape), jnp.uint8) for name, shape in of.items()}
     if not isinstance(s.model, settings.Multimodal) and model.classes:
         shapes["label"] = ((n,), jnp.int32)
     if length := getattr(model, "caption_length", 0):
         shapes["caption_ids"] = ((n, length), jnp.int32)
+    if length := getattr(s.model, "caption_bytes", 0):
+        shapes["text"] = ((n, length), jnp.uint8)
     return shapes | {"slot": ((n,), jnp.int32), STOP: ((n,), jnp.int32)}
 
 

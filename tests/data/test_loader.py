@@ -381,3 +381,16 @@ def test_no_process_outlives_the_run(how):
     finally:
         with contextlib.suppress(ProcessLookupError):  # a failure here must not leave a loop behind
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_captions_as_bytes_are_part_of_a_batch_and_must_fit():
+    source = open_source("scenes:train")
+    found = [Loader(source, tolerant(), batch_size=8, seed=0, caption_bytes=z) for z in (192, 60)]
+    batch = found[0].batch_at(0)
+    texts = [bytes(row).rstrip(b"\0").decode() for row in batch["text"]]
+    assert batch["text"].shape == (8, 192) and batch["text"].dtype == np.uint8
+    assert texts == [source[int(i)]["caption"] for i in batch["index"]]
+    assert (found[1].batch_at(0)["text"] != 0).any(axis=1).all()
+    assert any("more than model.caption_bytes=60" in why for _, why in found[1].stats.examples)
+    (held_out,) = found[0].eval_batches(3, 4)
+    assert held_out["text"][:3].any(axis=1).all() and not held_out["text"][3].any()

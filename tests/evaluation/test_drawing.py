@@ -9,34 +9,22 @@ import pytest
 
 from ddt_jax import mesh as meshes
 from ddt_jax import settings
+from ddt_jax.data import moving_scenes
 from ddt_jax.data.scenes import ScenesSource
 from ddt_jax.evaluation import drawing, tables
-from ddt_jax.nn.params import split
 from ddt_jax.tokenizers.acdit import ACDiT
 from ddt_jax.tokenizers.base import example_keys
+from tests.tokenizers.acdit_small import SIZE, random_state, small
 
-SIZE, CLASSES = 8, 3
+CLASSES = 3
 SETTINGS = settings.Evaluate(pictures=3, batch_size=8, seed=5)
 
 
 @functools.cache
 def made(classes=CLASSES):
     diffusion = settings.DDPM(schedule="linear", solver="dpmpp_2m", solver_steps=2, clip=1.0, min_snr=5.0)
-    config = settings.ACDiT(
-        depth=1,
-        width=16,
-        heads=2,
-        patch_size=2,
-        block_size=4,
-        classes=classes,
-        scan_layers=False,
-        codec=settings.IdentityCodec(),
-        diffusion=diffusion,
-    )
-    model = ACDiT(config, SIZE, 8)
-    shapes = split(jax.eval_shape(model.init, jax.random.key(0))[0])[0]
-    rng = np.random.default_rng(0)
-    return model, jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32), shapes)
+    model = ACDiT(small(classes=classes, diffusion=diffusion), SIZE, 8)
+    return model, random_state(model)[0]
 
 
 def batches(valid, rows=8):
@@ -94,6 +82,18 @@ def test_pictures_have_the_classes_of_held_out_images(report):
     assert np.abs(report.drawn.astype(int) - expected).max() <= 1  # the last bits of a sum, rounded
 
 
+def test_features_of_clean_images_are_those_of_valid_rows_and_know_no_label():
+    model, params = made()
+    mesh = meshes.make_mesh(settings.Mesh(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        features, label = drawing.clean_features(model, params, {}, batches([8, 3]), 0, mesh=mesh)
+        other = ({**batch, "label": batch["label"] * 0} for batch in batches([8, 3]))
+        again, _ = drawing.clean_features(model, params, {}, other, 0, mesh=mesh)
+    assert features.shape == (11, 16) and features.std(0).min() > 0
+    np.testing.assert_array_equal(label, [i % 4 - 1 for i in range(11)])
+    np.testing.assert_array_equal(features, again)
+
+
 @pytest.mark.slow
 def test_a_mesh_changes_no_figure(report):
     spread = evaluate(meshes.make_mesh(settings.Mesh()), count=5, class_names=("a", "b", "c"))
@@ -114,3 +114,20 @@ def test_objects_are_counted_by_the_reader_of_scenes():
     assert wrong["scenes_count"] == 0.75 and wrong["scenes_clean"] == 1.0
     noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)
     assert drawing.count_objects(noise, label)["scenes_clean"] == 0.0
+
+
+def test_objects_are_followed_by_the_reader_of_moving_scenes():
+    scenes = [moving_scenes.sample_scene("heldout", i) for i in range(6)]
+    clips = np.stack([moving_scenes.render(s, range(4)) for s in scenes])
+    label = np.array([moving_scenes.label_of(s.objects) for s in scenes])
+    found = drawing.follow_objects(clips, label)
+    assert found["scenes_direction"] == found["scenes_clean"] == 1.0 and found["scenes_direction_interval"][0] > 0.5
+    assert found["scenes_direction_chance"] == np.bincount(label).max() / 6
+    assert drawing.follow_objects(clips, None).keys() == {"scenes_clean", "scenes_clean_interval"}
+    assert drawing.follow_objects(clips[:, ::-1], label)["scenes_direction"] == 0.0
+    texts = [moving_scenes.phrase(s.objects, 1) for s in scenes]
+    told = drawing.follow_captions(clips, [*texts[:5], "a cat"])
+    assert told["scenes_all_correct"] == told["scenes_direction"] == 5 / 6 and len(told) == 10
+    shown = drawing.Report({}, clips, ("a", "b", "c", "d", "e", "f"))
+    assert shown.picture().ndim == 3 and shown.moving().shape[0] == 4
+    assert drawing.Report({}, clips[:, 0], None).moving() is None

@@ -24,6 +24,28 @@ def _enlarged(image, factor):
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
+def test_a_contact_sheet_shows_frames_evenly_in_time_a_row_for_each_clip():
+    clips = np.stack([_images(9, seed=s) for s in (0, 1)])
+    sheet = pictures.contact_sheet(clips, ["first", "second"], most=3)
+    for clip in clips:
+        places = [_find(sheet, _enlarged(frame, 3)) for frame in clip]
+        shown = [i for i, place in enumerate(places) if place]
+        assert shown == [0, 4, 8] and len({place[0][0] for place in places if place}) == 1
+    assert _find(sheet, _enlarged(clips[1, 0], 3))[0][0] > _find(sheet, _enlarged(clips[0, 0], 3))[0][0]
+
+
+def test_a_gif_moves_as_the_clips_do(tmp_path):
+    clips = np.stack([np.repeat(_images(1, 8, seed=s), 3, axis=0) // 64 * 64 for s in (0, 1)])
+    clips[:, 1] = 255 - clips[:, 1]
+    frames = pictures.moving_grid(clips)
+    pictures.save_gif(frames, tmp_path / "a.gif", per_second=4)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 3 and gif.info["duration"] == 250 and gif.info["loop"] == 0
+        for i in range(3):
+            gif.seek(i)
+            assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - frames[i]).mean() < 8
+
+
 def test_grid_shows_every_image_unchanged_in_its_row_and_column():
     originals, few, all_of_them = _images(seed=0), _images(seed=1), _images(seed=2)
     canvas = pictures.reconstruction_grid(originals, {"2 tokens\n17.0 dB": few, "all": all_of_them})

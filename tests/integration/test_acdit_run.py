@@ -21,6 +21,7 @@ SMALL = [
     "--config.evaluate.batch_size=8",
     "--config.evaluate.pictures=4",
     "--config.evaluate.prompts=8",
+    "--config.evaluate.probe_images=24",
 ]
 
 
@@ -41,6 +42,7 @@ def test_it_trains_is_measured_and_draws(tmp_path, capsys):
     results = json.loads((root / "results.json").read_text())
     assert results["diffusion"] < half_way["eval/diffusion"] and results["drawn"] == 8
     assert len(results["mse_by_block"]) == 4 and 0 <= results["scenes_count"] <= 1
+    assert 0 <= results["probe_linear"] <= 1 and results["probe_images"] == 24 and results["probe_depth"] == 1
     for name in ("samples.png", "loss.png"):
         with Image.open(root / name) as picture:
             assert picture.width > 100
@@ -49,6 +51,30 @@ def test_it_trains_is_measured_and_draws(tmp_path, capsys):
         arguments = [verb[0], "--workdir", root, *verb[1:]] + (["--prompt", "a"] if verb == ["generate"] else [])
         assert run(*arguments) == cli.EXIT_USER
         assert capsys.readouterr().err.count("\n") == 1, verb
+
+
+def test_clips_are_learned_measured_and_drawn_beyond_their_length(tmp_path, capsys):
+    root, out = tmp_path / "run", tmp_path / "longer.png"
+    small = [x for x in SMALL if "eval_every" not in x and "width" not in x]
+    small += ["--config.model.width=48", "--config.model.heads=3", "--config.train.steps=6", "--config.data.frames=8"]
+    assert run("train", "--config", "configs/acdit_moving_scenes.py", "--workdir", root, *small) == 0
+    assert run("evaluate", "--workdir", root) == 0
+    results = json.loads((root / "results.json").read_text())
+    assert len(results["mse_by_block"]) == 2 and 0 <= results["scenes_direction"] <= 1
+    with Image.open(root / "samples.gif") as moving:
+        assert moving.n_frames == 8
+    asked = ["--class", "left", "--class", "11", "--samples", "2", "--frames", "16", "--out", out]
+    assert run("generate", "--workdir", root, *asked) == 0
+    with Image.open(out.with_suffix(".gif")) as moving:
+        assert moving.n_frames > 8  # a GIF joins frames that are alike
+    capsys.readouterr()
+    for wrong, why in (
+        (["--class", "sideways"], "--class sideways is none of the run's 12 classes (from 0); choose from left, right"),
+        (["--frames", "10"], "10 frames are no whole number of blocks of 4 frames"),
+        (["--prompt", "a"], "draws classes and knows no text (model.caption_bytes=0); leave out 'a'"),
+    ):
+        assert run("generate", "--workdir", root, *wrong) == cli.EXIT_USER
+        assert why in capsys.readouterr().err
 
 
 def test_it_learns_classes_of_photographs(data_dir, tmp_path):

@@ -35,6 +35,24 @@ def test_inverse_brings_the_raster_back(side, size):
     np.testing.assert_array_equal(raster[order][square_blocks.inverse(order)], raster)
 
 
+@pytest.mark.parametrize(("side", "size", "frames"), [(2, 1, 3), (2, 4, 4), (2, 8, 4), (4, 4, 2), (3, 27, 3)])
+def test_blocks_of_a_clip_are_squares_of_a_frame_or_whole_frames(side, size, frames):
+    order, at = square_blocks.order(side, size, frames), square_blocks.positions(side, size, frames)
+    np.testing.assert_array_equal(order, at @ [side * side, side, 1])
+    assert sorted(order) == list(range(frames * side * side))
+    n = int(min(size, side * side) ** 0.5)
+    for block in at.reshape(-1, size, 3):
+        span = block.max(0) - block.min(0) + 1
+        assert tuple(span) == (max(1, size // side**2), n, n)
+    assert (np.diff(at[:, 0]) >= 0).all()
+
+
+def test_sizes_of_a_clip_go_on_in_whole_frames():
+    assert square_blocks.sizes(4, 6) == [1, 4, 16, 32, 48, 96]
+    with pytest.raises(ValueError, match="no square blocks of 64"):
+        square_blocks.order(4, 64, 6)
+
+
 def test_published_order():
     """ImageNet at 256 px: 32 x 32 tokens, four blocks of 16 x 16."""
     order = square_blocks.order(32, 256).reshape(4, 16, 16)

@@ -13,35 +13,23 @@ from ddt_jax.diffusion import solvers
 from ddt_jax.errors import UserError
 from ddt_jax.nn import square_blocks
 from ddt_jax.nn.images import patchify, unpatchify
-from ddt_jax.nn.params import is_box, split
+from ddt_jax.nn.params import split
 from ddt_jax.tokenizers.acdit import ACDiT
 from ddt_jax.tokenizers.base import example_keys, make_tokenizer
+from tests.tokenizers.acdit_small import SIZE, random_state, small
 
-SIZE, CLASSES, B = 8, 3, 4
-CONFIG = settings.ACDiT(
-    depth=1,
-    width=16,
-    heads=2,
-    patch_size=2,
-    block_size=4,
-    classes=CLASSES,
-    scan_layers=False,
-    codec=settings.IdentityCodec(),
-)
+CLASSES, B = 3, 4
+CONFIG = small()
 FLOW = settings.RectifiedFlow(solver_steps=4)
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
-def made(**changes):
-    """(model, random parameters, extra); a fresh network predicts zero whatever it is told."""
-    model = make_tokenizer(replace(CONFIG, **changes), SIZE, B)
+def made(frames=0, **changes):
+    """(model, random parameters, extra)."""
+    model = make_tokenizer(replace(CONFIG, **changes), SIZE, B, frames)
     assert isinstance(model, ACDiT)
-    boxed, extra = jax.eval_shape(model.init, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    fill = lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32)  # noqa: E731
-    extra = jax.tree.map(lambda x: x.value if is_box(x) else x, extra, is_leaf=is_box)
-    return model, jax.tree.map(fill, split(boxed)[0]), jax.tree.map(fill, extra)
+    return model, *random_state(model)
 
 
 def batch(rows=B, seed=1):
@@ -78,7 +66,7 @@ def test_loss_is_the_mean_over_all_noised_blocks(diffusion):
     model, params, extra = made(diffusion=diffusion, label_drop=0.0)
     key = jax.random.key(3)
     sums, counts, stats = compiled(model, "loss_fn")(params, extra, batch(), key)
-    clean, noise, t, label = compiled(model, "draw")(extra, batch(), example_keys(key, batch()["slot"]))
+    clean, noise, t, label, _ = compiled(model, "draw")(extra, batch(), example_keys(key, batch()["slot"]))
     assert clean.shape == noise.shape == (B, 16, 12) and t.shape == (B, 4)
     np.testing.assert_array_equal(label, [0, 2, CLASSES, 1])
     raster = patchify(batch()["image"] / 127.5 - 1, 2)
@@ -117,7 +105,7 @@ def test_what_is_drawn_is_that_of_the_row_of_the_global_batch():
     draw = compiled(model, "draw")
     keys = example_keys(key, whole["slot"])
     part = {name: rows[2:3] for name, rows in whole.items()}
-    for a, b in zip(draw(extra, whole, keys), draw(extra, part, keys[2:3]), strict=True):
+    for a, b in zip(draw(extra, whole, keys)[:4], draw(extra, part, keys[2:3])[:4], strict=True):
         np.testing.assert_array_equal(a[2:3], b)
     first, second = (np.asarray(draw(extra, whole, example_keys(jax.random.key(k), whole["slot"]))[1]) for k in (3, 4))
     assert (first != second).all()
@@ -134,26 +122,31 @@ def test_labels_are_dropped_as_often_as_the_settings_say():
     assert not t.any()
 
 
-def without_cache(model, params, label, keys):
-    """Images by the whole sequence at every step: block i is denoised with blocks 0 .. i - 1 in their clean places."""
-    c, r = model.config, model.config.block_size
-    clean = jnp.zeros((len(label), model.tokens, 12))
-    everything = model.network.apply
-    for i in range(model.blocks):
-        here = slice(i * r, (i + 1) * r)
+def without_cache(model, params, label, keys, total=0, text=None):
+    """Tokens by the whole sequence at every step: block i is denoised with those before it in their clean places.
+
+    Beyond the N that were learned it is the last block of a sequence whose others are the N - 1 before it.
+    """
+    c, r, b = model.config, model.config.block_size, len(label)
+    p, drawn = model.network.values, []
+    for i in range(total or model.blocks):
+        at = min(i, model.blocks - 1)
+        here = slice(at * r, (at + 1) * r)
+        clean = jnp.zeros((b, model.tokens, p))
+        if at:
+            clean = clean.at[:, : at * r].set(jnp.concatenate(drawn[i - at :], axis=1))
         mine = [jax.random.split(jax.random.fold_in(key, i)) for key in keys]
-        noise = jnp.stack([jax.random.normal(pair[0], (r, 12)) for pair in mine])
+        noise = jnp.stack([jax.random.normal(pair[0], (r, p)) for pair in mine])
 
         def predict(x, t, here=here, clean=clean):
             noised = jnp.full_like(clean, 3.0).at[:, here].set(x)
-            levels = jnp.full((len(label), model.blocks), t)
-            of = lambda y: everything({"params": params}, clean, noised, levels, y)[:, here]  # noqa: E731
-            return solvers.guide(of(label), of(jnp.full_like(label, CLASSES)), c.guidance)
+            levels = jnp.full((b, model.blocks), t)
+            of = lambda *told: model.network.apply({"params": params}, clean, noised, levels, *told)[:, here]  # noqa: E731
+            nothing = jnp.full_like(label, CLASSES), None if text is None else np.zeros_like(text)
+            return solvers.guide(of(label, text), of(*nothing), c.guidance)
 
-        drawn = model.process.solve(predict, noise, jnp.stack([pair[1] for pair in mine]))
-        clean = clean.at[:, here].set(drawn)
-    raster = clean[:, square_blocks.inverse(square_blocks.order(4, r))]
-    return jnp.clip(unpatchify(raster, 2, SIZE), -1, 1)
+        drawn.append(model.process.solve(predict, noise, jnp.stack([pair[1] for pair in mine])))
+    return jnp.concatenate(drawn, axis=1)
 
 
 SAMPLERS = {
@@ -172,7 +165,80 @@ def test_drawing_behind_a_cache_equals_drawing_by_whole_sequences(name):
     found = compiled(model, "sample")(params, extra, label, keys)
     naive = jax.jit(functools.partial(without_cache, model), compiler_options=QUICK)
     assert found.shape == (2, SIZE, SIZE, 3) and 0.1 < float(jnp.abs(found).mean()) <= 1
-    np.testing.assert_allclose(found, naive(params, label, keys), atol=1e-4)
+    raster = naive(params, label, keys)[:, square_blocks.inverse(square_blocks.order(4, 4))]
+    np.testing.assert_allclose(found, jnp.clip(unpatchify(raster, 2, SIZE), -1, 1), atol=1e-4)
+
+
+CLIPS = {"patch_size": 4, "block_size": 4, "heads": 1}  # frames of 2 x 2 tokens, one of them a block
+
+
+@pytest.mark.parametrize("frames", [5, pytest.param(3, marks=pytest.mark.slow)])
+def test_clips_longer_than_those_that_were_learned_are_drawn_through_a_window_of_them(frames):
+    model, params, extra = made(3, diffusion=SAMPLERS["dpmpp_2m"], guidance=2.0, **CLIPS)
+    label, keys = jnp.array([1, 0]), jax.random.split(jax.random.key(5), 2)
+    sample = jax.jit(functools.partial(model.sample, frames=frames), compiler_options=QUICK)
+    found = sample(params, extra, label, keys)
+    naive = jax.jit(functools.partial(without_cache, model, total=frames), compiler_options=QUICK)
+    tokens = naive(params, label, keys)  # one frame follows the other, and in it the raster
+    frame_by_frame = unpatchify(tokens.reshape(2 * frames, 4, 48), 4, SIZE).reshape(2, frames, SIZE, SIZE, 3)
+    assert found.shape == (2, frames, SIZE, SIZE, 3)
+    np.testing.assert_allclose(found, jnp.clip(frame_by_frame, -1, 1), atol=1e-4)
+
+
+def captions(*texts):
+    return np.array([list(text.encode().ljust(6, b"\0")) for text in texts], np.uint8)
+
+
+def test_labels_and_captions_are_dropped_together():
+    model, params, extra = made(caption_bytes=6, caption_depth=1)
+    many = batch(400) | {"label": np.zeros(400, np.int32), "text": np.repeat(captions("ab"), 400, axis=0)}
+    keys = example_keys(jax.random.key(0), many["slot"])
+    *_, label, text = (np.asarray(x) for x in compiled(model, "draw")(extra, many, keys, 0.3))
+    dropped = label == CLASSES
+    assert 0.2 < dropped.mean() < 0.4
+    np.testing.assert_array_equal(text, np.where(dropped[:, None], 0, many["text"]))
+
+
+@pytest.mark.slow
+def test_drawing_of_captions_with_guidance_equals_drawing_by_whole_sequences():
+    model, params, extra = made(
+        classes=0, caption_bytes=6, caption_depth=1, diffusion=SAMPLERS["dpmpp_2m"], guidance=2.0
+    )
+    nothing, keys = jnp.zeros((2,), jnp.int32), jax.random.split(jax.random.key(5), 2)
+    sample = jax.jit(lambda text: model.sample(params, extra, nothing, keys, text_BZ=text), compiler_options=QUICK)
+    found = sample(captions("ab", "ba"))
+    naive = jax.jit(functools.partial(without_cache, model, text=captions("ab", "ba")), compiler_options=QUICK)
+    raster = naive(params, nothing, keys)[:, square_blocks.inverse(square_blocks.order(4, 4))]
+    np.testing.assert_allclose(found, jnp.clip(unpatchify(raster, 2, SIZE), -1, 1), atol=1e-4)
+    assert float(jnp.abs(sample(captions("ab", "ab")) - found)[1].max()) > 0.01
+
+
+def test_a_clip_is_learned_as_its_frames_one_after_the_other():
+    model, params, extra = made(4, **CLIPS | {"block_size": 8})
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 256, (2, 4, SIZE, SIZE, 3)).astype(np.uint8)
+    given = {"video": video, "slot": np.arange(2, dtype=np.int32), "label": np.zeros(2, np.int32)}
+    clean, _, t, _, _ = compiled(model, "draw")(extra, given, example_keys(jax.random.key(3), given["slot"]))
+    assert clean.shape == (2, 16, 48) and t.shape == (2, 2)
+    frames = [np.asarray(patchify(video[:, i] / np.float32(127.5) - 1, 4)) for i in range(4)]
+    np.testing.assert_allclose(clean, np.concatenate(frames, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("frames", "changes", "length", "message"),
+    [
+        (0, {}, 3, "data.frames=0, so it draws images, not clips of 3 frames"),
+        (4, CLIPS | {"block_size": 8}, 5, "5 frames are no whole number of blocks of 2 frames"),
+        (4, CLIPS | {"block_size": 16}, 8, "need blocks of whole frames and more than one of them"),
+        (4, CLIPS | {"block_size": 1}, 8, "model.block_size=1 with 4 tokens in a frame gives 16; draw 4 frames"),
+    ],
+)
+def test_lengths_that_cannot_be_drawn_are_named(frames, changes, length, message):
+    model = ACDiT(replace(CONFIG, **changes), SIZE, B, frames)
+    with pytest.raises(UserError, match=message):
+        model.check_length(length)
+    if frames:
+        model.check_length(frames)
 
 
 def test_a_picture_depends_on_its_label_and_key_alone():
@@ -219,6 +285,7 @@ def test_latents_that_were_kept_are_learned_like_those_of_images():
         ({"block_size": 256}, "model.block_size=256"),
         ({"heads": 3}, "model.width=16 is not a multiple of model.heads=3"),
         ({"width": 12}, "a head of 6 does not divide among 2 axes; take a multiple of 4"),
+        ({"caption_bytes": -1}, "model.caption_bytes=-1 must not be negative"),
         ({"classes": -1}, "model.classes=-1 must not be negative"),
         ({"label_drop": 1.5}, "model.label_drop=1.5 lie in"),
     ],
@@ -226,3 +293,12 @@ def test_latents_that_were_kept_are_learned_like_those_of_images():
 def test_settings_that_do_not_go_together_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         ACDiT(replace(CONFIG, **changes), SIZE, B)
+
+
+def test_clips_need_blocks_and_heads_that_suit_them_and_a_model_that_learns_them():
+    with pytest.raises(UserError, match="2 x 2 tokens, nor whole frames that divide 6; choose from 1, 4, 8, 12, 24"):
+        ACDiT(replace(CONFIG, **CLIPS | {"block_size": 16}), SIZE, B, 6)
+    with pytest.raises(UserError, match="a head of 8 does not divide among 3 axes; take a multiple of 16"):
+        ACDiT(replace(CONFIG, **CLIPS | {"heads": 2}), SIZE, B, 4)
+    with pytest.raises(UserError, match="model.kind='vae' learns images, not data.frames=4; set data.frames=0"):
+        make_tokenizer(settings.VAE(), SIZE, B, 4)

@@ -9,26 +9,16 @@ import pytest
 from ddt_jax import settings
 from ddt_jax.tokenizers.acdit import ACDiT
 from ddt_jax.training.state import unbox
+from tests.tokenizers.acdit_small import SIZE, small
 
-SIZE, B, DRAWN = 8, 32, 64
+B, DRAWN = 32, 64
 
 pytestmark = pytest.mark.slow
 
 
 def trained(classes, diffusion, guidance=1.0):
     """A model of images that are all bright or all dark, class 1 and 0."""
-    config = settings.ACDiT(
-        depth=2,
-        width=32,
-        heads=2,
-        patch_size=2,
-        block_size=4,
-        classes=classes,
-        scan_layers=False,
-        codec=settings.IdentityCodec(),
-        diffusion=diffusion,
-        guidance=guidance,
-    )
+    config = small(depth=2, width=32, classes=classes, diffusion=diffusion, guidance=guidance)
     model = ACDiT(config, SIZE, B)
     params = unbox(jax.jit(model.init)(jax.random.key(0))[0])
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.linear_schedule(4e-3, 0.0, 400)))

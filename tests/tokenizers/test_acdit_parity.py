@@ -81,7 +81,7 @@ def test_forward_loss_and_gradients_are_those_of_the_reference(oracle, size, rop
         np.testing.assert_allclose(found, predicted, atol=1e-9 * np.abs(predicted).max(), rtol=0)
 
         # The loss by the model's own code, from what it draws.
-        model.draw = lambda *a, **k: (jnp.asarray(clean), jnp.asarray(noise), jnp.asarray(t), jnp.asarray(label))
+        model.draw = lambda *a, **k: (jnp.asarray(clean), jnp.asarray(noise), jnp.asarray(t), jnp.asarray(label), None)
         batch = {"slot": np.arange(B, dtype=np.int32)}
 
         def value(params):
