@@ -10,11 +10,10 @@ import argparse
 import os
 import sys
 
-from ddt_jax import cli_scaling, host_memory
+from ddt_jax import cli_checkpoints, cli_scaling, host_memory
 from ddt_jax.errors import UserError
 
 EXIT_USER = 2
-EXIT_DAMAGED = 3
 
 _CONFIG_HELP = "config file, FILE.py or FILE.py:VARIANT; change single settings with --config.NAME.NAME=VALUE"
 _WORKDIR_HELP = "directory of the run: its config, log, checkpoints and results"
@@ -23,13 +22,6 @@ _IMPORTS = {
     "selftok": "a published Selftok tokenizer, .pth",
     "sd3": "SD3-medium, .safetensors or diffusers' folder, for the image stream of a new run with model.kind='selftok'",
     "llama": "a LLaMA, Hugging Face's folder with config.json; makes no run but weights that a run starts from",
-}
-_CHECKPOINT = {
-    "digest": "a SHA-256 of the newest one: step, parameters, optimizer, average, codebook",
-    "list": "their steps, sizes and figures, and whether they have been read back",
-    "verify": "whether their files are as they were written; --deep: and their arrays those that were saved",
-    "diff": "which arrays and settings of two differ, and by how much",
-    "average": "a new run with the mean of the weights of several",
 }
 _EXPORTS = {
     "selftok": "the layout of the published Selftok tokenizers, one .pth; the codec is not part of it",
@@ -176,28 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "--part", default="0/1", metavar="I/N", help="make only every Nth shard from I on: N processes share the work"
     )
     verb("config", "print the resolved settings of a config", config=True, report=True)
-    p = verb(
-        "checkpoint",
-        "look at the checkpoints of a run",
-        workdir=True,
-        report=True,
-        more="Exits with 3 if verify finds damage. Only digest and average need a device.",
-    )
-    p.add_argument("action", choices=_CHECKPOINT, help=_choices(_CHECKPOINT))
-    p.add_argument("--step", type=int, metavar="N", help="verify, diff: the one at this step")
-    p.add_argument("--deep", action="store_true", help="verify: read every array as well")
-    p.add_argument("--with", dest="other", default="", metavar="DIR", help="diff: the other run (default: the same)")
-    p.add_argument("--with-step", type=int, metavar="N", help="diff: the step of the other (default: its newest)")
-    p.add_argument("--steps", default="", metavar="N,N", help="average: of these (default: of all)")
-    p.add_argument("--to", default="", metavar="DIR", help="average: workdir of the new run")
-    p = verb(
-        "replay",
-        "do a step of a run again, from the checkpoint before it, and compare it with the log bit by bit",
-        workdir=True,
-        report=True,
-        more="Exits with 3 if they differ. docs/survival.md says what may be the reason.",
-    )
-    p.add_argument("--step", type=int, required=True, metavar="N", help="as the log counts: the first is 1")
+    cli_checkpoints.add_verbs(verb, _choices)
     p = verb(
         "import",
         "make a run, or weights to start one from, out of a published checkpoint",
@@ -411,36 +382,6 @@ def _config(args, overrides) -> int:
     return 0
 
 
-def _checkpoint(args, overrides) -> int:
-    from ddt_jax import experiment, inspection
-
-    sound = True
-    if args.action == "digest":
-        value = experiment.digest(args.workdir)
-        _report(args, {"digest": value}, value)
-    elif args.action == "diff":
-        found = inspection.diff(args.workdir, args.step, args.other or args.workdir, args.with_step)
-        _report(args, found, inspection.differences(found))
-    elif args.action == "average":
-        result = inspection.average(args.workdir, args.steps, args.to)
-        _report(args, result, f"mean of the weights at steps {', '.join(map(str, result['steps']))}: {args.to}")
-    else:
-        rows = inspection.listed(args.workdir)
-        if args.action == "verify":
-            rows = inspection.verify(args.workdir, args.step, deep=args.deep)
-            sound = all(row["sound"] for row in rows)
-        _report(args, {"steps": [row["step"] for row in rows], "checkpoints": rows}, inspection.table(rows))
-    return 0 if sound else EXIT_DAMAGED
-
-
-def _replay(args, overrides) -> int:
-    from ddt_jax import replaying
-
-    found = replaying.replay(args.workdir, args.step, overrides)
-    _report(args, found, replaying.text(found))
-    return EXIT_DAMAGED if found["equal"] is False else 0
-
-
 def _import(args, overrides) -> int:
     from ddt_jax import config, exchange
 
@@ -480,8 +421,8 @@ _VERBS = {
     "data": _data,
     "latents": _latents,
     "config": _config,
-    "checkpoint": _checkpoint,
-    "replay": _replay,
+    "checkpoint": lambda args, overrides: cli_checkpoints.checkpoint(args, overrides, _report),
+    "replay": lambda args, overrides: cli_checkpoints.replay(args, overrides, _report),
     "import": _import,
     "export": _export,
     "plan": lambda args, overrides: cli_scaling.plan(args, overrides, _report),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddt_jax import cli, config, experiment, settings
+from ddt_jax import cli, cli_checkpoints, config, experiment, settings
 from ddt_jax.errors import UserError
 from ddt_jax.training import checkpoint
 from ddt_jax.training.loop import EXIT_STOPPED
@@ -122,7 +122,7 @@ def test_checkpoints_are_listed_verified_compared_and_averaged(workdir, tmp_path
     shutil.copytree(workdir, tmp_path / "damaged")
     largest = max((tmp_path / "damaged/checkpoints/3/state").rglob("*"), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
-    assert run("checkpoint", "verify", "--workdir", tmp_path / "damaged") == cli.EXIT_DAMAGED
+    assert run("checkpoint", "verify", "--workdir", tmp_path / "damaged") == cli_checkpoints.EXIT_DAMAGED
     assert largest.name in capsys.readouterr().out
 
 
@@ -135,7 +135,7 @@ def test_a_replayed_step_equals_the_log_and_shows_where_it_does_not(workdir, tmp
     assert len(content) == 6 * 8
     content[3 * 8] ^= 1  # the last bit of the loss of step 4
     (copy / "steps.f32").write_bytes(content)
-    assert run("replay", "--workdir", copy, "--step", 4, "--json", tmp_path / "r.json") == cli.EXIT_DAMAGED
+    assert run("replay", "--workdir", copy, "--step", 4, "--json", tmp_path / "r.json") == cli_checkpoints.EXIT_DAMAGED
     found = json.loads((tmp_path / "r.json").read_text())
     assert (found["from"], found["equal"], found["first_difference"], found["batch"]) == (3, False, 4, "as made")
     assert abs(found["logged"]["loss"] / found["replayed"]["loss"] - 1) < 1e-6

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "ddt_jax"
 # Top to bottom. Units on one line stand side by side: they may not import each other, except on the last line.
 LAYERS = [
     {"cli"},
-    {"cli_scaling"},
+    {"cli_checkpoints", "cli_scaling"},
     {"fitting", "reporting", "sweeping"},
     {"exchange", "inspection", "judging", "ledger", "planning", "replaying", "tokenize"},
     {"drawings", "speaking"},
