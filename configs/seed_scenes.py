@@ -5,7 +5,7 @@
     ddt-jax train --config configs/seed_scenes.py:draw --workdir runs/seed/draw --config.init_from=runs/seed/codes
 
 Variants with other arms: "align_bidirectional", whose queries see each other, and "codes_published", the published
-codebook. Meant for 2 CPU cores; docs/seed.md says what has been measured.
+codebook. Sized for 2 CPU cores; not run yet, so no figure is given (docs/seed.md).
 """
 
 from ddt_jax import config, settings
