@@ -33,7 +33,8 @@ class TextTower(nn.Module):
     def __call__(self, ids_BL):
         c = self.config
         table = declare(nn.initializers.normal(0.02), ("vocab", "embed"), decay=False)
-        x_BLD = self.param("embed", table, (c.vocab_size, c.width))[jnp.maximum(ids_BL, 0)]
+        # NumPy cannot be indexed by what is traced.
+        x_BLD = jnp.asarray(self.param("embed", table, (c.vocab_size, c.width)))[jnp.maximum(ids_BL, 0)]
         class_1D = embeddings.learned(self, "class_token", 1, c.width)
         x_BSD = jnp.concatenate([jnp.broadcast_to(class_1D, (len(x_BLD), 1, c.width)), x_BLD], axis=1)
         x_BSD = x_BSD + embeddings.learned(self, "positions", c.length + 1, c.width)[: x_BSD.shape[1]]
