@@ -116,7 +116,7 @@ def test_a_decoder_alone_needs_a_run_with_its_codes(tmp_path):
         built = experiment.build(s)
         return warm_start.find(s, built.model, built.mesh, built.abstract, experiment.make_model)
 
-    with pytest.raises(UserError, match="model.stage='decoder' trains a decoder .*set init_from"):
+    with pytest.raises(UserError, match="model.stage='decoder' goes on from .*set init_from"):
         find(RENDERER, first="")
     assert find(DDT, first="") is None
     with pytest.raises(UserError, match="makes other codes .*: model.mix, model.quantizer.normalize_input$"):
