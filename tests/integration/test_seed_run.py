@@ -1,6 +1,5 @@
 """SEED's three stages, one after another: each begins with the run before it, evaluates, and codes can be written."""
 
-import json
 from dataclasses import replace
 
 import jax
@@ -30,7 +29,7 @@ def of(stage, init_from=""):
         name=stage,
         model=replace(SMALL, stage=stage),
         init_from=str(init_from),
-        train=settings.Train(steps=2, batch_size=8, tensorboard=False, eval_every=2 if stage == "align" else 0),
+        train=settings.Train(steps=2, batch_size=8, tensorboard=False),
         evaluate=settings.Evaluate(images=40, batch_size=16, pictures=2, probe_images=32, counterfactuals=0),
     )
 
@@ -41,8 +40,6 @@ def test_each_stage_goes_on_from_the_one_before(tmp_path):
     experiment.train(of("align"), str(align))
     found = judging.evaluate(str(align))["results"]
     assert found["retrieval"].keys() == {"by_embedding"} and found["retrieval_images"] == 40
-    log = [json.loads(line) for line in (align / "metrics.jsonl").read_text().splitlines()]
-    assert any("eval/recall_mean_by_embedding" in line for line in log)
 
     names = {"qformer": "qformer.layernorm.weight", "seed-qformer": "Qformer.bert.embeddings.LayerNorm.weight"}
     trained = experiment.weights(experiment.restore(str(align))[1])["qformer"]
