@@ -20,7 +20,7 @@ pytestmark = pytest.mark.tpu_compile
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # The published models need a pod, and the autoencoder's default is for images of 256 px.
 LARGE = {"ddt_selftok_256.py", "ddt_selftok_1024.py", "ddt_llama_256.py", "ddt_llama_8b.py", "vae.py"}
-LARGE |= {"transfusion_256.py", "transfusion_7b.py"}
+LARGE |= {"transfusion_256.py", "transfusion_7b.py", "acdit_ucf101.py"}
 SMALL = sorted({path.name for path in CONFIGS.glob("*.py")} - LARGE)
 # Config → the one that is compiled in its place.
 ALIKE = {
