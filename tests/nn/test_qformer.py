@@ -85,6 +85,7 @@ def made(c, queries=6, causal=True):
     return model, jax.tree.map(lambda p: p + 0.1 * random(1, *p.shape), params), memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_a_query_moves_itself_and_those_behind_it_alone(norm):
     c = replace(POST, norm=norm, depth=3)
@@ -104,6 +105,7 @@ def test_a_query_moves_itself_and_those_behind_it_alone(norm):
     assert np.all(rows(False) > 1e-3)
 
 
+@pytest.mark.slow
 def test_the_first_queries_alone_give_the_first_rows():
     model, params, memory = made(POST)
     whole = model.apply({"params": params}, memory)
