@@ -8,9 +8,9 @@ from etils import epath
 
 from ddt_jax import experiment, settings
 from ddt_jax.data.base import open_source
-from ddt_jax.data.loader import as_bytes
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation import drawing, pictures
+from ddt_jax.tokenizers.caption_ids import CaptionBytes
 
 
 def draws(workdir: str) -> bool:
@@ -55,7 +55,7 @@ def generate(
     asked = [one for one in asked or [(-1, "", "told nothing")] for _ in range(samples)]
     built, state = experiment.restore(workdir, overrides)
     label_D, length = np.array([label for label, _, _ in asked], np.int32), saved.model.caption_bytes
-    text_DZ = as_bytes([caption for _, caption, _ in asked], length) if length else None
+    text_DZ = CaptionBytes(length)(caption for _, caption, _ in asked) if length else None
     texts = [text for _, _, text in asked]
     given = (built.model, experiment.weights(state), state.extra, label_D, built.settings.evaluate)
     with jax.set_mesh(built.mesh):

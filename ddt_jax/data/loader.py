@@ -10,10 +10,9 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,6 +30,18 @@ ENDLESS = 1 << 40  # batches of a run without a stop
 log = logging.getLogger("ddt_jax.data")
 
 
+class CaptionRows(Protocol):
+    """Captions as rows of ids: `tokenizers.caption_ids`. Picklable."""
+
+    def row(self, caption: str) -> np.ndarray:
+        """[L]. Raises BadRecord if the caption cannot be used."""
+        ...
+
+    def rows(self, n: int) -> np.ndarray:
+        """[n, L] where there are no captions."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batcher:
     """Makes batches. Holds no state, so that a thread, a process or a test may ask for any step in any order."""
@@ -44,8 +55,7 @@ class Batcher:
     shuffle: bool
     with_captions: bool
     keep_captions: bool = False  # those that there are, in batches for evaluation
-    caption_ids: Callable[[list[str]], np.ndarray] | None = None  # captions → rows of training batches
-    caption_bytes: int = 0  # captions as arrays, of so many bytes
+    caption_ids: CaptionRows | None = None
 
     def slots(self, batch_size):
         """The rows of a global batch that this host makes."""
@@ -88,10 +98,6 @@ class Batcher:
                 )
         if self.with_captions:
             batch["caption"] = captions
-        if self.caption_ids is not None:
-            batch["caption_ids"] = self.caption_ids(captions)
-        if self.caption_bytes:
-            batch["text"] = as_bytes(captions, self.caption_bytes)
         return batch, errors
 
     def make_eval(self, start: int, stop: int, batch_size: int):
@@ -111,18 +117,15 @@ class Batcher:
                 errors.append((self.source.describe(int(index)), str(error)))
         if self.with_captions or self.keep_captions:
             batch["caption"] = captions
-        if self.caption_bytes:
-            batch["text"] = as_bytes(captions, self.caption_bytes)
         return batch, errors
 
     def _fill(self, batch, row, index, rng):
         """Puts one record into its row and returns its caption. Raises BadRecord and leaves the row as it was."""
         record = self.source[index]
         caption = record.get("caption", "")
-        if (self.with_captions or self.caption_bytes) and not caption:
+        if (self.with_captions or self.caption_ids) and not caption:
             raise BadRecord("no caption")
-        if self.caption_bytes and (length := len(caption.encode())) > self.caption_bytes:
-            raise BadRecord(f"a caption of {length} bytes, more than model.caption_bytes={self.caption_bytes}")
+        ids = self.caption_ids.row(caption) if self.caption_ids else None
         if arrays := self._arrays:
             for name in arrays:
                 batch[name][row] = record[name]
@@ -130,6 +133,8 @@ class Batcher:
             batch["video"][row] = videos.prepare(record["video"], self.data, rng)
         else:
             batch["image"][row] = images.prepare(record["image"], self.data, rng)
+        if ids is not None:
+            batch["caption_ids"][row] = ids
         batch["label"][row] = record.get("label", -1)
         batch["index"][row] = index
         return caption
@@ -142,20 +147,16 @@ class Batcher:
         size = self.data.image_size
         pictures = {"video": (self.data.frames, size, size, 3)} if self.data.frames else {"image": (size, size, 3)}
         arrays = self._arrays or {name: (shape, np.uint8) for name, shape in pictures.items()}
-        return {name: np.zeros((len(slots), *shape), dtype) for name, (shape, dtype) in arrays.items()} | {
-            "slot": slots.astype(np.int32),
-            "index": np.zeros(len(slots), np.int32),
-            "label": np.full(len(slots), -1, np.int32),
-        }
-
-
-def as_bytes(texts: list[str], length: int) -> np.ndarray:
-    """Texts as UTF-8, zeros behind them: uint8 [n, length]. They must fit."""
-    table = np.zeros((len(texts), length), np.uint8)
-    for row, text in zip(table, texts, strict=True):
-        encoded = np.frombuffer(text.encode(), np.uint8)
-        row[: len(encoded)] = encoded
-    return table
+        captions = {"caption_ids": self.caption_ids.rows(len(slots))} if self.caption_ids else {}
+        return (
+            captions
+            | {name: np.zeros((len(slots), *shape), dtype) for name, (shape, dtype) in arrays.items()}
+            | {
+                "slot": slots.astype(np.int32),
+                "index": np.zeros(len(slots), np.int32),
+                "label": np.full(len(slots), -1, np.int32),
+            }
+        )
 
 
 class _EvalBatches:
@@ -263,8 +264,7 @@ class Loader(BatchLoader):
       index: int32 [b], the record in the source.
       label: int32 [b], -1 where there is none.
       caption: list of b strings; only with captions.
-      caption_ids: int32 [b, L]; only with caption_ids, in training.
-      text: the same as `as_bytes`; only with caption_bytes.
+      caption_ids: [b, L] of caption_ids, if there is one.
 
     Args:
       source: what `open_source` returns; of clips if data.frames says so.
@@ -275,8 +275,8 @@ class Loader(BatchLoader):
       shuffle: False = the source's own order in every epoch.
       with_captions: a record without a caption is then a bad one.
       keep_captions: batches for evaluation have captions, "" where there is none.
-      caption_ids: captions → rows of ids, picklable; asks for `with_captions`.
-      caption_bytes: Z of `text`; a record without a caption, or with a longer one, is then a bad one.
+      caption_ids: what makes rows of captions; a record without a caption, or with one that it refuses, is then a bad
+        one.
 
     Raises:
       UserError: sizes that do not fit; later, when too many records are bad.
@@ -294,8 +294,7 @@ class Loader(BatchLoader):
         shuffle: bool = True,
         with_captions: bool = False,
         keep_captions: bool = False,
-        caption_ids: Callable[[list[str]], np.ndarray] | None = None,
-        caption_bytes: int = 0,
+        caption_ids: CaptionRows | None = None,
     ):
         if not 0 <= shard_index < shard_count:
             raise ValueError(f"shard {shard_index} of {shard_count}")
@@ -315,11 +314,8 @@ class Loader(BatchLoader):
             with_captions,
             keep_captions,
             caption_ids,
-            caption_bytes,
         )
-        super().__init__(
-            data, batcher, f"images could not be {'used' if with_captions or caption_bytes else 'decoded'}"
-        )
+        super().__init__(data, batcher, f"images could not be {'used' if with_captions or caption_ids else 'decoded'}")
 
     def eval_batches(self, n: int, batch_size: int):
         """The first n records of the fixed order (fewer if the source has fewer), each once.

@@ -71,7 +71,7 @@ def programs(model: ACDiT, frames: int = 0) -> tuple[Callable, Callable]:
 
     def draw(params, extra, batch, seed):
         return to_uint8(
-            model.sample(params, extra, model.labels(batch), keys(seed, batch, 1), frames, batch.get("text"))
+            model.sample(params, extra, model.labels(batch), keys(seed, batch, 1), frames, batch.get("caption_ids"))
         )
 
     return jax.jit(errors), jax.jit(draw)
@@ -110,7 +110,7 @@ def evaluate_drawing(
     for batch in batches:
         b, name = len(batch["index"]), "video" if model.frames else "image"
         valid_B = np.asarray(batch.get("valid", np.ones(b, bool)))
-        told = {what: np.asarray(batch[what]) for what in ("label", "text") if what in batch}
+        told = {what: np.asarray(batch[what]) for what in ("label", "caption_ids") if what in batch}
         given = {name: batch[name], "slot": np.maximum(batch["index"], 0), **told}
         on_device = meshes.put_batch(given, mesh)
         local = functools.partial(gather.local_rows, by_rows=on_device[name].sharding)
@@ -135,7 +135,7 @@ def evaluate_drawing(
     shown = min(settings.pictures, len(error_MN))
     order_D = np.arange(max(shown, count)) % len(error_MN)
     label_D = table["label"][order_D].astype(np.int32)
-    text_DZ = table["text"][order_D] if "text" in table else None
+    text_DZ = table["caption_ids"][order_D] if "caption_ids" in table else None
     drawn = draw(model, params, extra, label_D, settings, mesh=mesh, text_DZ=text_DZ)
     captions = None
     if text_DZ is not None:
@@ -191,7 +191,7 @@ def draw(
         label_B = np.where(inside_B, label_D[np.minimum(index_B, len(label_D) - 1)], -1)
         given = {"label": label_B.astype(np.int32), "slot": index_B.astype(np.int32)}
         if text_DZ is not None:
-            given["text"] = text_DZ[np.minimum(index_B, len(label_D) - 1)]
+            given["caption_ids"] = text_DZ[np.minimum(index_B, len(label_D) - 1)]
         given = meshes.put_batch(given, mesh)
         images = programs(model, frames)[1](params, extra, given, np.uint32(settings.seed))
         images_BHWC = gather.local_rows(images, by_rows=given["slot"].sharding)

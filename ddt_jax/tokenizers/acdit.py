@@ -39,6 +39,7 @@ class ACDiT(base.ImageModel):
     """
 
     measured = "drawing"
+    caption_dtype = jnp.uint8
 
     def __init__(self, config: settings.ACDiT, image_size: int, batch_size: int, frames: int = 0):
         del batch_size
@@ -47,7 +48,7 @@ class ACDiT(base.ImageModel):
         self.frames = frames
         self.codec = make_codec(config.codec)
         self.process = make_process(config.diffusion)
-        self.classes = config.classes
+        self.classes, self.caption_length = config.classes, config.caption_bytes
         self.loss_weights = {"diffusion": 1.0}
         self._latent_side = image_size // self.codec.downsampling
         side = self._check(image_size)
@@ -99,7 +100,7 @@ class ACDiT(base.ImageModel):
 
     def loss_fn(self, params, extra, batch, rng):
         """See `ImageModel.loss_fn`; where there are classes, a batch has `label` int32 [b], -1 for none, and where
-        there are captions `text` uint8 [b, caption_bytes], zeros behind the text. The terms:
+        there are captions `caption_ids` uint8 [b, caption_bytes], zeros behind the text. The terms:
 
         diffusion: squared error of the prediction, mean over all values of all blocks; with `min_snr` times its weight.
         mse_t25, mse_t50, mse_t75, mse_t100: the same without weights, of blocks at noise levels up to 0.25, ...
@@ -145,7 +146,7 @@ class ACDiT(base.ImageModel):
 
         uniform_BN, noise_BLP, codec_keys_B, dropped_B = jax.vmap(of_image)(keys_B)
         label_B = jnp.where(dropped_B, self.classes, self.labels(batch))
-        text_BZ = jnp.where(dropped_B[:, None], 0, batch["text"]) if self.config.caption_bytes else None
+        text_BZ = jnp.where(dropped_B[:, None], 0, batch["caption_ids"]) if self.config.caption_bytes else None
         clean_BLP = self._latent_tokens(extra, batch, codec_keys_B)
         return clean_BLP, noise_BLP, self.process.draw(uniform_BN), label_B, text_BZ
 

@@ -52,6 +52,7 @@ class ImageModel(abc.ABC):
         from another run.
       classes: how many labels its images have; 0: it is not told labels.
       caption_length: how many ids of a caption a batch has; 0: it is not told captions.
+      caption_dtype: of these ids.
     """
 
     image_size: int
@@ -64,6 +65,7 @@ class ImageModel(abc.ABC):
     inherited: tuple[str, ...] = ()
     classes: int = 0
     caption_length: int = 0
+    caption_dtype: Any = jnp.int32
 
     @abc.abstractmethod
     def init(self, rng) -> tuple[Any, Any]:
@@ -83,7 +85,7 @@ class ImageModel(abc.ABC):
           batch: `image` uint8 [b, H, W, 3] and `slot` int32 [b], the rows of the global batch these images are. With
             `frames` it is `video` uint8 [b, T, H, W, 3]. In the place of images a tokenizer on latents takes
             `latent_mean` and `latent_logvar` [b, h, w, c]. With `classes` also `label` int32 [b], -1 for none.
-            With `caption_length` also `caption_ids` int32 [b, L].
+            With `caption_length` also `caption_ids` [b, L] of caption_dtype.
           rng: the step's key, the same in all micro-batches.
 
         Returns:

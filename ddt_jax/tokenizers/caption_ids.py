@@ -1,4 +1,4 @@
-"""Captions as rows of ids. No JAX here: data workers encode captions."""
+"""Captions as rows of ids, for models that read them beside images. No JAX here: data workers encode captions."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,12 +6,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from ddt_jax import settings
+from ddt_jax.data.base import BadRecord
 from ddt_jax.tokenizers.text import TextTokenizer
 
 
+class _Table:
+    """What is shared: `data.loader.CaptionRows`, and tables of several captions at once."""
+
+    def __call__(self, captions: Iterable[str]) -> np.ndarray:
+        """[n, length]. Raises BadRecord as `row`."""
+        rows = [self.row(caption) for caption in captions]
+        return np.stack(rows) if rows else self.rows(0)
+
+
 @dataclass(frozen=True)
-class CaptionIds:
-    """Captions → int32 [n, length], `settings.NO_TOKEN` behind a caption's end; longer ones are cut. Picklable.
+class CaptionIds(_Table):
+    """Ids of a text tokenizer: int32, `settings.NO_TOKEN` behind a caption's end; longer ones are cut.
 
     Case and spaces do not count.
     """
@@ -19,9 +29,28 @@ class CaptionIds:
     text: TextTokenizer
     length: int
 
-    def __call__(self, captions: Iterable[str]) -> np.ndarray:
-        rows = [self.text.encode(" ".join(caption.lower().split()))[: self.length] for caption in captions]
-        ids = np.full((len(rows), self.length), settings.NO_TOKEN, np.int32)
-        for row, found in zip(ids, rows, strict=True):
-            row[: len(found)] = found
+    def row(self, caption: str) -> np.ndarray:
+        (ids,), found = self.rows(1), self.text.encode(" ".join(caption.lower().split()))[: self.length]
+        ids[: len(found)] = found
         return ids
+
+    def rows(self, n: int) -> np.ndarray:
+        return np.full((n, self.length), settings.NO_TOKEN, np.int32)
+
+
+@dataclass(frozen=True)
+class CaptionBytes(_Table):
+    """UTF-8: uint8, zeros behind a caption's end; longer ones are refused, for they might be cut inside a character."""
+
+    length: int
+
+    def row(self, caption: str) -> np.ndarray:
+        found = np.frombuffer(caption.encode(), np.uint8)
+        if len(found) > self.length:
+            raise BadRecord(f"a caption of {len(found)} bytes, more than model.caption_bytes={self.length}")
+        (ids,) = self.rows(1)
+        ids[: len(found)] = found
+        return ids
+
+    def rows(self, n: int) -> np.ndarray:
+        return np.zeros((n, self.length), np.uint8)

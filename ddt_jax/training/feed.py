@@ -11,7 +11,7 @@ from ddt_jax import settings
 from ddt_jax.data.base import open_source
 from ddt_jax.data.loader import BatchLoader, Loader
 from ddt_jax.errors import UserError
-from ddt_jax.tokenizers.caption_ids import CaptionIds
+from ddt_jax.tokenizers.caption_ids import CaptionBytes, CaptionIds
 from ddt_jax.training import captions, corpus, latents
 from ddt_jax.training.tokenizer_step import STOP
 
@@ -114,11 +114,13 @@ def open_images(s: settings.Experiment, spec: str, batch_size: int = 0, caption_
 
     Args:
       batch_size: over all processes; 0: train.batch_size.
-      caption_ids: see `Loader`; None: captions are not read.
+      caption_ids: see `Loader`; None: captions are not read, or as bytes if the model takes those.
 
     Raises:
       UserError: if the source cannot be opened, or the batch does not divide among the processes.
     """
+    if length := getattr(s.model, "caption_bytes", 0):
+        caption_ids = CaptionBytes(length)
     return Loader(
         open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir, clips=s.data.frames > 0),
         s.data,
@@ -126,9 +128,7 @@ def open_images(s: settings.Experiment, spec: str, batch_size: int = 0, caption_
         seed=s.seed,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
-        with_captions=caption_ids is not None,
         caption_ids=caption_ids,
-        caption_bytes=getattr(s.model, "caption_bytes", 0),
     )
 
 
@@ -147,9 +147,7 @@ def batch_shapes(s: settings.Experiment, model) -> dict:
     if not isinstance(s.model, settings.Multimodal) and model.classes:
         shapes["label"] = ((n,), jnp.int32)
     if length := getattr(model, "caption_length", 0):
-        shapes["caption_ids"] = ((n, length), jnp.int32)
-    if length := getattr(s.model, "caption_bytes", 0):
-        shapes["text"] = ((n, length), jnp.uint8)
+        shapes["caption_ids"] = ((n, length), model.caption_dtype)
     return shapes | {"slot": ((n,), jnp.int32), STOP: ((n,), jnp.int32)}
 
 

@@ -19,6 +19,7 @@ from ddt_jax.data.loader import Loader
 from ddt_jax.data.permutation import Permutation
 from ddt_jax.errors import UserError
 from ddt_jax.settings import Data
+from ddt_jax.tokenizers.caption_ids import CaptionBytes
 
 SMALL = Data(image_size=4, threads=2, prefetch=3)
 
@@ -385,12 +386,12 @@ def test_no_process_outlives_the_run(how):
 
 def test_captions_as_bytes_are_part_of_a_batch_and_must_fit():
     source = open_source("scenes:train")
-    found = [Loader(source, tolerant(), batch_size=8, seed=0, caption_bytes=z) for z in (192, 60)]
+    found = [Loader(source, tolerant(), batch_size=8, seed=0, caption_ids=CaptionBytes(z)) for z in (192, 60)]
     batch = found[0].batch_at(0)
-    texts = [bytes(row).rstrip(b"\0").decode() for row in batch["text"]]
-    assert batch["text"].shape == (8, 192) and batch["text"].dtype == np.uint8
+    texts = [bytes(row).rstrip(b"\0").decode() for row in batch["caption_ids"]]
+    assert batch["caption_ids"].shape == (8, 192) and batch["caption_ids"].dtype == np.uint8
     assert texts == [source[int(i)]["caption"] for i in batch["index"]]
-    assert (found[1].batch_at(0)["text"] != 0).any(axis=1).all()
+    assert (found[1].batch_at(0)["caption_ids"] != 0).any(axis=1).all()
     assert any("more than model.caption_bytes=60" in why for _, why in found[1].stats.examples)
     (held_out,) = found[0].eval_batches(3, 4)
-    assert held_out["text"][:3].any(axis=1).all() and not held_out["text"][3].any()
+    assert held_out["caption_ids"][:3].any(axis=1).all() and not held_out["caption_ids"][3].any()

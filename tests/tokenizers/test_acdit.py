@@ -191,12 +191,12 @@ def captions(*texts):
 
 def test_labels_and_captions_are_dropped_together():
     model, params, extra = made(caption_bytes=6, caption_depth=1)
-    many = batch(400) | {"label": np.zeros(400, np.int32), "text": np.repeat(captions("ab"), 400, axis=0)}
+    many = batch(400) | {"label": np.zeros(400, np.int32), "caption_ids": np.repeat(captions("ab"), 400, axis=0)}
     keys = example_keys(jax.random.key(0), many["slot"])
     *_, label, text = (np.asarray(x) for x in compiled(model, "draw")(extra, many, keys, 0.3))
     dropped = label == CLASSES
     assert 0.2 < dropped.mean() < 0.4
-    np.testing.assert_array_equal(text, np.where(dropped[:, None], 0, many["text"]))
+    np.testing.assert_array_equal(text, np.where(dropped[:, None], 0, many["caption_ids"]))
 
 
 @pytest.mark.slow

@@ -33,10 +33,10 @@ def test_clips_and_captions_are_arrays_of_a_batch():
     model = replace(MODEL, heads=1, caption_bytes=176)
     s = replace(RUN, model=model, data=replace(RUN.data, source="moving_scenes:train", frames=4))
     shapes = feed.batch_shapes(s, make_tokenizer(model, 32, 8, 4))
-    assert shapes["video"] == ((8, 4, 32, 32, 3), jnp.uint8) and shapes["text"] == ((8, 176), jnp.uint8)
+    assert shapes["video"] == ((8, 4, 32, 32, 3), jnp.uint8) and shapes["caption_ids"] == ((8, 176), jnp.uint8)
     batch = feed.open_images(s, s.data.source).batch_at(0)
     assert "image" not in shapes and "image" not in batch
-    for name in ("video", "text", "slot"):
+    for name in ("video", "caption_ids", "slot"):
         assert (batch[name].shape, batch[name].dtype) == shapes[name]
     with pytest.raises(UserError, match="holds images, not clips; set data.frames=0"):
         feed.open_images(s, "scenes:train")
