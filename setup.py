@@ -52,6 +52,7 @@ EXTRAS = {
     # Oracles that tests compare with, and the tests themselves.
     "torch": ["torch>=2.13,<3"],
     "oracle": [
+        "av>=18.1,<19",
         "diffusers>=0.42.1,<0.43",
         "pycocoevalcap>=1.2,<1.3",
         "torch>=2.13.0,<2.13.1",

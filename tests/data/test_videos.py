@@ -133,8 +133,8 @@ def test_videos_ask_for_what_reads_them_before_anything_else(folder, monkeypatch
 
 
 @pytest.mark.slow
-def test_frames_of_a_video_file(folder):
-    av = pytest.importorskip("av")
+def test_frames_of_a_video_file(folder, oracle):
+    av = oracle("av")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=8)
