@@ -1,7 +1,7 @@
 """A small LLaMA on text and the codes of scenes: the second half of `make quickstart`. Hardware: 2 CPU cores.
 
 It reads tokenizer/, codes/train and codes/heldout in runs/quickstart, where `make quickstart` puts them, or in another
-folder: "configs/llama_scenes.py:runs/mine". About 10 minutes; docs/transformer.md has what came of
+folder: "configs/llama_scenes.py:runs/mine". About 11 minutes; docs/transformer.md has what came of
 pictures and captions.
 """
 
@@ -27,6 +27,6 @@ def get_config(root="runs/quickstart"):
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
     c.train.batch_size = 32
-    c.train.steps = 5200
+    c.train.steps = 6200
     c.evaluate.verifier = True
     return c
