@@ -28,7 +28,7 @@ help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
 	    printf '  make %-16s %s\n' "$$name" "$$text"; done
 
-quickstart: tokenizer ## the whole way: tokenizer, codes, transformer, pictures of captions (about 16 minutes on 2 cores)
+quickstart: tokenizer ## the whole way: tokenizer, codes, transformer, pictures of captions (about 15 minutes on 2 cores)
 	@$(BIN)/ddt-jax tokenize --workdir $(WORKDIR)/tokenizer --to $(WORKDIR)/codes/train --records 160000
 	@$(BIN)/ddt-jax tokenize --workdir $(WORKDIR)/tokenizer --to $(WORKDIR)/codes/heldout --source scenes:heldout \
 	    --records 2048

@@ -1,14 +1,14 @@
 """ACDiT on scenes at 32 px, in pixels: four blocks, each denoised beside the clean ones. Hardware: 2 CPU cores.
 
 Images are told how many objects they show. Variants: "ddpm" (linear β, predicts the noise, as published), "flow"
-(rectified flow), "dit" (one block, which is a DiT), "tokens" (64 blocks of one token), "captions" (told captions in the
-place of counts).
+(rectified flow), "dit" (one block, which is a DiT), "fours" (16 blocks of four tokens), "tokens" (64 blocks of one
+token), "captions" (told captions in the place of counts).
 """
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 
-BLOCKS = {"ddpm": 16, "flow": 16, "dit": 64, "tokens": 1, "captions": 16}  # tokens of a block
+BLOCKS = {"ddpm": 16, "flow": 16, "dit": 64, "fours": 4, "tokens": 1, "captions": 16}  # tokens of a block
 
 
 def get_config(variant="ddpm"):

@@ -2,14 +2,15 @@
 
 Variants: "linear" (maps of 4 x 4 pixels to a row), "unet" (a small U-Net in their place), "causal" (linear, without
 attention forwards inside an image), "unlimited" (linear, images before their captions as noisy as any), "flow" (linear,
-rectified flow). About 20 minutes; docs/transfusion.md has what came of it.
+rectified flow), "blocks" (linear, four blocks one after another beside clean ones, as ACDiT). About 20 minutes;
+docs/transfusion.md has what came of it.
 """
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 
 SOURCES = (("train", 160_000), ("heldout", 2048))  # records, as many as `make quickstart` takes
-VARIANTS = ("linear", "unet", "causal", "unlimited", "flow")
+VARIANTS = ("linear", "unet", "causal", "unlimited", "flow", "blocks")
 
 
 def get_config(variant="linear"):
@@ -20,6 +21,7 @@ def get_config(variant="linear"):
     image = settings.DiffusionImages(
         patch_size=4,  # 48 values: a linear map to 96 cannot carry the noise of 8 x 8 pixels (docs/transfusion.md)
         coder=settings.UNetCoder(width=128, blocks=1) if variant == "unet" else settings.LinearCoder(),
+        block_size=16 if variant == "blocks" else 0,
         attention="causal" if variant == "causal" else "bidirectional",
         noise_limit=1.0 if variant == "unlimited" else 0.5,
         diffusion=settings.RectifiedFlow(clip=1.0) if variant == "flow" else settings.DDPM(clip=1.0),
@@ -29,6 +31,8 @@ def get_config(variant="linear"):
     train, held_out = (settings.Pictures(source=f"scenes:{x}", records=n) for x, n in SOURCES)
     c.sequences.sources, c.sequences.eval_sources = (config.dump(train),), (config.dump(held_out),)
     c.sequences.context, c.sequences.targets = 192, 96  # two images with their captions; patches are no targets
+    if variant == "blocks":
+        c.sequences.context += 128  # and noised copies of both
     c.sequences.text_vocab_size = 384  # 256 bytes, and the words of scenes
     c.optimizer.lr = 4e-3
     c.optimizer.newton_schulz_steps = 4

@@ -20,11 +20,13 @@ _WORKDIR_HELP = "directory of the run: its config, log, checkpoints and results"
 # What `import` and `export` can do; exchange.IMPORTS and EXPORTS do it.
 _IMPORTS = {
     "selftok": "a published Selftok tokenizer, .pth",
+    "acdit": "a published ACDiT, .pt",
     "sd3": "SD3-medium, .safetensors or diffusers' folder, for the image stream of a new run with model.kind='selftok'",
     "llama": "a LLaMA, Hugging Face's folder with config.json; makes no run but weights that a run starts from",
 }
 _EXPORTS = {
     "selftok": "the layout of the published Selftok tokenizers, one .pth; the codec is not part of it",
+    "acdit": "the layout of the published ACDiTs, one .pt",
     "vae": "of a run that trains an autoencoder: diffusers' folder, its latents' scale measured",
     "torch": "a folder for PyTorch users: weights with the codec, config, and one Python file that needs PyTorch only",
     "llama": "Hugging Face's folder, of imported weights or of a multimodal run",
@@ -175,16 +177,17 @@ def _parser() -> argparse.ArgumentParser:
         workdir=True,
         report=True,
         more="The workdir gets a config and a checkpoint at step 0, for evaluate, reconstruct, export and train. "
-        "The published Selftok tokenizers work on latents of SD3's autoencoder, which is not in their files: "
-        "--config.model.codec.weights=FILE.safetensors. Of a LLaMA, which brings its settings along, the workdir "
-        "gets weights only.",
+        "The published Selftok tokenizers work on latents of SD3's autoencoder, ACDiTs on Stable Diffusion's, which "
+        "are not in their files: --config.model.codec.weights=FILE.safetensors. Of a LLaMA, which brings its settings "
+        "along, the workdir gets weights only.",
     )
     p.add_argument("kind", choices=_IMPORTS, help=_choices(_IMPORTS))
     p.add_argument("--from", required=True, dest="file", metavar="PATH", help="what to read")
     p.add_argument(
         "--config",
         metavar="FILE",
-        help=f"{_CONFIG_HELP} (default for selftok: the released model with 512 tokens at 256 px, without an average)",
+        help=f"{_CONFIG_HELP} (default for selftok: the released model with 512 tokens at 256 px, without an average; "
+        "for acdit: H for images)",
     )
     p.add_argument(
         "--vocab-size",

@@ -18,7 +18,7 @@ from etils import epath
 from ddt_jax import config, experiment, settings
 from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
-from ddt_jax.interop import blip2, diffusers_vae, llama, sd3, selftok, torch_export
+from ddt_jax.interop import acdit, blip2, diffusers_vae, layout, llama, sd3, selftok, torch_export
 from ddt_jax.io import torch_file, weights_folder
 from ddt_jax.multimodal import backbone
 from ddt_jax.training import checkpoint, corpus, weights
@@ -54,8 +54,15 @@ def released_settings(overrides: tuple[tuple[str, str], ...] = ()) -> settings.E
     return config.from_dict(config.override(config.dump(s), overrides))
 
 
-def import_selftok(s: settings.Experiment, file: str, workdir: str) -> dict[str, Any]:
-    """Makes a run out of a published Selftok checkpoint.
+def acdit_settings(overrides: tuple[tuple[str, str], ...] = ()) -> settings.Experiment:
+    """The same with the published ACDiT-H for images."""
+    model = settings.ACDiT(**settings.acdit_size("H"), rope="released")
+    s = replace(released_settings(), name="acdit", model=model)
+    return config.from_dict(config.override(config.dump(s), overrides))
+
+
+def import_whole(form: layout.Format, s: settings.Experiment, file: str, workdir: str) -> dict[str, Any]:
+    """Makes a run out of a published checkpoint that holds all of a model.
 
     Returns:
       "step", "tensors" in the file, "parameters", "workdir", "summary".
@@ -64,10 +71,10 @@ def import_selftok(s: settings.Experiment, file: str, workdir: str) -> dict[str,
       UserError: if the file does not hold what the settings need, or the workdir holds a run already.
     """
     built = _on_one_device(s)
-    arrays = selftok.read(file)
-    tensors = selftok.layout(s.model, _model_state(built.abstract, built.abstract.params))
-    selftok.check(arrays, tensors, file)
-    _start(built, s, workdir, lambda tree: selftok.fill(arrays, tensors, tree, meshes.put_whole))
+    arrays = form.read(file)
+    tensors = form.tensors(s.model, _model_state(built.abstract, built.abstract.params))
+    form.check(arrays, tensors, file)
+    _start(built, s, workdir, lambda tree: layout.fill(arrays, tensors, tree, meshes.put_whole))
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(built.abstract.params))
     summary = f"{len(arrays):,} tensors, {count:,} parameters: {workdir} at step 0"
     return {"step": 0, "tensors": len(arrays), "parameters": count, "workdir": str(workdir), "summary": summary}
@@ -86,7 +93,7 @@ def import_sd3(s: settings.Experiment, file: str, workdir: str) -> dict[str, Any
     tensors = selftok.decoder_layout(s.model, _model_state(built.abstract, built.abstract.params))
     arrays, others = sd3.read(file)
     chosen, left = sd3.select(arrays, s.model, tensors, file)
-    _start(built, s, workdir, lambda tree: selftok.fill(chosen, tensors, tree, meshes.put_whole))
+    _start(built, s, workdir, lambda tree: layout.fill(chosen, tensors, tree, meshes.put_whole))
     summary = f"{sd3.report(chosen, left, others, tensors)}\n{workdir} at step 0"
     copied = {"copied": sorted(chosen), "not_copied": left, "not_transformer": others}
     return {"step": 0, **copied, "workdir": str(workdir), "summary": summary}
@@ -121,7 +128,7 @@ def export_llama(workdir: str, folder: str) -> dict[str, Any]:
     """Writes imported weights, or the newest checkpoint of a multimodal run, as a folder that transformers opens.
 
     Returns:
-      of imported weights "tensors", "parameters", "bytes", "dtype", "written", "summary"; of a run as `export_selftok`.
+      of imported weights "tensors", "parameters", "bytes", "dtype", "written", "summary"; of a run as `export_whole`.
 
     Raises:
       UserError: if the workdir holds neither, or the folder something already, or it cannot be written.
@@ -169,8 +176,8 @@ def _export_trained_llama(workdir, folder):
     return _export(workdir, folder, write)
 
 
-def export_selftok(workdir: str, file: str) -> dict[str, Any]:
-    """Writes the newest checkpoint as a file in the layout of published Selftok checkpoints.
+def export_whole(form: layout.Format, workdir: str, file: str) -> dict[str, Any]:
+    """Writes the newest checkpoint as a file in a published layout.
 
     Returns:
       "step", "tensors", "weights" ("average" where the run has one, else "parameters"), "written", "summary".
@@ -181,7 +188,7 @@ def export_selftok(workdir: str, file: str) -> dict[str, Any]:
 
     def write(built, state, params, about):
         with jax.set_mesh(built.mesh):
-            arrays = selftok.to_arrays(_model_state(state, params), built.settings.model)
+            arrays = form.to_arrays(_model_state(state, params), built.settings.model)
         torch_file.save(file, arrays)
         return {"tensors": len(arrays)}
 
@@ -201,7 +208,7 @@ def export_vae(workdir: str, folder: str) -> dict[str, Any]:
     """Writes the newest checkpoint of an autoencoder as a folder in diffusers' layout, its latents' scale measured.
 
     Returns:
-      as `export_selftok`, and "images" that were measured, "codec": the settings with which a tokenizer works on these
+      as `export_whole`, and "images" that were measured, "codec": the settings with which a tokenizer works on these
       latents.
 
     Raises:
@@ -235,7 +242,7 @@ def export_qformer(workdir: str, folder: str, names: str = "huggingface") -> dic
       names: see `interop.blip2.to_arrays`.
 
     Returns:
-      as `export_selftok`.
+      as `export_whole`.
 
     Raises:
       UserError: if the run is no SEED, or its norms stand where theirs do not, or the folder cannot be written.
@@ -255,9 +262,14 @@ def export_qformer(workdir: str, folder: str, names: str = "huggingface") -> dic
 
 
 # What the command line offers; its texts are in cli.py, which imports nothing heavy.
-IMPORTS = {"selftok": Importer(import_selftok, released_settings), "sd3": Importer(import_sd3)}
+IMPORTS = {
+    "selftok": Importer(functools.partial(import_whole, selftok.FORMAT), released_settings),
+    "acdit": Importer(functools.partial(import_whole, acdit.FORMAT), acdit_settings),
+    "sd3": Importer(import_sd3),
+}
 WEIGHT_IMPORTS = {"llama": import_llama}  # whose settings come with them
-EXPORTS = {"selftok": export_selftok, "vae": export_vae, "torch": export_torch, "llama": export_llama}
+EXPORTS = {form.kind: functools.partial(export_whole, form) for form in (selftok.FORMAT, acdit.FORMAT)}
+EXPORTS |= {"vae": export_vae, "torch": export_torch, "llama": export_llama}
 EXPORTS |= {"qformer": export_qformer, "seed-qformer": functools.partial(export_qformer, names="seed")}
 
 

@@ -279,6 +279,7 @@ def _attention_share(s: settings.Experiment, model) -> float:
 
     if not isinstance(s.model, settings.Multimodal) or s.model.whole_prompts or s.sequences.context % 128:
         return 1.0
-    image = s.model.image
-    whole = getattr(image, "attention", "") == "bidirectional"
-    return attention_tpu.planned_share(s.sequences.context, s.sequences.context, model.form.rows - 1 if whole else 0)
+    image, ahead = s.model.image, 0
+    if getattr(image, "attention", "") == "bidirectional":
+        ahead = (image.block_size or model.form.rows) - 1
+    return attention_tpu.planned_share(s.sequences.context, s.sequences.context, ahead)

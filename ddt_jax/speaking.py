@@ -3,6 +3,7 @@
 Where images are codes, their image tokenizer goes along.
 """
 
+import collections
 import itertools
 import json
 import sys
@@ -18,13 +19,26 @@ from etils import epath
 from ddt_jax import config, experiment, settings
 from ddt_jax.data import images
 from ddt_jax.errors import UserError
-from ddt_jax.evaluation import asked, compositional, drawn_fid, pictures, plots, prompts, reconstruction, samples, suite
+from ddt_jax.evaluation import (
+    asked,
+    clip_score,
+    compositional,
+    drawn_fid,
+    pictures,
+    plots,
+    prompts,
+    reconstruction,
+    samples,
+    suite,
+)
+from ddt_jax.interop import hf_clip
 from ddt_jax.io import atomic
 from ddt_jax.multimodal import documents
 from ddt_jax.multimodal.answers import Answerer
 from ddt_jax.multimodal.diffusion_answers import DiffusionAnswerer
 from ddt_jax.multimodal.documents import Image
 from ddt_jax.multimodal.records import images_of
+from ddt_jax.tokenizers.text import open_text_tokenizer
 from ddt_jax.training import corpus
 from ddt_jax.training.progress import Progress
 
@@ -303,7 +317,8 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     fid = None
     if e.inception_file and e.fid_images and chosen:
         fid = drawn_fid.DrawnFID(*suite.read_inception(e), s, speaker.eyes.data, speaker.built.mesh)
-    further, distance = fid.captions[len(chosen) :] if fid else [], {}
+    clip = _clip(s, speaker.built.mesh) if e.clip_folder and chosen else None
+    further = fid.captions[len(chosen) :] if fid else []
     seeds, edit_seeds = ([seed + n for n in range(len(x))] for x in (chosen, edits))
     results: dict[str, Any] = {"step": int(speaker.state.step)}
     results |= experiment.measure_rows(speaker.built, speaker.state, speaker.corpus)
@@ -316,16 +331,23 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         said = speaker.say(given, seeds, lambda n: progress.update(len(chosen) + n))
         given = [edit.document for edit in edits]
         changed = speaker.draw(given, edit_seeds, lambda n: progress.update(2 * len(chosen) + n))
+        more = _drawn_on(speaker, further, seed + len(chosen), lambda n: progress.update(asked_first + n))
+        judged: dict[str, Any] = {}
+        all_drawn = itertools.chain(drawn.pictures, more)
+        if clip:
+            all_drawn = clip.watch(all_drawn, [*captions, *further])
         if fid:
-            more = _drawn_on(speaker, further, seed + len(chosen), lambda n: progress.update(asked_first + n))
-            distance = fid.results(itertools.chain(drawn.pictures[: len(fid.captions)], more))
+            judged |= fid.results(itertools.islice(all_drawn, len(fid.captions)))
+        if clip:
+            collections.deque(all_drawn, maxlen=0)
+            judged |= clip.results()
     tables = [_language_table(results)]
-    results |= {"prompts": len(chosen)} | ({"edits": len(edits)} if edits else {}) | distance
+    results |= {"prompts": len(chosen)} | ({"edits": len(edits)} if edits else {}) | judged
     results["drawn_with"] = drawn_with(s)
     if fid:
-        tables.append(
-            f"FID of {distance['t2i_fid_images']:,} pictures drawn from captions: {distance['t2i_fid']:.3f}\n"
-        )
+        tables.append(f"FID of {judged['t2i_fid_images']:,} pictures drawn from captions: {judged['t2i_fid']:.3f}\n")
+    if clip:
+        tables.append(f"CLIP score of {judged['t2i_clip_images']:,} drawn pictures: {judged['t2i_clip_score']:.2f}\n")
     found: compositional.Figures = {}
     if e.free_images:
         found |= compositional.valid("t2i", drawn.valid) | compositional.valid("edit", changed.valid)
@@ -362,6 +384,13 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     ]
     written += plots.loss_curve(root / "metrics.jsonl", root / "loss.png")
     return {"results": results, "table": table, "written": [str(p) for p in written]}
+
+
+def _clip(s: settings.Experiment, mesh) -> clip_score.ClipScore:
+    folder = s.evaluate.clip_folder
+    sizes = hf_clip.read_sizes(folder)
+    params, tokenizer = hf_clip.read(folder, sizes), open_text_tokenizer(folder)
+    return clip_score.ClipScore(sizes, params, tokenizer, s.evaluate.batch_size, mesh)
 
 
 def _drawn_on(speaker: Speaker, texts: Sequence[str], seed: int, done) -> Iterator[np.ndarray]:

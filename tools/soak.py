@@ -2,9 +2,13 @@
 
     python tools/soak.py quickstart               configs/quickstart.py for seeds 0, 1, 2, against its gates
     python tools/soak.py whole_way                `make quickstart`, against its gates
+    python tools/soak.py edits                    configs/llama_edits.py, from its tokenizer on
+    python tools/soak.py spatial_codes            configs/llama_spatial_scenes.py, from its tokenizer on
     python tools/soak.py scenes                   configs/ddt_scenes.py, then its renderer, against the gates
     python tools/soak.py spatial                  configs/spatial_scenes.py, at the bits of configs/ddt_scenes.py
     python tools/soak.py transfusion              configs/transfusion_scenes.py and two variants; --arms linear is one
+    python tools/soak.py acdit_blocks             configs/acdit_scenes.py with blocks of 1, 4, 16 and 64 tokens
+    python tools/soak.py acdit_clips              configs/acdit_moving_scenes.py; --arms flow is another variant
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
     python tools/soak.py cifar10_device           the same in bfloat16 on an accelerator, its speed, a stand-in for rFID
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
@@ -31,18 +35,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout, whatever else is installed
 sys.path.insert(0, str(ROOT / "tools"))
 import soak_runs as programs  # noqa: E402
+from soak_acdit import acdit_blocks, acdit_clips  # noqa: E402
 from soak_cifar10 import cifar10, cifar10_device  # noqa: E402
+from soak_codes import edits, spatial_codes, whole_way  # noqa: E402
 from soak_gates import note  # noqa: E402
 from soak_kill import kill  # noqa: E402
-from soak_scenes import quickstart, scenes, schedules, spatial, transfusion, whole_way  # noqa: E402
+from soak_scenes import quickstart, scenes, schedules, spatial, transfusion  # noqa: E402
 from soak_tpu import selftok_tpu  # noqa: E402
 
 MEASUREMENTS: dict[str, Callable] = {
     "quickstart": quickstart,
     "whole_way": whole_way,
+    "edits": edits,
+    "spatial_codes": spatial_codes,
     "scenes": scenes,
     "spatial": spatial,
     "transfusion": transfusion,
+    "acdit_blocks": acdit_blocks,
+    "acdit_clips": acdit_clips,
     "cifar10": cifar10,
     "cifar10_device": cifar10_device,
     "kill": kill,
@@ -62,7 +72,12 @@ def parse(argv=None):
     parser.add_argument(
         "--minutes", type=float, default=10, help="cifar10, cifar10_device: wall time of training, start-up included"
     )
-    parser.add_argument("--arms", default="", metavar="NAME,NAME", help="transfusion: these variants (default: three)")
+    parser.add_argument(
+        "--arms", default="", metavar="NAME,NAME", help="transfusion, acdit_blocks, acdit_clips: variants"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="WORKDIR", help="whole_way, edits, spatial_codes: this one, trained before"
+    )
     parser.add_argument("--kills", type=int, default=50, help="kill: how many (default: 50)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak", metavar="DIR", help="where NAME.json goes")
     parser.add_argument(
@@ -74,14 +89,16 @@ def parse(argv=None):
         parser.error(f"unknown: {' '.join(wrong)}")
     if options.keep and options.keep.exists():
         parser.error(f"--keep {options.keep} exists already; give a new folder")
+    if options.tokenizer and not options.tokenizer.is_dir():
+        parser.error(f"--tokenizer {options.tokenizer}: no such folder; give the workdir of a trained tokenizer")
     options.overrides = rest
     options.seeds = [int(n) for n in (options.seeds or ("0,1,2" if options.name == "quickstart" else "0")).split(",")]
     return options
 
 
 def without_folders(argv: list[str]) -> list[str]:
-    """Arguments without --out and --keep: where files of one machine went tells nobody how to make figures again."""
-    names = ("--out", "--keep")
+    """Arguments without folders: where files of one machine went tells nobody how to make figures again."""
+    names = ("--out", "--keep", "--tokenizer")
     before = ["", *argv]
     return [
         text

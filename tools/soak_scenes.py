@@ -1,4 +1,4 @@
-"""Measurements on procedural scenes: tokenizers, their renderer, and the whole way to pictures of captions.
+"""Measurements on procedural scenes: tokenizers, their renderer, and Transfusion; soak_codes.py has those on codes.
 
 Each takes the options of the command line and a folder for its runs, and returns its part of the record.
 """
@@ -35,31 +35,6 @@ def quickstart(options, folder: Path) -> dict:
         ]
         gates += [{"seed": seed, **check} for check in checks]
     return {"config": "configs/quickstart.py", "seeds": options.seeds, "results": runs, "gates": gates}
-
-
-def whole_way(options, folder: Path) -> dict:
-    """What `make quickstart` does: tokenizer, codes, transformer, pictures from captions and captions of pictures."""
-    seed, tokenizer = options.seeds[0], folder / "tokenizer"
-    without = ("--config.evaluate.probe_images=0",)
-    seen, outcomes = programs.train_and_evaluate("configs/quickstart.py", tokenizer, seed, options, to_evaluate=without)
-    for split, count in (("train", 160_000), ("heldout", 2048)):
-        more = ("--source", f"scenes:{split}", "--records", str(count))
-        tokenize = programs.command(
-            "tokenize", "--workdir", str(tokenizer), "--to", str(folder / "codes" / split), *more
-        )
-        outcomes.append(programs.must(programs.run(tokenize), "tokenize"))
-    config = f"configs/llama_scenes.py:{folder}"
-    spoken, more = programs.train_and_evaluate(config, folder / "transformer", seed, options)
-    outcomes += more
-    gates = [
-        at_least("pictures of captions, right count", spoken["t2i_count"], 0.95),
-        at_least("pictures of captions, fully right", spoken["t2i_all_correct"], 0.45),
-        at_least("captions of pictures, fully right", spoken["caption_all_correct"], 0.6),
-        at_most("seconds in all", round(sum(o.seconds for o in outcomes), 1), 900),
-        *quiet(outcomes),
-    ]
-    results = {"tokenizer": seen, "transformer": spoken}
-    return {"config": "configs/llama_scenes.py", "seeds": [seed], "results": results, "gates": gates}
 
 
 def scenes(options, folder: Path) -> dict:
@@ -118,7 +93,8 @@ def spatial(options, folder: Path) -> dict:
 def transfusion(options, folder: Path) -> dict:
     """Variants of configs/transfusion_scenes.py: as it stands, causal inside images, without the limit of noise.
 
-    What comes out is reported, not judged: the gates ask whether the runs are sound and have the time of each other.
+    What comes out is reported, not judged: the gates ask whether the runs are sound, and whether the config as it
+    stands has its time. The others take as many steps.
     """
     seed, runs, gates, began = options.seeds[0], {}, [], time.monotonic()
     arms = options.arms.split(",") if options.arms else ["linear", "causal", "unlimited"]
@@ -128,7 +104,7 @@ def transfusion(options, folder: Path) -> dict:
         config = f"configs/transfusion_scenes.py:{arm}"
         runs[arm], outcomes = programs.train_and_evaluate(config, folder / arm, seed, options)
         checks = [
-            at_most("seconds of training", runs[arm]["train_seconds"], 1200),
+            *([at_most("seconds of training", runs[arm]["train_seconds"], 1200)] if arm == "linear" else ()),
             at_least("captions and pictures asked for", runs[arm]["prompts"], 256),
             *quiet(outcomes),
         ]

@@ -7,6 +7,7 @@ Legend: B rows of a batch on this process, N blocks of an image, M images of all
 """
 
 import functools
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -100,7 +101,8 @@ def evaluate_drawing(
 
     Returns:
       A report. diffusion: the training loss without dropped labels; mse_t25 ... mse_t100: errors by quarters of the
-      noise level; mse_by_block: by the number of the block, of which later ones see more.
+      noise level; mse_by_block: by the number of the block, of which later ones see more; seconds_per_picture: of the
+      fastest batch that was drawn behind the first, which compiles; None where there was one batch alone.
 
     Raises:
       ValueError: if there is no valid image.
@@ -136,7 +138,9 @@ def evaluate_drawing(
     order_D = np.arange(max(shown, count)) % len(error_MN)
     label_D = table["label"][order_D].astype(np.int32)
     text_DZ = table["caption_ids"][order_D] if "caption_ids" in table else None
-    drawn = draw(model, params, extra, label_D, settings, mesh=mesh, text_DZ=text_DZ)
+    seconds: list[float] = []
+    drawn = draw(model, params, extra, label_D, settings, mesh=mesh, text_DZ=text_DZ, seconds=seconds)
+    results["seconds_per_picture"] = min(seconds[1:], default=None)
     captions = None
     if text_DZ is not None:
         captions = tuple(bytes(row).rstrip(b"\0").decode() for row in text_DZ)
@@ -170,13 +174,23 @@ def clean_features(model: ACDiT, params, extra, batches: Iterable[dict], seed: i
 
 
 def draw(
-    model: ACDiT, params, extra, label_D, settings: settings_lib.Evaluate, *, mesh, frames: int = 0, text_DZ=None
+    model: ACDiT,
+    params,
+    extra,
+    label_D,
+    settings: settings_lib.Evaluate,
+    *,
+    mesh,
+    frames: int = 0,
+    text_DZ=None,
+    seconds: list[float] | None = None,
 ) -> np.ndarray:
     """Pictures of labels int32 [D], -1 for none: uint8 [D, H, W, C], or clips [D, T, H, W, C], on every process.
 
     Args:
       frames: T; 0: as many as the model learned.
       text_DZ: captions, of a model that is told them; None: none.
+      seconds: gets what a picture of each batch took.
     """
     if not len(label_D):
         clip = (frames or model.frames,) if model.frames else ()
@@ -192,9 +206,11 @@ def draw(
         given = {"label": label_B.astype(np.int32), "slot": index_B.astype(np.int32)}
         if text_DZ is not None:
             given["caption_ids"] = text_DZ[np.minimum(index_B, len(label_D) - 1)]
-        given = meshes.put_batch(given, mesh)
+        given, began = meshes.put_batch(given, mesh), time.perf_counter()
         images = programs(model, frames)[1](params, extra, given, np.uint32(settings.seed))
         images_BHWC = gather.local_rows(images, by_rows=given["slot"].sharding)
+        if seconds is not None:
+            seconds.append((time.perf_counter() - began) / size)
         rows.append({"valid": inside_B, "index": index_B, "image": images_BHWC})
     table = gather.valid_rows(rows)
     return table["image"][np.argsort(table["index"])]

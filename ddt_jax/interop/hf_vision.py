@@ -20,7 +20,7 @@ from ddt_jax.training import weights
 CONFIG = "config.json"
 _PREFIXES = ("vision_model.", "model.vision_model.", "vision_tower.", "")
 _FAMILIES = {"clip": "clip", "siglip": "siglip", "siglip2": "siglip", "blip-2": "eva"}
-_GELU = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "quick_gelu": "quick"}
+GELU = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "quick_gelu": "quick"}
 _SIZES = {
     "patch_size": "patch_size",
     "hidden_size": "width",
@@ -45,13 +45,13 @@ def read_settings(folder) -> settings.ViT:
     kind = str(found.get("model_type", "")).removesuffix("_vision_model").replace("blip_2", "blip-2")
     found = found.get("vision_config") or found
     missing = [k for k in (*_SIZES, "hidden_act") if k not in found]
-    if kind not in _FAMILIES or missing or found["hidden_act"] not in _GELU:
+    if kind not in _FAMILIES or missing or found["hidden_act"] not in GELU:
         raise UserError(
             f"vision: {path} describes no vision transformer of CLIP, SigLIP or BLIP-2 (model_type {kind!r}"
             f"{', without ' + ', '.join(missing) if missing else ''})"
         )
     family = settings.vit("B", _FAMILIES[kind], found["patch_size"])
-    values = {ours: found[theirs] for theirs, ours in _SIZES.items()} | {"gelu": _GELU[found["hidden_act"]]}
+    values = {ours: found[theirs] for theirs, ours in _SIZES.items()} | {"gelu": GELU[found["hidden_act"]]}
     if kind == "blip-2" and not found.get("qkv_bias", True):
         values["qkv_bias"] = "none"
     return settings.ViT(**{**vars(family), **values})
@@ -80,7 +80,7 @@ def from_arrays(found: dict[str, Lazy], c: settings.ViT, image_size: int, source
     abstract = abstract_params(c, image_size)
     fused = any(".self_attn.qkv." in name for name in found)
     shapes = {name: leaf.shape for name, leaf in weights.unrolled_arrays(abstract).items()}
-    arrays = hf_layers.to_ours(_table(c, prefix, fused), shapes, found, source)
+    arrays = hf_layers.to_ours(table(c, prefix, fused), shapes, found, source)
     return weights.restore(arrays, abstract)
 
 
@@ -90,22 +90,28 @@ def abstract_params(c: settings.ViT, image_size: int):
     return split(jax.eval_shape(ViT(c).init, jax.random.key(0), images)["params"])[0]
 
 
-def _table(c: settings.ViT, prefix: str, fused: bool) -> hf_layers.Table:
-    """fused: queries, keys and values in one array (BLIP-2)."""
-    table = hf_layers.layer("embed", f"{prefix}embeddings.patch_embedding", "patches", c.patch_bias)
-    table["class_token"] = (f"{prefix}embeddings.class_embedding", "plain")
+def table(c: settings.ViT, prefix: str, fused: bool = False) -> hf_layers.Table:
+    """Where the arrays of a model lie. fused: queries, keys and values in one array (BLIP-2)."""
+    found = hf_layers.layer("embed", f"{prefix}embeddings.patch_embedding", "patches", c.patch_bias)
+    found["class_token"] = (f"{prefix}embeddings.class_embedding", "plain")
     positions = "embeddings.position_embedding" + ("" if fused else ".weight")
-    table["positions"] = (f"{prefix}{positions}", "plain")
-    table |= hf_layers.norm("pre_norm", f"{prefix}pre_layrnorm") | hf_layers.norm("norm", f"{prefix}post_layernorm")
-    for i in range(c.depth):
+    found["positions"] = (f"{prefix}{positions}", "plain")
+    found |= hf_layers.norm("pre_norm", f"{prefix}pre_layrnorm") | hf_layers.norm("norm", f"{prefix}post_layernorm")
+    return found | layers(prefix, c.depth, fused)
+
+
+def layers(prefix: str, depth: int, fused: bool = False) -> hf_layers.Table:
+    """Where the arrays of `nn.vit.Block`s lie, in transformers of pictures and of text."""
+    found: hf_layers.Table = {}
+    for i in range(depth):
         ours, theirs = f"blocks/block_{i}", f"{prefix}encoder.layers.{i}"
         for part in ("query", "key", "value"):
             their_part = ("self_attn.qkv", part) if fused else (f"self_attn.{part[0]}_proj", "heads")
-            table |= hf_layers.layer(f"{ours}/attention/{part}", f"{theirs}.{their_part[0]}", their_part[1])
+            found |= hf_layers.layer(f"{ours}/attention/{part}", f"{theirs}.{their_part[0]}", their_part[1])
         merged = "self_attn.projection" if fused else "self_attn.out_proj"
-        table |= hf_layers.layer(f"{ours}/attention/output", f"{theirs}.{merged}")
-        table |= hf_layers.norm(f"{ours}/attention_norm", f"{theirs}.layer_norm1")
-        table |= hf_layers.norm(f"{ours}/mlp_norm", f"{theirs}.layer_norm2")
-        table |= hf_layers.layer(f"{ours}/mlp/up", f"{theirs}.mlp.fc1")
-        table |= hf_layers.layer(f"{ours}/mlp/down", f"{theirs}.mlp.fc2")
-    return table
+        found |= hf_layers.layer(f"{ours}/attention/output", f"{theirs}.{merged}")
+        found |= hf_layers.norm(f"{ours}/attention_norm", f"{theirs}.layer_norm1")
+        found |= hf_layers.norm(f"{ours}/mlp_norm", f"{theirs}.layer_norm2")
+        found |= hf_layers.layer(f"{ours}/mlp/up", f"{theirs}.mlp.fc1")
+        found |= hf_layers.layer(f"{ours}/mlp/down", f"{theirs}.mlp.fc2")
+    return found

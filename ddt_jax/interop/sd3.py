@@ -16,7 +16,7 @@ from etils import epath
 
 from ddt_jax import settings
 from ddt_jax.errors import UserError
-from ddt_jax.interop import names, selftok
+from ddt_jax.interop import layout, names
 from ddt_jax.io import safetensors_file, weights_folder
 
 _PREFIX = "model.diffusion_model."  # of the transformer in the original file, beside autoencoder and text encoders
@@ -109,7 +109,7 @@ def _is_short(stem, array, arrays) -> bool:
 
 
 def select(
-    arrays: dict[str, np.ndarray], model: settings.SelftokTokenizer, tensors: list[selftok.Tensor], source: str
+    arrays: dict[str, np.ndarray], model: settings.SelftokTokenizer, tensors: list[layout.Tensor], source: str
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """What of a transformer starts our decoder.
 
@@ -119,7 +119,7 @@ def select(
       source: what an error calls the arrays.
 
     Returns:
-      Arrays by the names of Selftok's files, for `selftok.fill`; and why each other one is left out.
+      Arrays by the names of Selftok's files, for `layout.fill`; and why each other one is left out.
 
     Raises:
       UserError: naming all tensors of the image stream that are missing, left over, of another shape or no floats.
@@ -135,7 +135,7 @@ def select(
         if not name.startswith(_UNUSED):
             problems.append(f"{name} is missing")
     for name, array in arrays.items():
-        wrong = selftok.misfit(array, wanted[name]) if name in wanted else "has no place"
+        wrong = layout.misfit(array, wanted[name]) if name in wanted else "has no place"
         if _is_text(name):
             left[name] = "of the text stream"
         elif not wrong:
@@ -156,7 +156,7 @@ def _is_text(name: str) -> bool:
     return name.startswith("context_") or "context_block" in name
 
 
-def report(chosen: Iterable[str], left: dict[str, str], others: list[str], tensors: list[selftok.Tensor]) -> str:
+def report(chosen: Iterable[str], left: dict[str, str], others: list[str], tensors: list[layout.Tensor]) -> str:
     """What was copied, what not and why, and what of our decoder is fresh: a few lines that name every tensor."""
     copied = [key.removeprefix(_OURS) for key in chosen]
     fresh = [t.key.removeprefix(_OURS) for t in tensors if t.key not in set(chosen)]

@@ -13,6 +13,7 @@ from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.multimodal import documents, sequence
 from ddt_jax.multimodal.answers import filled_batches, width_of
+from ddt_jax.multimodal.block_segments import BlockSegments
 from ddt_jax.multimodal.diffusion_model import DiffusionMultimodal
 from ddt_jax.multimodal.documents import Document, Image
 from ddt_jax.multimodal.segments import Segments, State
@@ -46,7 +47,8 @@ class DiffusionAnswerer:
     ):
         self.vocabulary, self.form = vocabulary, form
         self.context, self.batch = context, batch
-        self._segments = segments = Segments(model, params, extra, vocabulary, context)
+        make = BlockSegments if form.kind == "blockwise" else Segments
+        self._segments = segments = make(model, params, extra, vocabulary, context)
 
         def draw(weights, *arguments):
             state, latents_BHWC = segments.draw(weights, *arguments)
@@ -182,6 +184,6 @@ class DiffusionAnswerer:
         images = max(1, *(len(layout.slots) for layout in layouts))
         pad = self.vocabulary["PAD"]
         rows = [sequence.pack_row([layout], width, images, pad, self.form) for layout in layouts]
-        names = ("tokens", "position", "start", "given", "image_start", "image_content")
+        names = ("tokens", "position", "start", "given", "image_start", "image_copy", "image_content")
         lengths = np.array([len(layout) for layout in layouts], np.int32)
         return {name: np.stack([row[name] for row in rows]) for name in names} | {"length": lengths}

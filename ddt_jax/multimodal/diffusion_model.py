@@ -107,21 +107,35 @@ class DiffusionMultimodal(RowModel):
         learn_BI = batch["image_learn"]
         latents_BIHWC, noise_BIHWC, t_BI = self.draw(extra, batch, rng)
         x_BIHWC = self.process.noised(latents_BIHWC, noise_BIHWC, t_BI)
-        total, rows, predicted_BIHWC = self.forward(params, extra, batch, x_BIHWC, t_BI, dropout_keys_B)
+        total, rows, predicted_BIHWC = self.forward(params, extra, batch, x_BIHWC, t_BI, dropout_keys_B, latents_BIHWC)
         some_BR = (batch["rows"] >= 0).astype(jnp.float32)
         sums, counts = self.text_terms(total, rows, some_BR, some_BR)
-        target_BIHWC = self.process.target(latents_BIHWC, noise_BIHWC, t_BI)
-        error_BI = jnp.mean(jnp.square(predicted_BIHWC - target_BIHWC), axis=(2, 3, 4))
-
-        def add(name, values_BI, chosen_BI):
-            sums[name] = jnp.sum(jnp.where(chosen_BI, values_BI, 0))
-            counts[name] = jnp.sum(chosen_BI, dtype=jnp.float32)
-
-        add("diffusion", error_BI * self.process.weight(t_BI), learn_BI)
-        for name, here_BI in by_noise_level(t_BI).items():
-            add(name, error_BI, learn_BI & here_BI)
+        sums_of_images, counts_of_images = self.image_terms(
+            predicted_BIHWC, self.process.target(latents_BIHWC, noise_BIHWC, t_BI), t_BI, learn_BI
+        )
+        sums, counts = sums | sums_of_images, counts | counts_of_images
         used_BI = batch["image_start"] >= 0
         sums["images_used"], counts["images_used"] = jnp.sum(used_BI, dtype=jnp.float32), jnp.float32(used_BI.size)
+        return sums, counts
+
+    def image_terms(self, predicted, target, t, learn_BI):
+        """(sums, counts) of the terms of diffusion.
+
+        Args:
+          predicted, target: [B, I, ...]; t: noise levels, of images [B, I] or of parts of them as large as each other
+            [B, I, ...], the leading axes of what is predicted.
+        """
+        error = jnp.mean(jnp.square(predicted - target), axis=tuple(range(t.ndim, predicted.ndim)))
+        learn = jnp.broadcast_to(learn_BI.reshape(*learn_BI.shape, *[1] * (t.ndim - 2)), t.shape)
+        sums, counts = {}, {}
+
+        def add(name, values, chosen):
+            sums[name] = jnp.sum(jnp.where(chosen, values, 0))
+            counts[name] = jnp.sum(chosen, dtype=jnp.float32)
+
+        add("diffusion", error * self.process.weight(t), learn)
+        for name, here in by_noise_level(t).items():
+            add(name, error, learn & here)
         return sums, counts
 
     def draw(self, extra, batch, rng):
@@ -130,20 +144,34 @@ class DiffusionMultimodal(RowModel):
         Args:
           rng: the step's key.
         """
-        b, i = batch["image_start"].shape
+        latents_BIHWC, noise_BIHWC, uniform_BI1 = self._drawn(extra, batch, rng, 1)
+        return latents_BIHWC, noise_BIHWC, self._levels(batch, uniform_BI1[..., 0])
+
+    def _drawn(self, extra, batch, rng, levels: int):
+        """(latents, noise, numbers from which so many noise levels of each image follow [B, I, levels])."""
+        i = batch["image_start"].shape[1]
         rng = jax.random.fold_in(rng, _NOISE)
 
         def of_image(slot, number):
             key = jax.random.fold_in(jax.random.fold_in(rng, slot), number)
             t_key, noise_key, codec_key = jax.random.split(key, 3)
-            return paths.uniform(t_key, 1)[0], jax.random.normal(noise_key, self.latent_shape), codec_key
+            return paths.uniform(t_key, levels), jax.random.normal(noise_key, self.latent_shape), codec_key
 
         over_images = jax.vmap(of_image, in_axes=(None, 0))
-        uniform_BI, noise_BIHWC, keys_BI = jax.vmap(over_images, in_axes=(0, None))(batch["slot"], jnp.arange(i))
-        latents_BIHWC = self.latents(extra, batch["image_content"], keys_BI)
-        limit_BI = jnp.where(batch["image_answer"], 1.0, self.config.image.noise_limit)
-        t_BI = jnp.where(batch["image_learn"], self.process.draw(uniform_BI, limit_BI), 0.0)
-        return latents_BIHWC, noise_BIHWC, t_BI
+        uniform, noise_BIHWC, keys_BI = jax.vmap(over_images, in_axes=(0, None))(batch["slot"], jnp.arange(i))
+        return self.latents(extra, batch["image_content"], keys_BI), noise_BIHWC, uniform
+
+    def _levels(self, batch, uniform, limit: float | None = None):
+        """Noise levels of images [B, I] or of parts of them [B, I, ...]; 0 where nothing is learned.
+
+        Args:
+          limit: the highest of images that stand before what describes them; None: as the settings say.
+        """
+        answer, learn = (
+            x.reshape(*x.shape, *[1] * (uniform.ndim - 2)) for x in (batch["image_answer"], batch["image_learn"])
+        )
+        limit = jnp.where(answer, 1.0, self.config.image.noise_limit if limit is None else limit)
+        return jnp.where(learn, self.process.draw(uniform, limit), 0.0)
 
     def latents(self, extra, content_BIHWC, keys_BI=None):
         """Clean latents [B, I, H, W, C] of images; keys: as `LatentCodec.encode` takes them, one for each image."""
@@ -152,19 +180,21 @@ class DiffusionMultimodal(RowModel):
         images = to_float(content_BIHWC).reshape(b * i, *content_BIHWC.shape[2:])
         return self.codec.encode(extra.get("codec"), images, keys_N).reshape(b, i, *self.latent_shape)
 
-    def forward(self, params, extra, batch, x_BIHWC, t_BI, dropout_keys_B=None):
+    def forward(self, params, extra, batch, x_BIHWC, t_BI, dropout_keys_B=None, clean_BIHWC=None):
         """The transformer over rows of text and noised images.
 
         Args:
           x_BIHWC: noised latents; t_BI: their noise levels.
+          clean_BIHWC: the same without noise, for models that show them beside.
 
         Returns:
           (summed next-token loss, z-loss included; `cross_entropy.Rows` [B, R], of which those without a target mean
           nothing; what is predicted of each image [B, I, H, W, C], at least fp32).
         """
+        del clean_BIHWC
         images = ImageRows(batch["image_start"], self.form.rows)
         at_BR, targets_BR, weights_BR = self.targets(batch)
-        visible = self.visible(batch, images)
+        visible = self.visible(batch)
         coder = {"params": params[PARAMS]}
         rows_BIRD, way = self.coder.apply(coder, x_BIHWC, t_BI, method="encode")
 
@@ -185,8 +215,14 @@ class DiffusionMultimodal(RowModel):
         total, rows, _ = self.forward(params, extra, batch, latents_BIHWC, clean_BI, dropout_keys_B)
         return total, rows, jnp.zeros(batch["rows"].shape, bool)
 
-    def visible(self, batch, images: ImageRows) -> spans.Spans:
+    def clean_rows(self, coder, latents_BIHWC):
+        """Rows [B, I, R, D] of images as they are. coder: its parameters."""
+        clean_BI = jnp.zeros(latents_BIHWC.shape[:2])
+        return self.coder.apply({"params": coder}, latents_BIHWC, clean_BI, method="encode")[0]
+
+    def visible(self, batch) -> spans.Spans:
         """What the rows of a batch see."""
+        images = ImageRows(batch["image_start"], self.form.rows)
         given_BS = batch["given"] if self.config.whole_prompts else None
         if self.config.image.attention == "bidirectional":
             return images.visible(batch["start"], given_BS)

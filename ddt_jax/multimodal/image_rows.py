@@ -23,7 +23,7 @@ class ImageRows(NamedTuple):
     start_BI: Any
     rows: int
 
-    def _of(self, length):
+    def of(self, length: int):
         """For each of so many positions: (number of the last image that has started, how far behind its start, whether
         the position is in it), each [B, S]."""
         at_BI = jnp.where(self.start_BI < 0, length, self.start_BI)
@@ -35,7 +35,7 @@ class ImageRows(NamedTuple):
 
     def put(self, x_BSD, images_BIRD):
         """x with the rows of images in their places."""
-        number_BS, offset_BS, inside_BS = self._of(x_BSD.shape[1])
+        number_BS, offset_BS, inside_BS = self.of(x_BSD.shape[1])
         from_BS = jnp.where(inside_BS, number_BS * self.rows + offset_BS, 0)
         images = images_BIRD.reshape(images_BIRD.shape[0], -1, images_BIRD.shape[-1])
         own_BSD = jnp.take_along_axis(images, from_BS[..., None], axis=1).astype(x_BSD.dtype)
@@ -56,7 +56,7 @@ class ImageRows(NamedTuple):
           given_BS: one behind the end of the prompt that a position is in, which then sees all of it; None: they
             don't.
         """
-        _, offset_BS, inside_BS = self._of(start_BS.shape[1])
+        _, offset_BS, inside_BS = self.of(start_BS.shape[1])
         here_S = jnp.arange(start_BS.shape[1], dtype=jnp.int32)
         end_BS = jnp.where(inside_BS, here_S - offset_BS + self.rows, 0)
         if given_BS is not None:

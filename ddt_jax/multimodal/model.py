@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.multimodal import code_embedding
+from ddt_jax.multimodal.blockwise_model import BlockwiseMultimodal
 from ddt_jax.multimodal.diffusion_model import DiffusionMultimodal
 from ddt_jax.multimodal.row_model import RowModel
 from ddt_jax.nn import spans
@@ -89,5 +90,5 @@ class Multimodal(RowModel):
 def make_multimodal(config: settings.Multimodal, image_size: int) -> RowModel:
     """The transformer whose images are what config.image.kind says. Raises UserError for sizes that do not fit."""
     if isinstance(config.image, settings.DiffusionImages):
-        return DiffusionMultimodal(config, image_size)
+        return (BlockwiseMultimodal if config.image.block_size else DiffusionMultimodal)(config, image_size)
     return Multimodal(config)

@@ -79,10 +79,9 @@ class Segments:
         """
         images = ImageRows(prompts["image_start"], self.model.form.rows)
         latents_BIHWC = self.model.latents(weights.extra, prompts["image_content"])
-        clean_BI = jnp.zeros(prompts["image_start"].shape)
-        rows_BIRD, _ = self._coder(weights, latents_BIHWC, clean_BI, method="encode")
+        rows_BIRD = self.model.clean_rows(weights.coder, latents_BIHWC)
         empty = backbone.empty_cache(self.config, len(prompts["tokens"]), slots)
-        visible, length_B = self.model.visible(prompts, images), jnp.asarray(prompts["length"])
+        visible, length_B = self.model.visible(prompts), jnp.asarray(prompts["length"])
 
         def run(m):
             x_BSD = images.put(m.embed(prompts["tokens"]), rows_BIRD)
@@ -152,6 +151,19 @@ class Segments:
         Returns:
           (state, latents [B, H, W, C]).
         """
+        noise_BHWC, keys_B, empty = self._begun(weights, seeds_B, number_B, guidance, unconditional)
+        before = [state.cache] if empty is None else [state.cache, empty]
+
+        def predict(x_BHWC, t):
+            found = [self._predict(weights, cache, x_BHWC, t) for cache in before]
+            return solvers.guide(*found, guidance) if guidance != 1 else found[0]
+
+        latents_BHWC = self.model.process.solve(predict, noise_BHWC, keys_B)
+        return self._commit(weights, state, latents_BHWC, drawing_B), latents_BHWC
+
+    def _begun(self, weights, seeds_B, number_B, guidance, unconditional):
+        """(noise [B, H, W, C]; keys [B] of what solvers draw; the cache of the unconditional prompt, None without
+        guidance)."""
         if guidance != 1 and unconditional is None:
             raise ValueError("guidance needs an unconditional prompt")
 
@@ -160,16 +172,10 @@ class Segments:
 
         keys_B2 = jax.vmap(keys)(jnp.asarray(seeds_B), number_B)
         noise_BHWC = jax.vmap(lambda key: jax.random.normal(key, self.model.latent_shape))(keys_B2[:, 0])
-        before = [state.cache]
+        empty = None
         if guidance != 1:
-            before.append(self.prefill(weights, unconditional, unconditional["tokens"].shape[1]).cache)
-
-        def predict(x_BHWC, t):
-            found = [self._predict(weights, cache, x_BHWC, t) for cache in before]
-            return solvers.guide(*found, guidance) if guidance != 1 else found[0]
-
-        latents_BHWC = self.model.process.solve(predict, noise_BHWC, keys_B2[:, 1])
-        return self._commit(weights, state, latents_BHWC, drawing_B), latents_BHWC
+            empty = self.prefill(weights, unconditional, unconditional["tokens"].shape[1]).cache
+        return noise_BHWC, keys_B2[:, 1], empty
 
     def _predict(self, weights, cache, x_BHWC, t):
         """What is predicted of images that stand behind a cache, which one row or each has of its own."""
@@ -191,7 +197,7 @@ class Segments:
     def _commit(self, weights, state, latents_BHWC, drawing_B):
         """The state behind images as they are, and EOV."""
         b, r, at_B1 = len(latents_BHWC), self.model.form.rows, state.cache.length[:, None]
-        rows_B1RD, _ = self._coder(weights, latents_BHWC[:, None], jnp.zeros((b, 1)), method="encode")
+        rows_B1RD = self.model.clean_rows(weights.coder, latents_BHWC[:, None])
         seen_S = np.append(self._seen(), np.int32(r + 1))
         visible = Spans(jnp.zeros((1, 1), jnp.int32), at_B1 + seen_S)
 

@@ -3,7 +3,8 @@
 Both coders are pairs of maps, of each image by itself: `encode` gives rows and what `decode` needs of the way, `decode`
 gives an array like the latents. The noise level enters here and nowhere else (Transfusion, arXiv 2408.11039 §3).
 
-Legend: B batch, I images of an example, N = B I, H height, W width, C channels of latents, R rows of an image, D width.
+Legend: B batch, I images of an example, N = B I, P values of a patch, H height, W width, C channels of latents, R rows
+of an image, D width.
 """
 
 from typing import Any
@@ -46,15 +47,22 @@ class LinearCoder(nn.Module):
 
     def encode(self, x_BIHWC, t_BI):
         """(rows [B, I, R, D], None)."""
-        rows_NRD = self.into(patchify(_flat(x_BIHWC), self.patch))
-        rows_NRD = rows_NRD + self.time(t_BI.reshape(-1))[:, None].astype(rows_NRD.dtype)
+        rows_NRD = self.read(patchify(_flat(x_BIHWC), self.patch), t_BI.reshape(-1))
         return rows_NRD.reshape(*t_BI.shape, *rows_NRD.shape[1:]), None
 
     def decode(self, h_BIRD, way, shape):
         """[B, I, H, W, C], at least fp32. shape: (H, W) of the latents."""
-        values_NRP = self.out(_flat(h_BIRD))
-        out_NHWC = unpatchify(_wide(values_NRP), self.patch, shape[0])
+        out_NHWC = unpatchify(self.write(_flat(h_BIRD)), self.patch, shape[0])
         return out_NHWC.reshape(*h_BIRD.shape[:2], *out_NHWC.shape[1:])
+
+    def read(self, values_NRP, t_N):
+        """Rows [N, R, D] of patches whose values are given, in any order; t_N: the noise level of all R."""
+        rows_NRD = self.into(values_NRP)
+        return rows_NRD + self.time(t_N)[:, None].astype(rows_NRD.dtype)
+
+    def write(self, h_NRD):
+        """The values of patches [N, R, P], at least fp32."""
+        return _wide(self.out(h_NRD))
 
     def __call__(self, x_BIHWC, t_BI):
         """There and back: declares all parameters."""

@@ -401,6 +401,7 @@ class Evaluate:
     lpips_backbone_file: str = ""  # torchvision's .pth of the classifier; without files LPIPS is left out
     lpips_heads_file: str = ""  # the heads of LPIPS 0.1 for this backbone
     inception_file: str = ""  # pt_inception-2015-12-05-6726825d.pth; without it rFID and t2i_fid are left out
+    clip_folder: str = ""  # multimodal: a CLIP of Hugging Face, as clip-vit-large-patch14; without it no t2i_clip_score
     probe_images: int = 4096  # of data.source, from whose codes probes and entropies are learned; 0 = neither
     counterfactuals: int = 6  # images in the picture with tokens of two images; 0 = none
     save_images: str = ""  # folder for originals and reconstructions as PNG pairs; "" = none

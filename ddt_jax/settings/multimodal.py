@@ -88,10 +88,13 @@ class UNetCoder:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionImages:
-    """Images as noised latents in place, denoised by the transformer (Transfusion, arXiv 2408.11039)."""
+    """Images as latents, denoised by the transformer: all of an image in place (Transfusion, arXiv 2408.11039), or
+    block by block beside the clean ones before it (ACDiT, arXiv 2412.07720).
+    """
 
     kind: Literal["diffusion"] = "diffusion"
     patch_size: int = 2  # latents of a row of the transformer: so many squared
+    block_size: int = 0  # rows of a block, a square of them; blocks follow each other as in ACDiT. 0 = all at once
     coder: LinearCoder | UNetCoder = field(default_factory=LinearCoder)
     weight: float = 5.0  # of the diffusion loss beside that of the next token
     noise_limit: float = 0.5  # highest noise level of images that stand before what describes them; 1 = none (§4.3.4)

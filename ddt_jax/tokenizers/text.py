@@ -17,7 +17,7 @@ _STAND_INS = [chr(c) for c in range(0xF8F0, 0xF900)]  # private use: no model ha
 _FILES = ("tokenizer.json", "tokenizer.model")  # by what a folder that holds one calls it
 # Usual names of special tokens, by what the vocabulary calls them.
 _USUAL = {
-    "BOS": ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]"),
+    "BOS": ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>"),
     "EOS": ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]"),
     "PAD": ("<pad>", "<|pad|>", "[PAD]"),
 }

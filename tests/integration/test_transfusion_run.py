@@ -91,6 +91,49 @@ def test_drawn_pictures_have_a_fid_where_weights_are_named(trained, monkeypatch,
     assert results.pop("evaluate_seconds") and without.pop("evaluate_seconds") and results == without
 
 
+def test_drawn_pictures_have_a_clip_score_where_a_clip_is_named(trained, monkeypatch, tmp_path):
+    """Of every picture that is drawn, those for FID too, beside its own caption."""
+    seen = []
+
+    class Judge:
+        def watch(self, pictures, captions):
+            for picture, caption in zip(pictures, captions, strict=True):
+                seen.append((picture.shape, caption))
+                yield picture
+
+        def results(self):
+            return {"t2i_clip_score": 31.25, "t2i_clip_images": len(seen)}
+
+    monkeypatch.setattr(speaking, "_clip", lambda s, mesh: Judge())
+    monkeypatch.setattr(inception, "load", lambda path: np.float32(1))
+    monkeypatch.setattr(inception, "features", lambda params, x: x.mean((1, 2)) * params)
+    (tmp_path / "fid.pth").write_bytes(b"weights")
+    weights = [f"--config.evaluate.inception_file={tmp_path / 'fid.pth'}", "--config.evaluate.fid_images=7"]
+    few = ["--config.evaluate.batch_size=8", f"--config.data.cache_dir={tmp_path}", "--config.evaluate.clip_folder=x"]
+    assert run("evaluate", "--workdir", trained, *few, *weights) == 0
+    results = json.loads((trained / "results.json").read_text())
+    assert (results["t2i_clip_score"], results["t2i_clip_images"], results["t2i_fid_images"]) == (31.25, 7, 7)
+    assert {shape for shape, _ in seen} == {(32, 32, 3)} and len({caption for _, caption in seen}) > 5
+    assert "CLIP score of 7 drawn pictures: 31.25" in (trained / "results.md").read_text()
+
+
+def test_images_in_blocks_go_the_same_way(trained, tmp_path):
+    config = tmp_path / "blocks.py"
+    text = (trained.parent / "scenes.py").read_text()
+    config.write_text(text.replace("get_config()\n    c.seq", "get_config('blocks')\n    c.seq"))
+    cache = f"--config.data.cache_dir={trained.parent / 'cache'}"
+    small = [*SMALL, "--config.evaluate.prompts=3", "--config.train.steps=10", cache]
+    assert run("train", "--config", config, "--workdir", tmp_path / "run", *small) == 0
+    assert run("evaluate", "--workdir", tmp_path / "run") == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["prompts"] == results["edits"] == 3 and 0.1 < results["diffusion"] < 2
+    assert 0 <= results["t2i_all_correct"] <= 1 and results["plain_perplexity"] > 1
+    speaker = speaking.open_speaker(str(tmp_path / "run"))
+    asked = documents.text_to_image(speaker.encode_text("a small red disc at the top left"), documents.Image())
+    (parts,) = speaker.tell([asked], [3], force_image=True)
+    assert isinstance(parts[0], np.ndarray) and parts[0].shape == (32, 32, 3)
+
+
 def test_text_and_images_come_in_turns(trained):
     speaker = speaking.open_speaker(str(trained))
     asked = documents.text_to_image(speaker.encode_text("a small red disc at the top left"), documents.Image())

@@ -14,7 +14,7 @@ import pytest
 
 from ddt_jax import cli, config, experiment, settings
 from ddt_jax.errors import UserError
-from ddt_jax.interop import sd3, selftok
+from ddt_jax.interop import layout, sd3, selftok
 from ddt_jax.io import safetensors_file
 from ddt_jax.nn import blocks, spans
 from ddt_jax.tokenizers import base, ddt, selftok_networks
@@ -220,7 +220,7 @@ def test_models_without_an_image_stream_are_refused():
 def test_only_the_image_stream_moves(model):
     tensors, tree = selftok.decoder_layout(model, blank(model)), blank(model)
     chosen, _ = selected(original(np.float16), model)
-    filled = selftok.fill(chosen, tensors, tree)
+    filled = layout.fill(chosen, tensors, tree)
     moved = {
         jax.tree_util.keystr(path, simple=True, separator="/").replace("scanned/block/", "")
         for path, leaf in jax.tree_util.tree_leaves_with_path(filled)
@@ -337,7 +337,7 @@ def test_blocks_compute_what_those_of_diffusers_compute(oracle):
     arrays = sd3.from_diffusers({name: value.numpy() for name, value in model.state_dict().items()})
     tensors = selftok.decoder_layout(MODEL, blank(MODEL))
     held = {t.key: arrays[t.key[6:]] for t in tensors if t.key[6:] in arrays and arrays[t.key[6:]].shape == t.shape}
-    decoder = selftok.fill(held, tensors, blank(MODEL))["params"]["decoder"]
+    decoder = layout.fill(held, tensors, blank(MODEL))["params"]["decoder"]
     rng = np.random.default_rng(1)
     tokens, x, time = (rng.normal(size=s).astype(np.float32) for s in ((2, K, WIDTH), (2, 16, WIDTH), (2, WIDTH)))
     for i, block in enumerate([*decoder["blocks"].values(), decoder["last_block"]]):
@@ -365,7 +365,7 @@ def test_a_decoder_that_starts_from_sd3_and_sees_no_token_is_sd3_without_text(or
     rng = np.random.default_rng(2)
     # The rest is random: it must not matter.
     noise = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), blank(model)["params"])
-    params = selftok.fill(chosen, tensors, {"params": noise})["params"]
+    params = layout.fill(chosen, tensors, {"params": noise})["params"]
     z, t = rng.normal(size=(2, 8, 8, CHANNELS)).astype(np.float32), np.array([0.3, 1.0], np.float32)
     network, none = selftok_networks.Network(model, (4, 4)), jnp.zeros(2, jnp.int32)
     codes = rng.normal(size=(2, K, 16)).astype(np.float32)

@@ -14,7 +14,7 @@ import pytest
 
 from ddt_jax import cli, config, experiment, settings
 from ddt_jax.errors import UserError
-from ddt_jax.interop import selftok
+from ddt_jax.interop import layout, selftok
 from ddt_jax.io import torch_file
 from ddt_jax.nn import blocks
 from ddt_jax.tokenizers import base, ddt, selftok_networks
@@ -169,8 +169,8 @@ def random_file(form, seed=0):
 
 def imported(form, arrays):
     tensors = selftok.layout(form, blank(form))
-    selftok.check(arrays, tensors)
-    return selftok.fill(arrays, tensors, blank(form))
+    selftok.FORMAT.check(arrays, tensors)
+    return layout.fill(arrays, tensors, blank(form))
 
 
 def assert_same_bytes(found, wanted):
@@ -204,8 +204,8 @@ def test_released_sizes_give_the_published_names_and_shapes(decoder):
 def test_what_is_imported_is_exported_bitwise(tmp_path, form):
     wanted = random_file(form)
     torch_file.save(tmp_path / "theirs.pth", wanted)
-    tree = imported(form, selftok.read(tmp_path / "theirs.pth"))
-    torch_file.save(tmp_path / "ours.pth", selftok.to_arrays(tree, form))
+    tree = imported(form, selftok.FORMAT.read(tmp_path / "theirs.pth"))
+    torch_file.save(tmp_path / "ours.pth", selftok.FORMAT.to_arrays(tree, form))
     assert_same_bytes(torch_file.load(tmp_path / "ours.pth"), wanted)
 
 
@@ -261,22 +261,22 @@ def test_the_codebook_lies_where_the_quantizer_looks():
 def test_flags_follow_our_state_once_it_has_changed():
     tree = imported(TINY, random_file(TINY) | {f"{BOOK}.initted": np.zeros(1, np.bool_)})
     tree["extra"]["codebook"]["initialized"] = np.array(True)
-    found = selftok.to_arrays(tree, TINY)[f"{BOOK}.initted"]
+    found = selftok.FORMAT.to_arrays(tree, TINY)[f"{BOOK}.initted"]
     assert found.dtype == np.bool_ and found.tolist() == [True]
     tree = imported(TINY, random_file(TINY) | {f"{BOOK}.tpc_initted": np.full(1, 7, np.int64)})
-    assert selftok.to_arrays(tree, TINY)[f"{BOOK}.tpc_initted"].tolist() == [7]
+    assert selftok.FORMAT.to_arrays(tree, TINY)[f"{BOOK}.tpc_initted"].tolist() == [7]
 
 
 def test_a_run_that_was_not_imported_is_written_without_what_only_the_sampler_knows():
     tree = jax.tree.map(np.copy, blank(TINY))
     tree["extra"]["codebook"]["count"][:] = np.arange(CODES)
-    found = selftok.to_arrays(tree, TINY)
+    found = selftok.FORMAT.to_arrays(tree, TINY)
     assert expected(TINY).keys() - found.keys() == {*SAMPLER, *COUNTERS}
     assert {name: found[name].shape for name in found} == {n: s for n, s in expected(TINY).items() if n in found}
     np.testing.assert_array_equal(found[f"{BOOK}.cluster_size_wo_react"], np.arange(CODES, dtype=np.float32)[None])
     assert found[f"{BOOK}.initted"].tolist() == [0]
     # And such a file is read, and comes back as it was.
-    assert_same_bytes(selftok.to_arrays(imported(TINY, found), TINY), found)
+    assert_same_bytes(selftok.FORMAT.to_arrays(imported(TINY, found), TINY), found)
 
 
 def test_half_precision_is_read():
@@ -291,7 +291,7 @@ def test_half_precision_is_read():
 
 def complaint(arrays, form=TINY):
     with pytest.raises(UserError) as error:
-        selftok.check(arrays, selftok.layout(form, blank(form)), "x.pth")
+        selftok.FORMAT.check(arrays, selftok.layout(form, blank(form)), "x.pth")
     assert "\n" not in str(error.value) and str(error.value).startswith("selftok: x.pth does not fit")
     return str(error.value)
 
@@ -352,7 +352,7 @@ class Settings(dict):
 def test_a_trainers_file_is_read(tmp_path):
     arrays, path = random_file(TINY), tmp_path / "iter.pth"
     torch_file.save(path, {"iter": 7, "state_dict": arrays, "cfg": {"lr": 0.1, "names": ["a"]}})
-    assert_same_bytes(selftok.read(path), arrays)
+    assert_same_bytes(selftok.FORMAT.read(path), arrays)
 
 
 def test_a_file_without_tensors_is_refused(tmp_path):
@@ -360,7 +360,7 @@ def test_a_file_without_tensors_is_refused(tmp_path):
     for content in ({"iter": 7, "cfg": {}}, {"state_dict": {"a": 1}}):
         torch_file.save(path, content)
         with pytest.raises(UserError, match="holds no tensors by name"):
-            selftok.read(path)
+            selftok.FORMAT.read(path)
 
 
 @pytest.mark.slow
@@ -369,8 +369,8 @@ def test_files_of_pytorch_come_back_bitwise_through_pytorch(oracle, tmp_path):
     wanted = {name: torch.tensor(value) for name, value in random_file(DEEP).items()}
     for content in (wanted, {"iter": 3, "state_dict": wanted, "cfg": Settings(a=1, b=Settings(names=["c"]))}):
         torch.save(content, tmp_path / "theirs.pth")
-        tree = imported(DEEP, selftok.read(tmp_path / "theirs.pth"))
-        torch_file.save(tmp_path / "ours.pth", selftok.to_arrays(tree, DEEP))
+        tree = imported(DEEP, selftok.FORMAT.read(tmp_path / "theirs.pth"))
+        torch_file.save(tmp_path / "ours.pth", selftok.FORMAT.to_arrays(tree, DEEP))
         found = torch.load(tmp_path / "ours.pth", weights_only=True)
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():

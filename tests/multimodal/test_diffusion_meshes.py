@@ -41,7 +41,7 @@ def batch_of(step, form):
             documents.editing([image[0]], text, image[1]),
         )
         layout = sequence.lay_out(kinds[rng.integers(len(kinds))], V, form)
-        row = sequence.pack_row([layout], 40, 4, V["PAD"], form)
+        row = sequence.pack_row([layout], 56 if form.kind == "blockwise" else 40, 4, V["PAD"], form)
         made.append(row | {"rows": sequence.target_rows(row["target"], 20)})
     batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
     return batch | {"slot": np.arange(ROWS, dtype=np.int32)}
@@ -81,6 +81,15 @@ def test_every_mesh_gives_the_curve_of_one_device(alone, mesh):
 @pytest.mark.slow
 def test_a_unet_gives_the_curve_of_one_device():
     s = replace(SETTINGS, model=replace(SETTINGS.model, image=UNET))
+    alone = curve(s, jax.devices()[:1])
+    np.testing.assert_allclose(curve(replace(s, mesh=settings.Mesh(fsdp=4, tensor=2)), jax.devices()), alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_images_in_blocks_give_the_curve_of_one_device():
+    image = settings.DiffusionImages(patch_size=4, block_size=1)
+    model, sequences = replace(SETTINGS.model, image=image), replace(SETTINGS.sequences, context=56)
+    s = replace(SETTINGS, model=model, sequences=sequences)
     alone = curve(s, jax.devices()[:1])
     np.testing.assert_allclose(curve(replace(s, mesh=settings.Mesh(fsdp=4, tensor=2)), jax.devices()), alone, rtol=1e-5)
 

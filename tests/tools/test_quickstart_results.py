@@ -51,5 +51,5 @@ def test_make_quickstart_goes_the_whole_way_in_order(tmp_path):
     assert steps == ["train", "evaluate", "tokenize", "tokenize", "train", "evaluate"]
     # The measurement of the whole way makes as many codes.
     counts = [line.split("--records ")[1] for line in shown.replace("\\\n", " ").splitlines() if "--records" in line]
-    measured = (ROOT / "tools" / "soak_scenes.py").read_text()
+    measured = (ROOT / "tools" / "soak_codes.py").read_text()
     assert all(f"{int(count):_}" in measured or count in measured for count in counts) and len(counts) == 2

@@ -1,0 +1,81 @@
+"""CLIP in the format of Hugging Face: a folder with `config.json`, safetensors files and `tokenizer.json`."""
+
+import json
+
+import jax
+from etils import epath
+
+from ddt_jax.errors import UserError
+from ddt_jax.interop import hf_layers, hf_vision
+from ddt_jax.io import weights_folder
+from ddt_jax.nn import clip
+from ddt_jax.nn.params import split
+from ddt_jax.training import weights
+
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "length",
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp_width",
+    "layer_norm_eps": "norm_epsilon",
+}
+
+
+def read_sizes(folder) -> clip.Sizes:
+    """The sizes in the `config.json` of a folder.
+
+    Raises:
+      UserError: if there is none, or it describes something else.
+    """
+    path = epath.Path(folder) / hf_vision.CONFIG
+    vision = hf_vision.read_settings(folder)  # which has read the file once
+    found = json.loads(path.read_text())
+    text = found.get("text_config") or {}
+    missing = [f"text_config.{name}" for name in (*_SIZES, "hidden_act") if name not in text]
+    missing += [name for name in ("projection_dim",) if name not in found]
+    missing += [name for name in ("image_size",) if name not in found.get("vision_config", {})]
+    if found.get("model_type") != "clip" or missing or text["hidden_act"] not in hf_vision.GELU:
+        raise UserError(
+            f"clip: {path} describes no CLIP (model_type {found.get('model_type')!r}"
+            f"{', without ' + ', '.join(missing) if missing else ''}); name a folder such as clip-vit-large-patch14"
+        )
+    return clip.Sizes(
+        vision=vision,
+        image_size=found["vision_config"]["image_size"],
+        gelu=hf_vision.GELU[text["hidden_act"]],
+        features=found["projection_dim"],
+        **{ours: text[theirs] for theirs, ours in _SIZES.items()},
+    )
+
+
+def read(folder, sizes: clip.Sizes):
+    """The parameters of `nn.clip.Clip`, NumPy float32.
+
+    Args:
+      folder: theirs.
+      sizes: of `read_sizes`.
+
+    Raises:
+      UserError: if there is no such model, or its arrays are missing or of other sizes.
+    """
+    found, side = weights_folder.load(folder), sizes.image_size
+    one = jax.ShapeDtypeStruct((1,), "int32")
+    inputs = jax.ShapeDtypeStruct((1, side, side, 3), "float32"), jax.ShapeDtypeStruct((1, 1), "int32"), one
+    abstract = split(jax.eval_shape(clip.Clip(sizes).init, jax.random.key(0), *inputs)["params"])[0]
+    table = {f"vision/{ours}": row for ours, row in hf_vision.table(sizes.vision, "vision_model.").items()}
+    table |= {f"text/{ours}": row for ours, row in _text(sizes).items()}
+    for part, theirs in (("vision", "visual"), ("text", "text")):
+        table |= hf_layers.layer(f"{part}_projection", f"{theirs}_projection", bias=False)
+    shapes = {name: leaf.shape for name, leaf in weights.unrolled_arrays(abstract).items()}
+    return weights.restore(hf_layers.to_ours(table, shapes, found, f"clip: {folder}"), abstract)
+
+
+def _text(sizes: clip.Sizes) -> hf_layers.Table:
+    names = "text_model.embeddings"
+    table = {
+        "embed": (f"{names}.token_embedding.weight", "plain"),
+        "positions": (f"{names}.position_embedding.weight", "plain"),
+    }
+    return table | hf_layers.norm("norm", "text_model.final_layer_norm") | hf_vision.layers("text_model.", sizes.depth)

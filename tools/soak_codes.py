@@ -1,0 +1,69 @@
+"""Measurements of transformers on codes of scenes: the whole way of `make quickstart`, edits, and spatial codes.
+
+Each takes the options of the command line and a folder for its runs, and returns its part of the record. With
+`--tokenizer WORKDIR` a tokenizer that was trained before stands in for the measurement's own; the record says which.
+"""
+
+from pathlib import Path
+
+import soak_runs as programs
+from soak_gates import at_least, at_most, note, quiet
+
+CODES = {"codes/train": ("scenes:train", 160_000), "codes/heldout": ("scenes:heldout", 2048)}
+EDITS = {"edits/train": ("scenes_edits:train", 80_000), "edits/heldout": ("scenes_edits:heldout", 2048)}
+
+
+def whole_way(options, folder: Path) -> dict:
+    """What `make quickstart` does: tokenizer, codes, transformer, pictures from captions and captions of pictures."""
+    config = f"configs/llama_scenes.py:{folder}"
+    seen, spoken, outcomes = _trained(options, folder, "configs/quickstart.py", CODES, config)
+    gates = [
+        at_least("pictures of captions, right count", spoken["t2i_count"], 0.95),
+        at_least("pictures of captions, fully right", spoken["t2i_all_correct"], 0.45),
+        at_least("captions of pictures, fully right", spoken["caption_all_correct"], 0.6),
+        at_most("seconds in all", round(sum(o.seconds for o in outcomes), 1), 900),
+        *quiet(outcomes),
+    ]
+    return _record(options, "configs/llama_scenes.py", seen, spoken, gates)
+
+
+def edits(options, folder: Path) -> dict:
+    """configs/llama_edits.py on the tokenizer of the quickstart. How good it is gets reported, not judged."""
+    config = f"configs/llama_edits.py:{folder}"
+    seen, spoken, outcomes = _trained(options, folder, "configs/quickstart.py", CODES | EDITS, config)
+    gates = [at_least("edits asked for", spoken["edits"], 256), *_sound(spoken, outcomes)]
+    return _record(options, "configs/llama_edits.py", seen, spoken, gates)
+
+
+def spatial_codes(options, folder: Path) -> dict:
+    """configs/llama_spatial_scenes.py. How good it is gets reported, not judged."""
+    config = f"configs/llama_spatial_scenes.py:{folder}"
+    seen, spoken, outcomes = _trained(options, folder, "configs/spatial_scenes.py", CODES, config)
+    return _record(options, "configs/llama_spatial_scenes.py", seen, spoken, _sound(spoken, outcomes))
+
+
+def _trained(options, folder: Path, tokenizer_config: str, sources: dict, config: str):
+    """Figures of a tokenizer (of a given one its digest) and of the transformer on its codes, and all outcomes."""
+    seed, tokenizer = options.seeds[0], folder / "tokenizer"
+    if options.tokenizer:
+        tokenizer.symlink_to(options.tokenizer.resolve(), target_is_directory=True)
+        seen, outcomes = {"digest": programs.digest(tokenizer)}, []
+    else:
+        without = ("--config.evaluate.probe_images=0",)
+        seen, outcomes = programs.train_and_evaluate(tokenizer_config, tokenizer, seed, options, to_evaluate=without)
+    for to, (source, records) in sources.items():
+        note(f"codes of {source}")
+        what = ("--to", str(folder / to), "--source", source, "--records", str(records))
+        tokenize = programs.command("tokenize", "--workdir", str(tokenizer), *what)
+        outcomes.append(programs.must(programs.run(tokenize), "tokenize"))
+    spoken, more = programs.train_and_evaluate(config, folder / "transformer", seed, options)
+    return seen, spoken, outcomes + more
+
+
+def _sound(spoken: dict, outcomes: list) -> list[dict]:
+    return [at_least("captions and pictures asked for", spoken["prompts"], 256), *quiet(outcomes)]
+
+
+def _record(options, config: str, seen: dict, spoken: dict, gates: list[dict]) -> dict:
+    results = {"tokenizer": seen, "transformer": spoken}
+    return {"config": config, "seeds": options.seeds[:1], "results": results, "gates": gates}
