@@ -268,7 +268,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("name", choices=BENCHMARKS, help="what is measured")
     parser.add_argument(
-        "--config", metavar="FILE", help="default: configs/quickstart.py; mixed: configs/transfusion_scenes.py"
+        "--config", metavar="FILE", help="default: configs/quickstart.py; mixed: configs/transfusion_scenes.py:plain"
     )
     parser.add_argument("--images", type=int, default=64, metavar="N", help="images at once (default: 64)")
     parser.add_argument(
@@ -287,8 +287,8 @@ def main(argv=None) -> int:
     if wrong:
         parser.error(f"unknown: {' '.join(wrong)}")
     options.overrides = rest
-    default = "transfusion_scenes" if options.name == "mixed" else "quickstart"
-    options.config = options.config or ROOT / "configs" / f"{default}.py"
+    default = "transfusion_scenes.py:plain" if options.name == "mixed" else "quickstart.py"
+    options.config = options.config or f"{ROOT / 'configs' / default}"
     from ddt_jax.errors import UserError
 
     try:

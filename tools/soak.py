@@ -6,7 +6,7 @@
     python tools/soak.py spatial_codes            configs/llama_spatial_scenes.py, from its tokenizer on
     python tools/soak.py scenes                   configs/ddt_scenes.py, then its renderer, against the gates
     python tools/soak.py spatial                  configs/spatial_scenes.py, at the bits of configs/ddt_scenes.py
-    python tools/soak.py transfusion              configs/transfusion_scenes.py and two variants; --arms linear is one
+    python tools/soak.py transfusion              configs/transfusion_scenes.py and three variants; --arms linear is one
     python tools/soak.py acdit_blocks             configs/acdit_scenes.py with blocks of 1, 4, 16 and 64 tokens
     python tools/soak.py acdit_clips              configs/acdit_moving_scenes.py; --arms flow is another variant
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images

@@ -91,13 +91,13 @@ def spatial(options, folder: Path) -> dict:
 
 
 def transfusion(options, folder: Path) -> dict:
-    """Variants of configs/transfusion_scenes.py: as it stands, causal inside images, without the limit of noise.
+    """Variants of configs/transfusion_scenes.py: as it stands, causal inside images, with and without a limit of noise.
 
     What comes out is reported, not judged: the gates ask whether the runs are sound, and whether the config as it
     stands has its time. The others take as many steps.
     """
     seed, runs, gates, began = options.seeds[0], {}, [], time.monotonic()
-    arms = options.arms.split(",") if options.arms else ["linear", "causal", "unlimited"]
+    arms = options.arms.split(",") if options.arms else ["linear", "causal", "plain", "unlimited"]
     for done, arm in enumerate(arms):
         left = (time.monotonic() - began) / done * (len(arms) - done) / 60 if done else None
         note(f"{arm}, {done + 1} of {len(arms)}" + (f", about {left:.0f} min left" if left else ""))

@@ -34,12 +34,12 @@ class BlockSegments(Segments):
             noise_BRP, n = given
 
             def predict(x_BRP, t):
-                found = [self._denoised(weights, cache, x_BRP, t) for cache in caches]
+                found = [self._denoised(weights, cache, x_BRP, t, n) for cache in caches]
                 return solvers.guide(*found, guidance) if guidance != 1 else found[0]
 
             keys = jax.vmap(lambda key: jax.random.fold_in(key, n))(keys_B)
             block_BRP = self.model.process.solve(predict, noise_BRP, keys)
-            return [self._with(weights, cache, block_BRP) for cache in caches], block_BRP
+            return [self._with(weights, cache, block_BRP, n) for cache in caches], block_BRP
 
         caches, blocks_NBRP = jax.lax.scan(one, caches, (noise, jnp.arange(self.model.blocks)))
         latents_BHWC = self.model.from_blocks(blocks_NBRP.swapaxes(0, 1))
@@ -55,21 +55,21 @@ class BlockSegments(Segments):
         keys, values = (tuple(map(grown, x)) for x in (cache.keys, cache.values))
         return kv_cache.Cache(keys, values, jnp.broadcast_to(cache.length, (rows,)))
 
-    def _denoised(self, weights, cache, x_BRP, t):
-        """What is predicted of blocks that stand behind a cache."""
+    def _denoised(self, weights, cache, x_BRP, t, number):
+        """What is predicted of blocks of that number, which stand behind a cache."""
         b, r = x_BRP.shape[:2]
         beside, at_B1 = kv_cache.Beside(cache), cache.length[:, None]
         own = jnp.full((1, 1), beside.slots)
         visible = Spans(jnp.zeros((1, 1), jnp.int32), at_B1, own, own + r)
-        rows_BRD = self._rows(weights, x_BRP, t)
+        rows_BRD = self._rows(weights, x_BRP, t, number)
         h_BRD = self._apply(weights, lambda m: m(rows_BRD, at_B1 + jnp.arange(r), visible, beside)[0])
         return self.model.values_of(weights.coder, h_BRD[:, None])[:, 0, 0]
 
-    def _with(self, weights, cache, block_BRP) -> kv_cache.Cache:
-        """A cache with clean blocks behind it."""
+    def _with(self, weights, cache, block_BRP, number) -> kv_cache.Cache:
+        """A cache with clean blocks of that number behind it."""
         at_B1, r = cache.length[:, None], block_BRP.shape[1]
         visible = Spans(jnp.zeros((1, 1), jnp.int32), at_B1 + r)
-        rows_BRD = self._rows(weights, block_BRP, 0.0)
+        rows_BRD = self._rows(weights, block_BRP, 0.0, number)
         return self._apply(weights, lambda m: m(rows_BRD, at_B1 + jnp.arange(r), visible, cache)[1])
 
     def _ended(self, weights, state: State, cache, drawing_B) -> State:
@@ -83,6 +83,6 @@ class BlockSegments(Segments):
 
         return self._moved(state, *self._apply(weights, run), drawing_B, self.model.form.rows + 1)
 
-    def _rows(self, weights, block_BRP, t):
+    def _rows(self, weights, block_BRP, t, number):
         t = jnp.broadcast_to(jnp.asarray(t, np.float32), (len(block_BRP), 1, 1))
-        return self._typed(weights, self.model.rows_of(weights.coder, block_BRP[:, None, None], t)[:, 0])
+        return self._typed(weights, self.model.rows_of(weights.coder, block_BRP[:, None, None], t, number)[:, 0])

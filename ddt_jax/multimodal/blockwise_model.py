@@ -9,6 +9,7 @@ Legend: B rows, S positions, R rows of an image, I images of a row, N blocks of 
 D width.
 """
 
+import jax
 import jax.numpy as jnp
 
 from ddt_jax import settings
@@ -74,12 +75,21 @@ class BlockwiseMultimodal(DiffusionMultimodal):
     def clean_rows(self, coder, latents_BIHWC):
         return self.rows_of(coder, self.to_blocks(latents_BIHWC), 0.0)
 
-    def rows_of(self, coder, patches, t):
-        """Rows [B, I, R, D] of patches [B, I, N, r, P] at levels t, [B, I, N] or a scalar. coder: its parameters."""
+    def rows_of(self, coder, patches, t, first=0):
+        """Rows [B, I, n r, D] of some blocks.
+
+        Args:
+          coder: its parameters.
+          patches: [B, I, n, r, P].
+          t: noise levels, [B, I, n] or a scalar.
+          first: number of the first of these blocks in its image, int32 scalar.
+        """
         b, i, n, r = patches.shape[:4]
-        t_N = jnp.broadcast_to(t, (b, i, n)).reshape(-1)
-        flat = patches.reshape(b * i * n, r, -1)
-        return self.coder.apply({"params": coder}, flat, t_N, method="read").reshape(b, i, n * r, -1)
+        t_M = jnp.broadcast_to(t, (b, i, n)).reshape(-1)
+        at_NR = jnp.asarray(self._order).reshape(self.blocks, r)
+        at_MR = jnp.tile(jax.lax.dynamic_slice_in_dim(at_NR, first, n), (b * i, 1))
+        rows = self.coder.apply({"params": coder}, patches.reshape(b * i * n, r, -1), t_M, at_MR, method="read")
+        return rows.reshape(b, i, n * r, -1)
 
     def values_of(self, coder, h_BIRD):
         """Patches [B, I, N, r, P], at least fp32, that rows of the transformer stand for."""

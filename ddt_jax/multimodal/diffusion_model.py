@@ -66,10 +66,11 @@ class DiffusionMultimodal(RowModel):
         self.latent_shape = (side, side, self.codec.channels)
         dtype = compute_dtype(config.transformer.dtype)
         width = config.transformer.width
-        self.coder = make_coder(image.coder, image.patch_size, self.codec.channels, width, dtype)
+        rows = (side // image.patch_size) ** 2
+        self.coder = make_coder(image.coder, image.patch_size, self.codec.channels, width, dtype, rows)
         self.process = make_process(image.diffusion)
         shape = (image_size, image_size, _CHANNELS)
-        self.form = ImageForm("diffusion", (side // image.patch_size) ** 2, shape=shape, dtype="uint8")
+        self.form = ImageForm("diffusion", rows, shape=shape, dtype="uint8")
         self.inputs += ("image_start", "image_learn", "image_answer", "image_content")
         self.loss_weights = {"next_token": 1.0, "diffusion": image.weight}
 

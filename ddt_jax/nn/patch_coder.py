@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.nn import unet
-from ddt_jax.nn.embeddings import TimeEmbedding
+from ddt_jax.nn.embeddings import TimeEmbedding, learned
 from ddt_jax.nn.images import patchify, unpatchify
 from ddt_jax.nn.layers import Dense, zeros_dense
 
@@ -32,15 +32,19 @@ class LinearCoder(nn.Module):
       patch: latents of a side of a patch.
       channels: C.
       width: D.
+      places: R, each of which adds a learned vector of its own; 0: none.
     """
 
     patch: int
     channels: int
     width: int
     dtype: Any = None
+    places: int = 0
 
     def setup(self):
         values = self.patch**2 * self.channels
+        if self.places:
+            self.place = learned(self, "places", self.places, self.width)
         self.time = TimeEmbedding(self.width, self.dtype, sinusoids=_SINUSOIDS)
         self.into = Dense((self.width,), ("patch", "embed"), dtype=self.dtype)
         self.out = zeros_dense((values,), ("embed", "patch"), dtype=self.dtype)
@@ -55,10 +59,19 @@ class LinearCoder(nn.Module):
         out_NHWC = unpatchify(self.write(_flat(h_BIRD)), self.patch, shape[0])
         return out_NHWC.reshape(*h_BIRD.shape[:2], *out_NHWC.shape[1:])
 
-    def read(self, values_NRP, t_N):
-        """Rows [N, R, D] of patches whose values are given, in any order; t_N: the noise level of all R."""
+    def read(self, values_NRP, t_N, at_NR=None):
+        """Rows [N, R, D] of patches whose values are given.
+
+        Args:
+          t_N: the noise level of all R.
+          at_NR: which patches of an image they are, by raster; None: all of them in order.
+        """
         rows_NRD = self.into(values_NRP)
-        return rows_NRD + self.time(t_N)[:, None].astype(rows_NRD.dtype)
+        rows_NRD = rows_NRD + self.time(t_N)[:, None].astype(rows_NRD.dtype)
+        if not self.places:
+            return rows_NRD
+        table_RD = jnp.asarray(self.place)
+        return rows_NRD + (table_RD if at_NR is None else table_RD[at_NR]).astype(rows_NRD.dtype)
 
     def write(self, h_NRD):
         """The values of patches [N, R, P], at least fp32."""
@@ -116,10 +129,16 @@ def unet_widths(config: settings.UNetCoder, patch: int) -> tuple[int, ...]:
     return tuple(config.width >> i for i in reversed(range(levels)))
 
 
-def make_coder(config: settings.LinearCoder | settings.UNetCoder, patch: int, channels: int, width: int, dtype=None):
-    """The coder that config.kind names. Raises UserError if its settings do not go together."""
+def make_coder(
+    config: settings.LinearCoder | settings.UNetCoder, patch: int, channels: int, width: int, dtype=None, rows: int = 0
+):
+    """The coder that config.kind names. Raises UserError if its settings do not go together.
+
+    Args:
+      rows: of an image, where rows know their places.
+    """
     if config.kind == "linear":
-        return LinearCoder(patch, channels, width, dtype)
+        return LinearCoder(patch, channels, width, dtype, rows if config.places else 0)
     unet_widths(config, patch)
     return UNetCoder(patch, channels, width, config, dtype)
 

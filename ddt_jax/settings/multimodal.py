@@ -74,6 +74,7 @@ class LinearCoder:
     """Patches to rows of the transformer and back by one linear map each; a vector for the noise level is added."""
 
     kind: Literal["linear"] = "linear"
+    places: bool = False  # a learned vector of its place is added to each row: a small model finds "top left" sooner
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from tests.multimodal.test_segments import DIFFUSION, SEEDS
 
 SIZE, ROWS, BLOCK, S, IMAGES = 8, 16, 4, 96, 4
 BLOCKS = ROWS // BLOCK
-IMAGE = settings.DiffusionImages(patch_size=2, block_size=BLOCK, diffusion=DIFFUSION)
+CODER = settings.LinearCoder(places=True)  # so that a block that is taken for another shows
+IMAGE = settings.DiffusionImages(patch_size=2, block_size=BLOCK, diffusion=DIFFUSION, coder=CODER)
 
 
 @functools.cache

@@ -52,6 +52,20 @@ def test_an_image_becomes_rows_and_an_image_again(config, patch):
     assert out.shape == x.shape and out.dtype == jnp.float32
 
 
+def test_rows_that_know_their_places_add_a_vector_of_each():
+    coder = make_coder(settings.LinearCoder(places=True), 2, 3, 10, rows=16)
+    plain, variables = make(LINEAR, 2)
+    table = np.arange(160, dtype=np.float32).reshape(16, 10)
+    variables = {"params": variables["params"] | {"places": table}}
+    x, t = latents((2, 3, 8, 8, 3)), jnp.full((2, 3), 0.5)
+    rows, bare = encode(coder, variables)(x, t)[0], encode(plain, variables)(x, t)[0]
+    np.testing.assert_allclose(rows - bare, np.broadcast_to(table, (2, 3, 16, 10)), atol=1e-4)
+    values, at = latents((2, 4, 12)), np.array([[3, 1, 0, 15], [2, 2, 2, 2]])
+    some = coder.apply(variables, values, t[0, :2], at, method="read")
+    bare = plain.apply(variables, values, t[0, :2], method="read")
+    np.testing.assert_allclose(some - bare, table[at], atol=1e-4)
+
+
 @pytest.mark.parametrize("config", [LINEAR, UNET], ids=["linear", "unet"])
 def test_rows_and_outputs_are_of_one_image_and_know_its_noise_level(config):
     coder, variables = make(config, 2)

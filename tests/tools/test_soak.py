@@ -173,7 +173,7 @@ def test_variants_of_transfusion_are_trained_one_after_the_other(soak, tmp_path,
         return {"prompts": 256, "train_seconds": seconds[workdir.name]}, []
 
     # Only the config as it stands has a time to keep: beside it, the machine may do other things.
-    seconds = {"linear": 1100.0, "unlimited": 1300.0, "causal": 1300.0}
+    seconds = {"linear": 1100.0, "unlimited": 1300.0, "causal": 1300.0, "plain": 1300.0}
 
     monkeypatch.setattr(soak.programs, "train_and_evaluate", train_and_evaluate)
     assert soak.main(["transfusion", "--arms", "linear,unlimited", "--out", str(tmp_path)]) == 0
@@ -182,7 +182,7 @@ def test_variants_of_transfusion_are_trained_one_after_the_other(soak, tmp_path,
     seconds["linear"] = 1201.0
     assert soak.main(["transfusion", "--out", str(tmp_path)]) == 1
     record = json.loads((tmp_path / "transfusion.json").read_text())
-    assert list(record["results"]["arms"]) == ["linear", "causal", "unlimited"]
+    assert list(record["results"]["arms"]) == ["linear", "causal", "plain", "unlimited"]
     assert [check["arm"] for check in record["gates"] if not check["passed"]] == ["linear"]
 
 
