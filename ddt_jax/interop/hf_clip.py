@@ -1,6 +1,7 @@
 """CLIP in the format of Hugging Face: a folder with `config.json`, safetensors files and `tokenizer.json`."""
 
 import json
+from dataclasses import replace
 
 import jax
 from etils import epath
@@ -30,7 +31,7 @@ def read_sizes(folder) -> clip.Sizes:
       UserError: if there is none, or it describes something else.
     """
     path = epath.Path(folder) / hf_vision.CONFIG
-    vision = hf_vision.read_settings(folder)  # which has read the file once
+    vision = replace(hf_vision.read_settings(folder), final_norm=True)  # of the class token, which alone is compared
     found = json.loads(path.read_text())
     text = found.get("text_config") or {}
     missing = [f"text_config.{name}" for name in (*_SIZES, "hidden_act") if name not in text]
