@@ -5,7 +5,6 @@ are the latents, made how, and whether all are there. A record is a msgpack map:
 posterior as raw bytes, the record's `index` in the source, and its `caption` and `label` where there are any.
 """
 
-import json
 import os
 import tempfile
 
@@ -16,6 +15,7 @@ from ddt_jax.data import files
 from ddt_jax.data.array_record import ArrayRecordSource
 from ddt_jax.data.base import BadRecord, Record
 from ddt_jax.errors import UserError
+from ddt_jax.io import json_object
 
 INDEX = "latents.json"
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -72,8 +72,8 @@ def read_index(folder: str) -> dict | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
-        if isinstance(found, dict) and {"identity", "shape", "dtype", "shards", "counts"} <= found.keys():
+        found = json_object.loads(path.read_text())
+        if {"identity", "shape", "dtype", "shards", "counts"} <= found.keys():
             return found
     except (OSError, ValueError):
         pass
