@@ -282,8 +282,14 @@ def _read(path, kind):
 
 
 def _typed(tree, kind):
+    if not isinstance(tree, dict):
+        raise ValueError(f"{tree!r:.40} in the place of a {kind.__name__.lower()}")
     if kind is Plan and tree.get("format") != FORMAT:
         raise ValueError(f"format {tree.get('format')}, this version reads {FORMAT}")
+    for f in fields(kind):
+        value = tree[f.name]
+        if type(value) is not f.type or (f.type is int and value < (f.name not in ("records", "bad"))):
+            raise ValueError(f"{f.name}={value!r:.40}")
     return kind(**{f.name: tree[f.name] for f in fields(kind)})
 
 

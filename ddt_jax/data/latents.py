@@ -73,11 +73,25 @@ def read_index(folder: str) -> dict | None:
         return None
     try:
         found = json_object.loads(path.read_text())
-        if {"identity", "shape", "dtype", "shards", "counts"} <= found.keys():
+        if _is_index(found):
             return found
     except (OSError, ValueError):
         pass
     raise UserError(f"data: {path} cannot be read as the index of latents; remove the folder and write it again")
+
+
+def _is_index(found: dict) -> bool:
+    shape, counts, names = found.get("shape"), found.get("counts"), found.get("label_names")
+    return (
+        isinstance(found.get("identity"), dict)
+        and isinstance(shape, list)
+        and all(type(n) is int and n > 0 for n in shape)
+        and found.get("dtype") in [*TYPES]
+        and type(found.get("shards")) is int
+        and isinstance(counts, dict)
+        and all(type(n) is int and n >= 0 for n in counts.values())
+        and (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)))
+    )
 
 
 def check_identity(folder: str, found: dict, wanted: dict) -> None:

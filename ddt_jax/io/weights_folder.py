@@ -47,6 +47,8 @@ def load(folder, stem: str = "model") -> dict[str, Lazy]:
         try:
             placed = json_object.loads(index.read_text())["weight_map"]
             files = sorted(set(placed.values()))
+            if strange := [file for file in files if not isinstance(file, str) or "/" in file or file in ("", "..")]:
+                raise ValueError(f"{strange[0]!r} is no file beside it")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: is no index of safetensors files ({error}); fetch it again") from error
     elif single.exists():

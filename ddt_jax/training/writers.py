@@ -59,12 +59,13 @@ def _step_of(line: bytes):
 
 
 def read_metrics(path) -> list[dict]:
-    """The records of a metrics file, non-finite values as floats, without a torn line."""
+    """The records of a metrics file, non-finite values as floats, without torn and damaged lines."""
     records = []
     for line in epath.Path(path).read_bytes().splitlines():
         if _step_of(line) is not None:
-            record = json.loads(line)
-            records.append({k: float(v) if isinstance(v, str) else v for k, v in record.items()})
+            with contextlib.suppress(ValueError):  # a text that is no number
+                record = json.loads(line).items()
+                records.append({k: float(v) if isinstance(v, str) else v for k, v in record})
     return records
 
 
