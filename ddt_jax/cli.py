@@ -3,7 +3,7 @@ imported before a verb needs it.
 
 Exit codes: 0 done; 1 a bug of ours (with a traceback); 2 something the user can mend (one line); 3 a checkpoint is
 damaged, or a step that was replayed gives other numbers; 75 the run was asked to stop, has saved, and goes on with the
-same command.
+same command; 76 another process of the run has ended, and all of them go on with the same command.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from ddt_jax import cli_checkpoints, cli_scaling, host_memory
 from ddt_jax.errors import UserError
 
 EXIT_USER = 2
+EXIT_ALONE = 76
 
 _CONFIG_HELP = "config file, FILE.py or FILE.py:VARIANT; change single settings with --config.NAME.NAME=VALUE"
 _WORKDIR_HELP = "directory of the run: its config, log, checkpoints and results"
@@ -435,6 +436,21 @@ _VERBS = {
 }
 
 
+def _lost_peer(error: Exception) -> bool:
+    mesh = sys.modules.get("ddt_jax.mesh")  # of a verb that has needed it
+    return mesh is not None and mesh.is_lost_peer(error)
+
+
+def _left(code: int) -> int:
+    """The code; does not come back in one of several processes, whose usual way out waits for the others."""
+    mesh = sys.modules.get("ddt_jax.mesh")
+    if mesh is not None and mesh.has_joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     # C++ libraries below us log what is no news to a user; a value set outside wins.
@@ -445,10 +461,19 @@ def main(argv: list[str] | None = None) -> int:
         return _VERBS[args.verb](args, overrides)
     except UserError as error:
         print(f"ddt-jax: {error}", file=sys.stderr)
-        return EXIT_USER
+        return _left(EXIT_USER)
     except BrokenPipeError:  # the reader of our output went away, as in `ddt-jax config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if not _lost_peer(error):
+            raise
+        print(
+            "ddt-jax: another process of the run has ended, so this one cannot go on; start all of them again with the "
+            f"same command ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
+        return _left(EXIT_ALONE)
     except KeyboardInterrupt:
         print("ddt-jax: interrupted before there was anything to save", file=sys.stderr)
         return 130

@@ -206,7 +206,7 @@ def _parse(kind, value, path):
         of = [items[0]] * len(value) if items[-1] is Ellipsis else items
         return tuple(_parse(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(zip(of, value, strict=True)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1023 else math.inf
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not kind:
@@ -224,7 +224,7 @@ def _parse_union(kinds, value, path):
         raise UserError(f"config: {path} must be a group of settings with a kind, got {value!r}")
     by_kind = {k.__dataclass_fields__["kind"].default: k for k in kinds}
     chosen = value["kind"].text if isinstance(value["kind"], _Raw) else value["kind"]
-    if chosen not in by_kind:
+    if not isinstance(chosen, str) or chosen not in by_kind:
         raise UserError(f"config: {path}.kind={chosen!r} is not one of {', '.join(map(repr, by_kind))}")
     return _parse(by_kind[chosen], value, path)
 
@@ -237,7 +237,7 @@ def _read(kind, text):
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # as its documentation warns
         return text
 
 
@@ -263,6 +263,8 @@ def _check(e: settings.Experiment):
         "data.threads": d.threads,
         "data.frame_step": d.frame_step,
         "model.num_tokens": getattr(m, "num_tokens", 1),
+        "model.patch_size": getattr(m, "patch_size", 1),
+        "model.heads": getattr(m, "heads", 1),
         "model.quantizer.codebook_size": quantizer.codebook_size,
         "model.quantizer.code_dim": quantizer.code_dim,
         "evaluate.images": e.evaluate.images,

@@ -226,6 +226,10 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
                 hooks=_hooks(built, feed, writer, progress),
                 watch=watch,
             )
+        except Exception as error:
+            if meshes.is_lost_peer(error):
+                points.abandon()
+            raise
         finally:
             progress.close()
             batches.close()
@@ -446,7 +450,7 @@ def claim(root, tree: dict, check, forced: Callable[[str], None] | None = None) 
     path = root / "config.json"
     if path.exists():
         # Through today's settings: those that came later had their default.
-        differing = config.difference(config.dump(config.from_dict(json.loads(path.read_text()))), tree)
+        differing = config.difference(config.dump(config.from_dict(checkpoint.saved_config(root))), tree)
         if differing and forced:
             forced(f"--force: goes on with other settings than {root} was trained with: {', '.join(differing)}")
             return

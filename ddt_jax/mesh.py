@@ -181,6 +181,20 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
     jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
 
 
+def has_joined() -> bool:
+    """Whether this is one of the processes of a run that `initialize` has brought together."""
+    return jax.distributed.is_initialized()
+
+
+# What JAX, gloo, NCCL and gRPC say when the other end of a connection is gone.
+_GONE = ("by peer", "Broken pipe", "Gloo", "heartbeat", "coordination service", "UNAVAILABLE", "remote process exited")
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether it says that another process of the run is gone, without which this one cannot go on."""
+    return jax.process_count() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in _GONE)
+
+
 def _await_coordinator(address: str, who: str, timeout: int) -> None:
     """Returns once something listens there. (JAX itself aborts the process, with a stack trace, when nothing does.)"""
     host, _, port = address.rpartition(":")

@@ -58,6 +58,7 @@ def test_unknown_key_names_the_nearest(config_file):
     fails("optimizer.lr_ is not a setting; did you mean optimizer.lr?", [("optimizer.lr_", "1")], config_file)
     fails("optimiser is not a setting; did you mean optimizer?", [("optimiser.lr", "1")], config_file)
     fails("did you mean model.width", {"model": {"kind": "ddt", "widht": 3}})
+    fails("model.kind=[] is not one of", {"model": {"kind": []}})
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,11 @@ def test_unknown_key_names_the_nearest(config_file):
         ("train.accumulate", "3", "train.batch_size=32 does not divide into train.accumulate=3"),
         ("train.steps", "0", "train.steps must be at least 1"),
         ("data.image_size", "33", "is not a multiple of model.patch_size"),
+        ("data.flip", "{[]: 1}", "data.flip must be True or False"),
+        ("optimizer.lr", "(" * 5000, "optimizer.lr must be a number"),
+        ("optimizer.lr", "9" * 400, "optimizer.lr must be finite"),
+        ("model.heads", "0", "model.heads must be at least 1"),
+        ("model.patch_size", "0", "model.patch_size must be at least 1"),
         ("model.heads", "5", "model.width=96 is not a multiple of model.heads=5"),
         ("evaluate.visible", "[0, 1]", "evaluate.visible"),
         ("train.ema", "1", "train.ema"),

@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import soak_runs as programs
@@ -24,20 +26,42 @@ _IMAGES, _BAD = 64, (5, 40)  # images of the source, and those of which the late
 
 
 def flipped_bits(workdir: Path, count: int, rng: random.Random) -> dict:
-    """Single bits flipped all over the newest checkpoint, half of them as if it had not been read back.
+    """Single bits flipped all over the newest checkpoint, half of them as if it had not been read back; each time it is
+    restored, as a run does that goes on.
 
     Returns:
-      injected, detected, harmless (every array is bit by bit what it was), silent (neither), files.
+      injected, detected (the checkpoint is refused), harmless (every restored value is bit by bit what it was), silent
+      (neither), files, and refused_by (the hashes of the files, or what the arrays show).
     """
-    from ddt_jax.training.stored import LIST, Damaged, Stored
+    import jax
 
-    step = max(programs.saved_steps(workdir))
-    folder = workdir.parent / "flipped"
+    from ddt_jax import experiment, settings
+    from ddt_jax.errors import UserError
+    from ddt_jax.training.checkpoint import Checkpoints, digest
+    from ddt_jax.training.stored import LIST
+
+    warnings.filterwarnings("ignore", "coroutine", RuntimeWarning)  # Orbax drops some when a file is damaged
+    s = experiment.saved_settings(str(workdir))
+    built = experiment.build(replace(s, mesh=settings.Mesh()), jax.devices()[:1], to_train=False)
+    step, copy = max(programs.saved_steps(workdir)), workdir.parent / "flipped"
+    folder = copy / "checkpoints" / str(step)
     shutil.copytree(workdir / "checkpoints" / str(step), folder)
-    whole = {name: Stored(folder).read(name).tobytes() for name in Stored(folder).names()}
+
+    def restored() -> str | None:
+        """Digest of what a run would go on from; None if it would not from this checkpoint."""
+        points = Checkpoints(copy, s.train, read_only=True)
+        try:
+            with jax.set_mesh(built.mesh):
+                return digest(points.restore(built.abstract))
+        except UserError:
+            return None
+        finally:
+            points.close()
+
+    whole, listed = restored(), (folder / LIST).read_bytes()
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
     found = {"injected": count, "detected": 0, "harmless": 0, "silent": 0, "files": len(files)}
-    listed = (folder / LIST).read_bytes()
+    refused_by = {"hashes of files": 0, "arrays": 0}
     for i in range(count):
         every = i < 2 * len(files)  # each file twice, then by size
         file = files[i // 2 % len(files)] if every else rng.choices(files, [p.stat().st_size for p in files])[0]
@@ -45,25 +69,20 @@ def flipped_bits(workdir: Path, count: int, rng: random.Random) -> dict:
         if not read_back:
             (folder / LIST).unlink()
         flip(file, rng.randrange(len(content) * 8))
-        stored = Stored(folder)
-        try:
-            by_files = read_back and file.name != LIST and stored.file_problem()
-            if by_files or stored.array_problems():
-                outcome = "detected"
-            else:
-                same = {name: stored.read(name).tobytes() for name in stored.names()} == whole
-                outcome = "harmless" if same else "silent"
-        except Damaged:
-            outcome = "detected"
-        found[outcome] += 1
+        value = restored()
+        found["detected" if value is None else "harmless" if value == whole else "silent"] += 1
+        if value is None:
+            refused_by["hashes of files" if read_back and file.name != LIST else "arrays"] += 1
         file.write_bytes(content)
         (folder / LIST).write_bytes(listed)
-    shutil.rmtree(folder)
-    return found
+    if restored() != whole:
+        raise programs.Failed("the checkpoint is not restored as it was before the first flip")
+    shutil.rmtree(copy)
+    return {**found, "refused_by": refused_by}
 
 
-def nan_batches(folder: Path, options) -> dict:
-    """A run on latents of which a few are NaN.
+def nan_batches(folder: Path, seed: int, env: dict[str, str]) -> dict:
+    """A run on latents of which a few are NaN. env: variables of its commands.
 
     Returns:
       skipped (steps), kept (their batches), bad_losses (lines of the log whose loss is not finite), code (of the run).
@@ -76,7 +95,7 @@ def nan_batches(folder: Path, options) -> dict:
 
     images, cache, config = folder / "images", folder / "latents", folder / "nan.py"
     images.mkdir(parents=True)
-    rng = np.random.default_rng(options.seeds[0])
+    rng = np.random.default_rng(seed)
     for i in range(_IMAGES):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(images / f"{i:03d}.png")
 
@@ -84,7 +103,8 @@ def nan_batches(folder: Path, options) -> dict:
         config.write_text(_NAN_CONFIG.format(smoke=str(programs.ROOT / "configs" / "nan.py"), source=source))
 
     write_config(f"folder:{images}")
-    programs.must(programs.run(programs.command("latents", "--config", str(config), "--to", str(cache))), "latents")
+    make = programs.command("latents", "--config", str(config), "--to", str(cache))
+    programs.must(programs.run(make, env=env), "latents")
     source = open_source(f"latents:{cache}", image_size=32)
     records = [source[i] for i in range(len(source))]
     for i in _BAD:
@@ -95,7 +115,7 @@ def nan_batches(folder: Path, options) -> dict:
     write_config(f"latents:{cache}")
     workdir = folder / "run"
     train = programs.command("train", "--config", str(config), "--workdir", str(workdir), "--config.train.log_every=1")
-    outcome = programs.must(programs.run(train), "the run on NaN")
+    outcome = programs.must(programs.run(train, env=env), "the run on NaN")
     log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     kept = list((workdir / "bad_batches").glob("*")) if (workdir / "bad_batches").exists() else []
     return {

@@ -2,9 +2,11 @@
 
 A fault is `(job, rng) → row`. A row has "what" in words, "step" that the log had reached, "next" (which start of the
 run comes after it), "expected" (the step from which that must go on: the newest sound checkpoint) and "damaged" (the
-step of a checkpoint that must be passed over by name, or None); it is None if the run got to its end first.
+step of a checkpoint that must be passed over by name, or None) and "half_written" (checkpoints that the kill has cut
+off); it is None if the run got to its end first.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -16,21 +18,26 @@ from pathlib import Path
 import soak_runs as programs
 from soak_kill import logged_step
 
+_PATIENCE = 180  # seconds in which the processes of a run must end when one of them has
 _LIST = "files.json"  # of a checkpoint that has been read back
+_FULL = "File too large"  # what the system says instead of a full disk when it is a limit
+_UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of one that is being written, or removed
 
 
 @dataclass
 class Job:
-    """A run that is started again and again with one command.
+    """A run that is started again and again.
 
     Attributes:
+      command: makes the command of a start: several processes need a free port each time.
+      env: variables of every start.
       starts: from which step each start went on.
       passed_over: steps of checkpoints that were named as damaged.
       outcomes: of the starts.
     """
 
     workdir: Path
-    command: list[str]
+    command: Callable[[], list[str]]
     env: dict[str, str]
     starts: list[int] = field(default_factory=list)
     passed_over: list[int] = field(default_factory=list)
@@ -38,9 +45,11 @@ class Job:
 
     def go_on(self, after=None, through: tuple[str, ...] = ()) -> programs.Outcome:
         """Starts the run. through: a command that starts it."""
-        outcome = programs.run([*through, *self.command], after=after, whole_session=True, env=self.env)
+        outcome = programs.run([*through, *self.command()], after=after, whole_session=True, env=self.env)
         self.outcomes.append(outcome)
-        self.starts.append(0)
+        fresh = any(" parameters, " in line for line in outcome.heard)
+        over = "finished at step" in outcome.stdout and not fresh  # it had ended before, and said no more
+        self.starts.append(max(self.checkpoints(), default=0) if over else 0)
         for line in outcome.heard:
             if " passed over: " in line:
                 self.passed_over.append(int(line.partition("step ")[2].split()[0]))
@@ -51,8 +60,24 @@ class Job:
     def checkpoints(self) -> list[int]:
         return programs.saved_steps(self.workdir)
 
+    def processes(self) -> list[int]:
+        """Numbers of the processes that run it now, without a shell that waits for them."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_bytes().split(b"\0")
+                if str(self.workdir).encode() in words and not words[0].endswith(b"bash"):
+                    found.append(int(path.parent.name))
+        return sorted(found)
+
     def folder(self, step: int) -> Path:
         return self.workdir / "checkpoints" / str(step)
+
+    def half_written(self) -> list[str]:
+        """Checkpoints that are being written, or were when the run was killed."""
+        folder = self.workdir / "checkpoints"
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return [name for name in names if _UNFINISHED in name and not name.endswith("-removed")]
 
     def result(self) -> dict:
         """What must not depend on any fault: the state at the end, the log, and every step's figures."""
@@ -62,8 +87,14 @@ class Job:
     def row(self, what: str, damaged: int | None = None) -> dict:
         """Of a fault that has just struck."""
         sound = [step for step in self.checkpoints() if step != damaged]
-        step, expected = logged_step(self.workdir), max(sound, default=0)
-        return {"what": what, "step": step, "next": len(self.starts), "expected": expected, "damaged": damaged}
+        return {
+            "what": what,
+            "step": logged_step(self.workdir),
+            "next": len(self.starts),
+            "expected": max(sound, default=0),
+            "damaged": damaged,
+            "half_written": len(self.half_written()),
+        }
 
 
 def _killed(job: Job, reached: Callable[[], bool]) -> bool:
@@ -107,14 +138,42 @@ def kill(job, rng):
     )
 
 
+def _strike(job, rng, send: signal.Signals, code: int | None, what: str):
+    """Sends a signal to one of the processes after a random step; all of them must then end by themselves."""
+    step, logged, struck = max(job.checkpoints(), default=0) + rng.randint(1, 25), _new_steps(job), []
+
+    def hangs():
+        if not struck and logged() >= step and (there := job.processes()):
+            os.kill(rng.choice(there), send)
+            struck.append(time.monotonic())
+        return bool(struck) and time.monotonic() - struck[0] > _PATIENCE
+
+    outcome = job.go_on(after=hangs)
+    if not struck or outcome.code == 0:
+        return None
+    seconds = round(time.monotonic() - struck[0], 1)
+    if seconds > _PATIENCE or code not in (None, outcome.code):
+        raise programs.Failed(f"{what}: the run ended {seconds} s later with code {outcome.code}; its output is above")
+    return job.row(f"{what} after step {step}, code {outcome.code}") | {"seconds": seconds}
+
+
+def kill_one(job, rng):
+    """SIGKILL to one process. Without it the others cannot go on: they must say so, and may not wait for ever."""
+    row = _strike(job, rng, signal.SIGKILL, None, "one process killed")
+    if row and len(job.outcomes[-1].complaints):
+        raise programs.Failed("the others ended with more than a line; their output is above")
+    return row
+
+
+def stop_one(job, rng):
+    """SIGTERM to one process, as a scheduler sends it to one host: all must save after the same step."""
+    return _strike(job, rng, signal.SIGTERM, programs.SAVED, "one process asked to stop")
+
+
 def kill_in_save(job, rng):
     """SIGKILL while a checkpoint is being written."""
-    folder, delay = job.workdir / "checkpoints", rng.random() / 10
-    logged = _new_steps(job)  # what an earlier kill has left half written does not count
-
-    def writing():
-        return logged() > 0 and any(".orbax-checkpoint-tmp" in p.name for p in folder.iterdir())
-
+    delay, logged = rng.random() / 20, _new_steps(job)  # what an earlier kill has left does not count
+    writing = lambda: logged() > 0 and bool(job.half_written())  # noqa: E731
     return job.row(f"killed {delay * 1000:.0f} ms into a save") if _killed(job, _after(writing, delay)) else None
 
 
@@ -175,22 +234,30 @@ def empty_checkpoint(job, rng):
 
 
 def torn_log(job, rng):
-    """The last line of the log cut in half."""
+    """Half a line at the end of the log, as a crash of the machine leaves it."""
     if (row := kill(job, rng)) is not None:
         path = job.workdir / "metrics.jsonl"
-        os.truncate(path, path.stat().st_size - rng.randint(1, 40))
-        row["what"] = "last line of the log cut"
+        line = path.read_bytes().splitlines()[-1]
+        with path.open("ab") as file:
+            file.write(line[: rng.randint(1, len(line) - 1)])
+        row["what"] = "half a line at the end of the log"
     return row
 
 
 def compile_cache(job, rng):
-    """Every entry of JAX's compilation cache cut in half."""
-    if (row := kill(job, rng)) is not None:
-        entries = [p for p in Path(job.env["JAX_COMPILATION_CACHE_DIR"]).glob("*") if p.is_file()]
-        for path in entries:
-            os.truncate(path, path.stat().st_size // 2)
-        row["what"] = f"{len(entries)} entries of the compilation cache cut"
-    return row
+    """Every entry of JAX's compilation cache cut in half, for the next start alone: the others would wait for it."""
+    if (row := kill(job, rng)) is None:
+        return None
+    entries = {p: p.read_bytes() for p in Path(job.env["JAX_COMPILATION_CACHE_DIR"]).glob("*") if p.is_file()}
+    row["what"] = f"{len(entries)} entries of the compilation cache cut"
+    logged = _new_steps(job)
+    try:
+        for path, content in entries.items():
+            path.write_bytes(content[: len(content) // 2])
+        return row if _killed(job, lambda: logged() > 0) else None
+    finally:
+        for path, content in entries.items():
+            path.write_bytes(content)
 
 
 def full_disk(job, rng):
@@ -202,13 +269,16 @@ def full_disk(job, rng):
     outcome = job.go_on(through=("bash", "-c", f'ulimit -f {largest * 3 // 4 // 1024}; exec "$@"', "full"))
     if outcome.code == 0:
         return None
-    if not any("checkpoint: cannot be written" in line for line in outcome.heard):
+    said = any(line.startswith("ddt-jax: ") and _FULL in line for line in outcome.heard)
+    if not said or outcome.complaints:
         raise programs.Failed(f"on a full disk the run ended with code {outcome.code}; its output is above")
     return job.row("a full disk ended it with one line")
 
 
 FAULTS: dict[str, Callable] = {
     "kill": kill,
+    "kill_one": kill_one,
+    "stop_one": stop_one,
     "kill_in_save": kill_in_save,
     "kill_in_read_back": kill_in_read_back,
     "flip": _damage(_flip),

@@ -12,6 +12,7 @@
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
     python tools/soak.py cifar10_device           the same in bfloat16 on an accelerator, its speed, a stand-in for rFID
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
+    python tools/soak.py saves                    what checkpoints cost: time beside the steps, memory over 200 of them
     python tools/soak.py schedules --seeds 0,1    token schedules and time samplers against each other
     .venv-tpu/bin/python tools/soak.py selftok_tpu    the released tokenizer's step, compiled for 8 TPU chips
 
@@ -40,6 +41,7 @@ from soak_cifar10 import cifar10, cifar10_device  # noqa: E402
 from soak_codes import edits, spatial_codes, whole_way  # noqa: E402
 from soak_gates import note  # noqa: E402
 from soak_kill import kill  # noqa: E402
+from soak_saves import saves  # noqa: E402
 from soak_scenes import quickstart, scenes, schedules, spatial, transfusion  # noqa: E402
 from soak_tpu import selftok_tpu  # noqa: E402
 
@@ -56,6 +58,7 @@ MEASUREMENTS: dict[str, Callable] = {
     "cifar10": cifar10,
     "cifar10_device": cifar10_device,
     "kill": kill,
+    "saves": saves,
     "schedules": schedules,
     "selftok_tpu": selftok_tpu,
 }

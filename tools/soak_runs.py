@@ -81,6 +81,7 @@ def run(
     send: signal.Signals = signal.SIGKILL,
     whole_session: bool = False,
     env: dict[str, str] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Runs a command in a session of its own and shows what it says.
 
@@ -88,6 +89,7 @@ def run(
       after: send it a signal after so many seconds, or once this is true, if it still runs then.
       whole_session: send it to what the command has started as well.
       env: variables beside those of this process.
+      watch: called with the number of the process again and again while it runs.
     """
     start, complaints, heard = time.monotonic(), [], []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "bufsize": 1}
@@ -105,8 +107,11 @@ def run(
     for reader in readers:
         reader.start()
     try:
-        if callable(after):
-            while child.poll() is None and not after():
+        if callable(after) or watch:
+            reached = after if callable(after) else lambda: after is not None and time.monotonic() - start >= after
+            while child.poll() is None and not reached():
+                if watch:
+                    watch(child.pid)
                 time.sleep(POLL)
         else:
             with contextlib.suppress(subprocess.TimeoutExpired):

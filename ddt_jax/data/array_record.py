@@ -41,7 +41,7 @@ def unpack(data: bytes) -> Record:
             image = np.frombuffer(image, np.uint8).reshape(shape)
         record = Record(image=image)
         caption, label = fields.pop("caption", None), fields.pop("label", None)
-    except (KeyError, AttributeError, TypeError, ValueError, msgpack.UnpackException) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, OverflowError, msgpack.UnpackException) as error:
         raise BadRecord(f"not a record ({type(error).__name__})") from None
     if isinstance(caption, str) and caption.strip():
         record["caption"] = caption.strip()
@@ -115,7 +115,7 @@ class ArrayRecordSource:
         try:
             with self._lock:
                 return self._reader(file).read([row])[0]
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, UserError) as error:  # the last: its file has gone meanwhile
             raise BadRecord(f"corrupt record ({str(error).splitlines()[0]})") from None
 
     def _reader(self, file):

@@ -26,7 +26,7 @@ from ddt_jax.data.base import BadRecord, Source
 from ddt_jax.data.images import prepare
 from ddt_jax.data.pictures import encoded_images, fields_of
 from ddt_jax.errors import UserError
-from ddt_jax.io import atomic
+from ddt_jax.io import atomic, json_object
 from ddt_jax.settings import Data
 
 FORMAT = 1
@@ -247,6 +247,8 @@ class CodesSource(ArrayRecordSource):
             codes = self.plan.read_codes(record["codes"])
         except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
             raise BadRecord(f"not a record of codes ({type(error).__name__})") from None
+        if not isinstance(record.get("caption", ""), str):
+            raise BadRecord("its caption is no text")
         if not codes.size or codes.max() >= self.plan.codebook_size:
             raise BadRecord(f"codes outside [0, {self.plan.codebook_size})")
         return record | {"codes": codes}
@@ -265,7 +267,7 @@ def _read_index(folder):
             "run the same `ddt-jax tokenize` again"
         )
     try:
-        tree = json.loads(path.read_text())
+        tree = json_object.loads(path.read_text())
         return _typed(tree["plan"], Plan), tuple(_typed(shard, Shard) for shard in tree["shards"])
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -274,14 +276,20 @@ def _read_index(folder):
 
 def _read(path, kind):
     try:
-        return _typed(json.loads(path.read_text()), kind)
+        return _typed(json_object.loads(path.read_text()), kind)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"tokenize: {path} is damaged ({type(error).__name__}: {error}); remove it") from None
 
 
 def _typed(tree, kind):
+    if not isinstance(tree, dict):
+        raise ValueError(f"{tree!r:.40} in the place of a {kind.__name__.lower()}")
     if kind is Plan and tree.get("format") != FORMAT:
         raise ValueError(f"format {tree.get('format')}, this version reads {FORMAT}")
+    for f in fields(kind):
+        value = tree[f.name]
+        if type(value) is not f.type or (f.type is int and value < (f.name not in ("records", "bad"))):
+            raise ValueError(f"{f.name}={value!r:.40}")
     return kind(**{f.name: tree[f.name] for f in fields(kind)})
 
 

@@ -5,7 +5,6 @@ are the latents, made how, and whether all are there. A record is a msgpack map:
 posterior as raw bytes, the record's `index` in the source, and its `caption` and `label` where there are any.
 """
 
-import json
 import os
 import tempfile
 
@@ -16,6 +15,7 @@ from ddt_jax.data import files
 from ddt_jax.data.array_record import ArrayRecordSource
 from ddt_jax.data.base import BadRecord, Record
 from ddt_jax.errors import UserError
+from ddt_jax.io import json_object
 
 INDEX = "latents.json"
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -72,12 +72,26 @@ def read_index(folder: str) -> dict | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
-        if isinstance(found, dict) and {"identity", "shape", "dtype", "shards", "counts"} <= found.keys():
+        found = json_object.loads(path.read_text())
+        if _is_index(found):
             return found
     except (OSError, ValueError):
         pass
     raise UserError(f"data: {path} cannot be read as the index of latents; remove the folder and write it again")
+
+
+def _is_index(found: dict) -> bool:
+    shape, counts, names = found.get("shape"), found.get("counts"), found.get("label_names")
+    return (
+        isinstance(found.get("identity"), dict)
+        and isinstance(shape, list)
+        and all(type(n) is int and n > 0 for n in shape)
+        and found.get("dtype") in [*TYPES]
+        and type(found.get("shards")) is int
+        and isinstance(counts, dict)
+        and all(type(n) is int and n >= 0 for n in counts.values())
+        and (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)))
+    )
 
 
 def check_identity(folder: str, found: dict, wanted: dict) -> None:

@@ -123,9 +123,14 @@ class Batcher:
         """Puts one record into its row and returns its caption. Raises BadRecord and leaves the row as it was."""
         record = self.source[index]
         caption = record.get("caption", "")
+        if not isinstance(caption, str):
+            raise BadRecord("a caption that is no text")
         if (self.with_captions or self.caption_ids) and not caption:
             raise BadRecord("no caption")
         ids = self.caption_ids.row(caption) if self.caption_ids else None
+        label = record.get("label", -1)
+        if not (isinstance(label, int | np.integer) and -1 <= label < 1 << 31):
+            raise BadRecord(f"class {label!r:.40} is not a number between 0 and 2^31 - 1")
         if arrays := self._arrays:
             for name in arrays:
                 batch[name][row] = record[name]
@@ -135,7 +140,7 @@ class Batcher:
             batch["image"][row] = images.prepare(record["image"], self.data, rng)
         if ids is not None:
             batch["caption_ids"][row] = ids
-        batch["label"][row] = record.get("label", -1)
+        batch["label"][row] = label
         batch["index"][row] = index
         return caption
 

@@ -5,7 +5,6 @@ limit (`?cache_mb=`, per process). A data set that fits is decoded once. One tha
 when it is read in shuffled order, a whole group for each image: write it as ArrayRecord for that.
 """
 
-import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import NamedTuple
 from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord, Record
 from ddt_jax.errors import UserError
+from ddt_jax.io import json_object
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 CAPTION_NAMES = ("caption", "text", "prompt", "description")
@@ -61,8 +61,7 @@ def find_columns(schema, where: str, image=None, caption=None, label=None, *, im
     for option, name in (("image", image), ("caption", caption), ("label", label)):
         if name is not None and name not in types:
             raise UserError(f"data: {where} has no column {name} (option {option}); it has {listed}")
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features", {})
+    features = _features(schema)
     if not images:
         caption = caption or next((n for n in CAPTION_NAMES if n in types and is_text(types[n])), None)
         if caption is None or not is_text(types[caption]):
@@ -86,6 +85,16 @@ def find_columns(schema, where: str, image=None, caption=None, label=None, *, im
     label = label or next((n for n in classes if pa.types.is_integer(types[n])), None)
     names = features.get(label, {}).get("names") if label else None
     return Columns(image, is_struct(types[image]), caption, label, tuple(names) if names else None)
+
+
+def _features(schema) -> dict[str, dict]:
+    """What Hugging Face's metadata say about the columns; nothing where they are damaged, for names are enough."""
+    try:
+        metadata = json_object.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata.get("info", {}).get("features", {}).items()
+    except (ValueError, AttributeError):
+        return {}
+    return {name: feature for name, feature in features if isinstance(feature, dict)}
 
 
 class ParquetSource:
@@ -146,7 +155,10 @@ class ParquetSource:
     def __getitem__(self, index) -> Record:
         file, row = self._by_file.locate(index)
         group, row = self._groups[file].locate(row)
-        image, caption, label = (column and column[row].as_py() for column in self._group(file, group))
+        try:
+            image, caption, label = (column and column[row].as_py() for column in self._group(file, group))
+        except (ValueError, IndexError) as error:  # a text that is not UTF-8, or fewer rows than the footer says
+            raise BadRecord(f"corrupt row ({str(error).splitlines()[0]})") from None
         if image is None and self._columns.image:
             raise BadRecord("no image bytes")
         record = Record(image=image) if self._columns.image else Record()
@@ -158,6 +170,8 @@ class ParquetSource:
 
     def _group(self, file, group):
         """Columns (image, caption, label) of a row group; None for one that the files lack."""
+        import pyarrow as pa
+
         with self._lock:
             entry = self._cache.get((file, group))
             if entry is not None:
@@ -166,7 +180,7 @@ class ParquetSource:
             columns = self._columns
             try:
                 table = self._reader(file).read_row_group(group, columns=columns.to_read(), use_threads=False)
-            except OSError as error:  # pyarrow's word for a page that does not decode
+            except (OSError, pa.ArrowException) as error:  # OSError: pyarrow's word for a page that does not decode
                 raise BadRecord(f"corrupt row group ({str(error).splitlines()[0]})") from None
             names = (columns.image, columns.caption, columns.label)
             found = [table.column(name).combine_chunks() if name else None for name in names]
@@ -205,5 +219,5 @@ def _footer(path):
         with _open(path) as file:
             metadata = file.metadata
             return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], file.schema_arrow
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"data: {path} is not a readable Parquet file ({str(error).splitlines()[0]})") from None

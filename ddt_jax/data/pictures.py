@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from ddt_jax.data.base import open_source
+from ddt_jax.data.base import BadRecord, open_source
 from ddt_jax.data.images import prepare
 from ddt_jax.errors import UserError
 from ddt_jax.settings import Data
@@ -12,8 +12,11 @@ DOCUMENT_FIELDS = ("turns", "parts")  # of a record's meta: a document of its ow
 
 
 def encoded_images(record) -> tuple:
-    """The images of a source's record, as they come: its `image`, and what its meta calls `images`."""
-    return record["image"], *record.get("meta", {}).get("images", ())
+    """The images of a source's record, as they come: its `image`, and the `images` of its meta. Raises BadRecord."""
+    further = record.get("meta", {}).get("images", ())
+    if not isinstance(further, list | tuple):
+        raise BadRecord("its further images are no list")
+    return record["image"], *further
 
 
 def fields_of(record) -> dict[str, Any]:

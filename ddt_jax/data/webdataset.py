@@ -16,6 +16,7 @@ import numpy as np
 from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord, Record
 from ddt_jax.errors import UserError
+from ddt_jax.io import json_object
 
 VERSION = 1
 PARTS = ("image", "txt", "cls", "json")
@@ -79,7 +80,10 @@ class WebDatasetSource:
             return None
         if part != "image" and size > files.MAX_TEXT_BYTES:
             raise BadRecord(f".{part} of {size} bytes")
-        data = self._handles.read(self._paths[shard], offset, size)
+        try:
+            data = self._handles.read(self._paths[shard], offset, size)
+        except OSError as error:
+            raise BadRecord(f"shard cannot be read ({error.strerror or error})") from None
         if len(data) != size:
             raise BadRecord(f"shard ends inside .{part}")
         return data
@@ -87,12 +91,13 @@ class WebDatasetSource:
 
 def _add_json(record, data):
     try:
-        fields = json.loads(data)
-        caption, label = (fields.get("caption") or fields.get("text")), fields.get("label", fields.get("cls"))
-    except (ValueError, AttributeError):
+        fields = json_object.loads(data)
+    except ValueError:
         raise BadRecord(".json is not an object") from None
+    caption, label = (fields.get("caption") or fields.get("text")), fields.get("label", fields.get("cls"))
     if isinstance(caption, str):
-        record["caption"] = caption.strip()
+        # JSON can write half of a surrogate pair, which is no text.
+        record["caption"] = files.read_text(caption.encode("utf-8", "surrogatepass"), "caption")
     if isinstance(label, int):
         record["label"] = label
 
@@ -164,15 +169,18 @@ def build_index(path: str, title: str = "indexing "):
     with files.path_of(path).open("rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                count = 0
+                count = end = 0
                 while member := tar.next():
+                    if member.size < 0 or tar.offset <= end:  # else a damaged one is read for ever
+                        raise tarfile.ReadError("its members overlap")
+                    end = tar.offset
                     tar.members.clear()  # tarfile keeps every header otherwise
                     progress(count := count + 1)
                     reason = _why_ignored(member) or _add(samples, member)
                     if reason:
                         ignored[reason] = ignored.get(reason, 0) + 1
                 end = tar.offset
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, OverflowError, OSError, EOFError, RecursionError, MemoryError) as error:
             raise UserError(f"data: {path} is damaged or cut off ({error}); fetch it again") from None
         # tarfile takes a header that it cannot read for the end of the archive.
         file.seek(end)

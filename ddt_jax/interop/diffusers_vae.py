@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from ddt_jax import settings
+from ddt_jax import config, settings
 from ddt_jax.errors import UserError
-from ddt_jax.io import atomic, safetensors_file
+from ddt_jax.io import atomic, json_object, safetensors_file
 from ddt_jax.nn import autoencoder
 from ddt_jax.nn.params import is_box
 
@@ -171,9 +171,17 @@ def read_sizes(path) -> settings.Autoencoder:
     """
     path = _file(path).parent / CONFIG
     try:
-        found = json.loads(path.read_text())
+        found = json_object.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"autoencoder: {path} cannot be read: {error}") from error
+    try:
+        return config.typed(settings.Autoencoder, config.dump(_sizes(found, path)), f"autoencoder: {path}")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"autoencoder: {path} makes no sense: {error}; fetch it again") from error
+
+
+def _sizes(found: dict, path) -> settings.Autoencoder:
+    """Values of any type."""
     found = {"use_quant_conv": True, "use_post_quant_conv": True} | found  # theirs are on where they are left out
     fixed = _FIXED | {"use_post_quant_conv": found["use_quant_conv"]}  # we have both or none
     wrong = [f"{k}={found[k]!r} instead of {v!r}" for k, v in fixed.items() if found.get(k, v) != v]

@@ -3,15 +3,13 @@
 A folder has `config.json` and safetensors files, of the vision model alone or of a larger one that holds it.
 """
 
-import json
-
 import jax
 from etils import epath
 
-from ddt_jax import settings
+from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 from ddt_jax.interop import hf_layers
-from ddt_jax.io import weights_folder
+from ddt_jax.io import json_object, weights_folder
 from ddt_jax.io.weights_folder import Lazy
 from ddt_jax.nn.params import split
 from ddt_jax.nn.vit import ViT
@@ -39,9 +37,17 @@ def read_settings(folder) -> settings.ViT:
     """
     path = epath.Path(folder) / CONFIG
     try:
-        found = json.loads(path.read_text())
+        found = json_object.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"vision: {path} cannot be read: {error}") from error
+    try:
+        return config.typed(settings.ViT, config.dump(_settings(found, path)), f"vision: {path}")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"vision: {path} makes no sense: {error}; fetch it again") from error
+
+
+def _settings(found: dict, path) -> settings.ViT:
+    """Values of any type."""
     kind = str(found.get("model_type", "")).removesuffix("_vision_model").replace("blip_2", "blip-2")
     found = found.get("vision_config") or found
     missing = [k for k in (*_SIZES, "hidden_act") if k not in found]

@@ -16,7 +16,7 @@ from etils import epath
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
-from ddt_jax.io import atomic, weights_folder
+from ddt_jax.io import atomic, json_object, weights_folder
 from ddt_jax.io.weights_folder import Lazy
 from ddt_jax.multimodal import backbone
 from ddt_jax.nn.decoder import head_dim
@@ -72,9 +72,20 @@ def read_settings(folder) -> settings.Transformer:
     if not path.exists():
         raise UserError(f"llama: {folder} holds no {CONFIG}; name a folder in the format of Hugging Face")
     try:
-        found = json.loads(path.read_text())
+        found = json_object.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"llama: {path} cannot be read: {error}") from error
+    try:
+        c = _settings(found, path)
+        c = config.typed(settings.Transformer, config.dump(c), f"llama: {path}")
+        backbone.check(c)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"llama: {path} makes no sense: {error}; fetch it again") from error
+    return c
+
+
+def _settings(found: dict, path) -> settings.Transformer:
+    """Values of any type."""
     wrong = [f"{k}={found[k]!r} instead of {v!r}" for k, v in _FIXED.items() if found.get(k, v) != v]
     wrong += [f"no {k}" for k in _SIZES if k not in {*found, *_DEFAULTS, "num_key_value_heads", "head_dim"}]
     # Older files have the base outside, and no entry without scaling.
@@ -90,9 +101,7 @@ def read_settings(folder) -> settings.Transformer:
     values["head_dim"] = values["head_dim"] or 0
     given = {ours: rope[theirs] for theirs, ours in _SCALING.items() if theirs in rope}
     scaling = settings.RopeScaling() if kind == "default" else settings.RopeScaling(kind=kind, **given)
-    c = settings.Transformer(**values, rope_theta=float(rope["rope_theta"]), rope_scaling=scaling)
-    backbone.check(c)
-    return c
+    return settings.Transformer(**values, rope_theta=float(rope["rope_theta"]), rope_scaling=scaling)
 
 
 def read(folder, c: settings.Transformer, abstract=None):

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from ddt_jax.errors import UserError
+
 
 def is_local(path) -> bool:
     """Whether a path lies on a file system (renaming is atomic, appending possible), not on an object store."""
@@ -52,6 +54,19 @@ def replacing(path) -> Iterator[io.IOBase]:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_through(file: io.RawIOBase, data: bytes) -> None:
+    """Writes all of it to an unbuffered file: it is out of this process then, and closing has nothing left to do.
+
+    Raises:
+      UserError: the disk is full, or whatever else it is that cannot be written to.
+    """
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise UserError(f"workdir: cannot write to {file.name}: {error.strerror or error}") from error
 
 
 def write_text(path, text: str) -> epath.Path:

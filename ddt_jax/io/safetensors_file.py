@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from ddt_jax.errors import UserError
-from ddt_jax.io import atomic
+from ddt_jax.io import atomic, json_object
 
 _TYPES = {  # in the order in which the package lays arrays out: wide types first, so that all are aligned
     "I64": np.int64,
@@ -42,7 +42,7 @@ def load(path) -> dict[str, np.ndarray]:
         (length,) = struct.unpack("<Q", raw[:8])
         if length > min(_LARGEST_HEADER, len(raw) - 8):
             raise ValueError("its header is longer than the file")
-        header, data = json.loads(bytes(raw[8 : 8 + length])), raw[8 + length :]
+        header, data = json_object.loads(bytes(raw[8 : 8 + length])), raw[8 + length :]
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         strange = [f"{name} of type {e['dtype']}" for name, e in entries.items() if e["dtype"] not in _TYPES]
         arrays = {} if strange else {name: _array(entry, data) for name, entry in entries.items()}

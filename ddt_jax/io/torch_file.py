@@ -9,6 +9,7 @@ import io
 import math
 import mmap
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
@@ -200,7 +201,21 @@ _CALLS = {
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file):
         super().__init__(file, encoding="utf-8")  # strings of Python 2
+        self._file = file
         self.storages: dict[str, _Storage] = {}
+
+    def load(self):
+        """One pickle. Before it is read its memo is looked at: Python makes room up to the highest place that is named,
+        and 20 bytes can name one that takes 64 GB.
+        """
+        begin, places = self._file.tell(), 0
+        for opcode, place, _ in pickletools.genops(self._file):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                places += 1
+                if place > places:
+                    raise ValueError(f"place {place} of a memo that has {places}")
+        self._file.seek(begin)
+        return super().load()
 
     def find_class(self, module, name):
         full = f"{module}.{name}"

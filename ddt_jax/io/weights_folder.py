@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from ddt_jax.errors import UserError
-from ddt_jax.io import atomic, safetensors_file
+from ddt_jax.io import atomic, json_object, safetensors_file
 
 FILE_BYTES = 5_000_000_000  # of one file, as in Hugging Face's
 
@@ -45,8 +45,10 @@ def load(folder, stem: str = "model") -> dict[str, Lazy]:
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if index.exists():
         try:
-            placed = json.loads(index.read_text())["weight_map"]
+            placed = json_object.loads(index.read_text())["weight_map"]
             files = sorted(set(placed.values()))
+            if strange := [file for file in files if not isinstance(file, str) or "/" in file or file in ("", "..")]:
+                raise ValueError(f"{strange[0]!r} is no file beside it")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: is no index of safetensors files ({error}); fetch it again") from error
     elif single.exists():

@@ -73,6 +73,8 @@ class SentencePiece(TextTokenizer):
 
         self.data = data
         try:
+            if not data:  # the package takes nothing for a model that will be loaded later
+                raise TypeError
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (RuntimeError, TypeError):
             raise UserError("text: this is not a sentencepiece model") from None

@@ -7,7 +7,6 @@ goes back to the newest checkpoint that is what was saved.
 """
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from etils import epath
 
 from ddt_jax import settings
 from ddt_jax.errors import UserError
-from ddt_jax.io import atomic
+from ddt_jax.io import atomic, json_object
 from ddt_jax.training.checksum import checksums
 from ddt_jax.training.readback import ReadBack, own_parts
 from ddt_jax.training.retention import superfluous
@@ -54,7 +53,7 @@ class Checkpoints:
         self._read_only = read_only
         self._directory = checkpoints_folder(workdir)
         self._train = train or settings.Train()
-        self._failed = False
+        self._failed = self._abandoned = False
         self._metrics: dict[int, float | None] = {}
         self._read_back = ReadBack(is_committed, self._settle, jax.process_index(), jax.process_count())
         if not read_only:
@@ -104,7 +103,14 @@ class Checkpoints:
             if not self._failed:  # else there may be nothing to read back
                 self._read_back.wait()
 
+    def abandon(self) -> None:
+        """Another process is gone: what is being saved never will be, and `close` waits for nothing."""
+        self._abandoned = True
+
     def close(self) -> None:
+        if self._abandoned:
+            self._read_back.close()
+            return
         try:
             self.wait()
         finally:
@@ -262,12 +268,15 @@ def saved_config(workdir, setting: str = "workdir") -> dict:
       setting: what the user calls this directory.
 
     Raises:
-      UserError: if there is no run in that directory.
+      UserError: if there is no run in that directory, or its config is damaged.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{setting}: {workdir} holds no run (no config.json); give the --workdir of `ddt-jax train`")
-    return json.loads(path.read_text())
+    try:
+        return json_object.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting}: {path} is damaged ({error}); put it back from a copy") from error
 
 
 def saved_steps(workdir) -> list[int]:

@@ -24,16 +24,17 @@ class StepLog:
         self._unsaved = 0
         if atomic.is_local(self._path):
             self._path.touch()
-            self._file = open(self._path, "r+b")  # noqa: SIM115 - held open for the run
+            # Unbuffered: a checkpoint must not be ahead of it when the process is killed.
+            self._file = open(self._path, "r+b", buffering=0)  # noqa: SIM115 - held open for the run
         else:
             self._file, self._whole = None, bytearray(self._path.read_bytes() if self._path.exists() else b"")
 
     def put(self, step: int, figures: dict) -> None:
-        """Keeps what a step has given. figures: name → float, FIGURES among them."""
+        """Keeps what a step has given. figures: name → float, FIGURES among them. Raises UserError if it cannot."""
         data, at = np.array([figures[name] for name in FIGURES], _TYPE).tobytes(), _SIZE * (step - 1)
         if self._file is not None:
             self._file.seek(at)
-            self._file.write(data)
+            atomic.write_through(self._file, data)
             return
         self._whole.extend(bytes(max(0, at + _SIZE - len(self._whole))))
         self._whole[at : at + _SIZE] = data

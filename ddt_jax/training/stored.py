@@ -14,7 +14,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from ddt_jax.io import atomic
+from ddt_jax.io import atomic, json_object
 from ddt_jax.training.checksum import as_hex, part_sums
 
 LIST = "files.json"
@@ -41,10 +41,10 @@ class Stored:
     def meta(self) -> dict:
         """What was saved beside the arrays: format, step, checksums, metrics, config. Raises Damaged."""
         try:
-            found = json.loads((self.folder / "meta" / "metadata").read_text())
-            found["checksums"], found["format"]
+            found = json_object.loads((self.folder / "meta" / "metadata").read_text())
+            found["format"], found["checksums"].keys()
             return found
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError) as error:
             raise Damaged(f"meta/metadata cannot be read ({type(error).__name__})") from error
 
     def names(self) -> list[str]:
@@ -114,7 +114,7 @@ class Stored:
     def listed(self) -> dict[str, list]:
         """The list of files. Raises Damaged if it is not as it was written."""
         try:
-            found = json.loads((self.folder / LIST).read_text())
+            found = json_object.loads((self.folder / LIST).read_text())
             if found["sha256"] == _digest(found["files"]):
                 return found["files"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -149,7 +149,7 @@ class Stored:
     def _paths(self):
         if self._names is None:
             try:
-                tree = json.loads((self.folder / "state" / "_METADATA").read_text())["tree_metadata"]
+                tree = json_object.loads((self.folder / "state" / "_METADATA").read_text())["tree_metadata"]
                 entries = [e for e in tree.values() if not e["value_metadata"]["skip_deserialize"]]
                 keys = [[str(k["key"]) for k in e["key_metadata"]] for e in entries]
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from ddt_jax.errors import UserError
-from ddt_jax.io import atomic, weights_folder
+from ddt_jax.io import atomic, json_object, weights_folder
 from ddt_jax.io.weights_folder import Lazy
 
 BESIDE = "source"  # folder beside imported weights with what of theirs is not weights
@@ -33,7 +33,14 @@ def load(folder) -> tuple[dict[str, Lazy], dict]:
     """(arrays by path, config). Raises UserError if the folder holds none."""
     if not holds(folder):
         raise UserError(f"weights: {folder} holds no imported weights ({_CONFIG}); write them with `ddt-jax import`")
-    return weights_folder.load(folder, _STEM), json.loads((epath.Path(folder) / _CONFIG).read_text())
+    path = epath.Path(folder) / _CONFIG
+    try:
+        config = json_object.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"weights: {path} is damaged ({error}); write the folder again with `ddt-jax import`"
+        ) from error
+    return weights_folder.load(folder, _STEM), config
 
 
 def restore(arrays: dict, abstract):

@@ -19,7 +19,7 @@ from etils import epath
 
 from ddt_jax import settings
 from ddt_jax.errors import UserError
-from ddt_jax.io import atomic
+from ddt_jax.io import atomic, json_object
 
 METRICS_FILE = "metrics.jsonl"
 _REMOTE_FLUSH_LINES = 20  # an object store has no append: the whole object is written again every so many lines
@@ -52,18 +52,20 @@ def _plain(value):
 def _step_of(line: bytes):
     """The step of a line; None if it is torn."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # ValueError: not JSON, or a torn character
+        step = json_object.loads(line)["step"]
+    except (ValueError, KeyError):  # ValueError: no object, or a torn character
         return None
+    return step if isinstance(step, int) else None
 
 
 def read_metrics(path) -> list[dict]:
-    """The records of a metrics file, non-finite values as floats, without a torn line."""
+    """The records of a metrics file, non-finite values as floats, without torn and damaged lines."""
     records = []
     for line in epath.Path(path).read_bytes().splitlines():
         if _step_of(line) is not None:
-            record = json.loads(line)
-            records.append({k: float(v) if isinstance(v, str) else v for k, v in record.items()})
+            with contextlib.suppress(ValueError):  # a text that is no number
+                record = json.loads(line).items()
+                records.append({k: float(v) if isinstance(v, str) else v for k, v in record})
     return records
 
 
@@ -89,11 +91,11 @@ class JsonlWriter:
         self._keep(lambda s: s <= step)
 
     def write(self, step, scalars):
+        """As `Writer`. Raises UserError if the disk is full."""
         record = {"step": int(step), **{name: _plain(value) for name, value in scalars.items()}}
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         if self._local:
-            self._file.write(line)
-            self._file.flush()
+            atomic.write_through(self._file, line)
             return
         self._remote_lines.append(line)
         self._unsaved += 1
@@ -127,7 +129,7 @@ class JsonlWriter:
         if b"".join(kept) != content:
             atomic.write_bytes(self.path, b"".join(kept))
         if self._local:
-            self._file = open(self.path, "ab")  # noqa: SIM115 - held open for the run
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - held open for the run
         else:
             self._remote_lines = kept
 

@@ -69,6 +69,11 @@ def damage(path, text):
     path.write_text(text)
 
 
+def spoilt(folder, **values):
+    tree = json.loads((folder / "index.json").read_text())
+    damage(folder / "index.json", json.dumps(tree | {"plan": tree["plan"] | values}))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -84,6 +89,9 @@ def damage(path, text):
         (lambda p: ((p / "index.json").unlink(), CodesSource(p)), r"not complete \(3 of 3 shards\); run the same"),
         (lambda p: (damage(p / "index.json", "{"), CodesSource(p)), "index.json is damaged"),
         (lambda p: (damage(p / "index.json", '{"plan": {"format": 7}}'), CodesSource(p)), "format 7"),
+        (lambda p: (damage(p / "index.json", '{"plan": null}'), CodesSource(p)), "None in the place of a plan"),
+        (lambda p: (spoilt(p, num_tokens=0), CodesSource(p)), "num_tokens=0"),
+        (lambda p: (spoilt(p, records="10"), CodesSource(p)), "records='10'"),
         (lambda p: ((p / "shard-00001.array_record").unlink(), CodesSource(p)), "holds 0 records, its index says 4"),
         (lambda p: open_source(f"codes:{p}"), "holds codes, not images"),
     ],

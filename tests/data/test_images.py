@@ -174,6 +174,22 @@ def test_damage_is_a_bad_record_or_an_image_never_another_error(data):
         assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        png(30_000, 30_000, 8, 2, b""),
+        b"P6 30000 30000 255\n",
+        b"BM" + struct.pack("<QIIiiHH", 0, 54, 40, 30_000, 30_000, 1, 24),
+    ],
+    ids=["png", "ppm", "bmp"],
+)
+def test_an_image_of_30000_by_30000_is_refused_by_its_header(header):
+    """There are no pixels behind it, so that whoever decoded would say "truncated"; nor would they fit in memory."""
+    for limit in (Data().max_pixels, 10**10):
+        with pytest.raises(BadRecord, match="more pixels than Pillow opens"):
+            decode(header + bytes(60), Data(max_pixels=limit))
+
+
 def test_size_is_checked_before_decoding():
     with pytest.raises(BadRecord, match="2000 x 2000 pixels, more than data.max_pixels=1000"):
         decode(png(2000, 2000, 8, 2, b""), Data(max_pixels=1000))

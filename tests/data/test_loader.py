@@ -1,6 +1,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -395,3 +396,38 @@ def test_captions_as_bytes_are_part_of_a_batch_and_must_fit():
     assert any("more than model.caption_bytes=60" in why for _, why in found[1].stats.examples)
     (held_out,) = found[0].eval_batches(3, 4)
     assert held_out["caption_ids"][:3].any(axis=1).all() and not held_out["caption_ids"][3].any()
+
+
+class One:
+    """A single record."""
+
+    name, label_names = "one", None
+
+    def __init__(self, **fields):
+        self.record = {"image": np.zeros((4, 4, 3), np.uint8)} | fields
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.record
+
+    def describe(self, index):
+        return "the one"
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"label": 2**31}, "class 2147483648 is not a number between 0 and 2^31 - 1"),
+        ({"label": -2}, "class -2 is not"),
+        ({"label": "dog"}, "class 'dog' is not a number"),
+        ({"caption": b"x"}, "a caption that is no text"),
+        ({"caption": "x" * (1 << 20)}, "a caption of 1048576 bytes, more than model.caption_bytes=64"),
+    ],
+)
+def test_what_fits_no_batch_is_a_bad_record(fields, why):
+    source = One(**{"caption": "x", **fields})
+    loader = Loader(source, SMALL, batch_size=1, seed=0, caption_ids=CaptionBytes(64))
+    with pytest.raises(UserError, match=re.escape(f"first: the one: {why}")):
+        loader.batch_at(0)

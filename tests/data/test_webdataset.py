@@ -138,6 +138,8 @@ def test_no_images_is_said_with_what_there_is(shard):
         ("a.txt", b"\xff\xfe\xfa", "caption is not UTF-8"),
         ("a.json", b"[1", ".json is not an object"),
         ("a.json", b"[1]", ".json is not an object"),
+        ("a.json", b"[" * 100_000, ".json is not an object"),
+        ("a.json", b'{"caption": "\\ud800"}', "caption is not UTF-8"),
         ("a.txt", b"x" * (1 << 20) + b"y", ".txt of 1048577 bytes"),
     ],
 )
@@ -203,6 +205,13 @@ def test_a_shard_that_shrinks_later_gives_bad_records(shard, encode, tmp_path):
     source = open_source(shard([("a.png", encode())]))
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(BadRecord, match="shard ends inside .image"):
+        source[0]
+
+
+def test_a_shard_that_disappears_gives_bad_records(shard, encode, tmp_path):
+    source = open_source(shard([("a.png", encode())]))
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(BadRecord, match="shard cannot be read .No such file"):
         source[0]
 
 

@@ -11,10 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from ddt_jax import experiment
+from ddt_jax import cli, experiment
 from ddt_jax.training.stored import Stored
 
 ROOT = Path(__file__).parents[2]
@@ -91,24 +92,62 @@ def losses(workdir):
 
 
 LONG = ("--config.train.steps=20", "--config.train.log_every=1", "--config.train.batch_size=8")
+LONG += ("--config.train.checkpoint_every=5", "--config.train.keep_checkpoints=4")
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """One process of eight devices, undisturbed."""
+    workdir = tmp_path_factory.mktemp("eight")
+    assert train_as_one(workdir, "--config.mesh.data=2") == 0
+    return workdir
+
+
+def train_as_one(workdir, *more):
+    """Here, on the devices of this process."""
+    return cli.main(["train", "--config", "configs/smoke.py:linear", "--workdir", str(workdir), *LONG, *more])
 
 
 def train_as_two(workdir):
     """Two processes of four devices each. Returns what process 0 said."""
     join = ("--coordinator", f"localhost:{free_port()}", "--num-processes", 2, "--process-id")
-    processes = [spawn(command("configs/smoke.py:linear", workdir, *LONG, *join, i), devices=4) for i in range(2)]
+    processes = [spawn(command("configs/smoke.py:linear", workdir, *LONG, *join, i), devices=4) for i in (0, 1)]
     said = [p.communicate(timeout=300)[1] for p in processes]
     for process, err in zip(processes, said, strict=True):
         assert process.returncode == 0 and "Traceback" not in err and "Warning" not in err, err
     return said[0]
 
 
-def test_two_processes_train_like_one_and_agree_on_where_to_go_on(tmp_path):
-    one, two, damaged = (tmp_path / name for name in ("one", "two", "damaged"))
-    finish(spawn(command("configs/smoke.py:linear", one, *LONG)))
+def copied_up_to(step, workdir, target):
+    """A run as it was at a checkpoint."""
+    shutil.copytree(workdir, target)
+    for path in (target / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+    return target
+
+
+def test_on_other_meshes_and_processes_the_same_losses_follow(eight, tmp_path, monkeypatch, capsys):
+    """8 devices, 4, two processes of 4, and 8 again, five steps each; every mesh lays parameters out otherwise."""
+    four = copied_up_to(5, eight, tmp_path / "four")
+    with monkeypatch.context() as only:
+        devices = jax.devices()[:4]
+        only.setattr(jax, "devices", lambda: devices)
+        assert train_as_one(four, "--config.mesh.tensor=2") == 0
+    assert "goes on from step 5 " in capsys.readouterr().err
+    two = copied_up_to(10, four, tmp_path / "two")
+    assert "goes on from step 10 " in train_as_two(two)
+    again = copied_up_to(15, two, tmp_path / "again")
+    assert train_as_one(again, "--config.mesh.data=2") == 0
+    assert "goes on from step 15 " in capsys.readouterr().err
+    np.testing.assert_allclose(losses(again), losses(eight), rtol=1e-5)
+
+
+def test_two_processes_train_like_one_and_agree_on_where_to_go_on(eight, tmp_path):
+    two, damaged = tmp_path / "two", tmp_path / "damaged"
     train_as_two(two)
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
-    newest, earlier = (Stored(two / "checkpoints" / step) for step in ("20", "10"))
+    np.testing.assert_allclose(losses(two), losses(eight), rtol=1e-5)
+    newest, earlier = (Stored(two / "checkpoints" / step) for step in ("20", "15"))
     # Each host has read back what it wrote, and its share of the files is in the list.
     assert newest.file_problem() is None and earlier.file_problem() is None
     assert any("process_1" in name for name in newest.listed())
@@ -118,8 +157,8 @@ def test_two_processes_train_like_one_and_agree_on_where_to_go_on(tmp_path):
     file = damaged / "checkpoints" / "20" / sorted(newest.listed())[1]
     file.write_bytes(file.read_bytes()[:-1])
     said = train_as_two(damaged)
-    assert "checkpoint: step 20 passed over: process 1 found it damaged" in said and "goes on from step 10" in said
-    np.testing.assert_array_equal(losses(damaged), losses(two))
+    assert "checkpoint: step 20 passed over: process 1 found it damaged" in said and "goes on from step 15" in said
+    np.testing.assert_array_equal(losses(damaged), losses(two))  # the same mesh, so to the last bit
     assert experiment.digest(damaged) == experiment.digest(two)
 
 

@@ -166,6 +166,8 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
     refused("model_type='mistral' instead of 'llama'", model_type="mistral")
+    refused("config.json.width must be a whole number, got 'wide'", hidden_size="wide")
+    refused("config.json makes no sense: ", rope_scaling=[1])
     refused("rotary positions of kind 'yarn'", rope_scaling={"type": "yarn", "factor": 2.0})
     refused(r"model.layers.0.mlp.down_proj.weight is \(16, 24\), not \(16, 32\)", intermediate_size=32)
     refused("lm_head.weight is missing|model.layers.2.* is missing", num_hidden_layers=3)

@@ -1,7 +1,9 @@
 import os
+import resource
 
 import pytest
 
+from ddt_jax.errors import UserError
 from ddt_jax.io import atomic
 
 
@@ -35,6 +37,19 @@ def test_a_block_that_fails_keeps_the_old_file(tmp_path):
         file.write(b"new")
         raise RuntimeError("stop")
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["x.bin"]
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    path, limits = tmp_path / "log", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # no file may grow further: as on a full disk
+    try:
+        with open(path, "ab", buffering=0) as file:
+            atomic.write_through(file, b"seven..")
+            with pytest.raises(UserError, match=f"workdir: cannot write to {path}: File too large"):
+                atomic.write_through(file, b"seven..")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"seven..sev"
 
 
 def test_knows_object_stores():

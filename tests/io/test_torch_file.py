@@ -185,6 +185,12 @@ def test_a_tensor_cannot_reach_outside_of_its_storage(tmp_path):
     assert "truncated" in refusal(tmp_path / "y.pt", archive(program))
 
 
+def test_a_few_bytes_cannot_ask_for_gigabytes(tmp_path):
+    bomb = pickle.PROTO + b"\2" + pickle.EMPTY_DICT + pickle.LONG_BINPUT + struct.pack("<I", 2**31) + pickle.STOP
+    assert "place 2147483648 of a memo that has 1" in refusal(tmp_path / "x.pt", archive(bomb))
+    assert "place 2147483648 of a memo that has 1" in refusal(tmp_path / "y.pt", bomb)
+
+
 def test_truncated_and_foreign_files_are_refused_in_one_line(tmp_path):
     good = torch_file.save(tmp_path / "x.pt", {"x": numbers("float32", (20,))}).read_bytes()
     for length in range(1, len(good), 7):

@@ -63,3 +63,7 @@ def test_missing_and_disagreeing_files_are_the_users_errors(tmp_path):
     path.write_text("{}")
     with pytest.raises(UserError, match="no index of safetensors"):
         weights_folder.load(tmp_path)
+    for strange in ("../model.safetensors", "/model.safetensors", "..", "", None):
+        path.write_text(json.dumps({"weight_map": {"a": strange}}))
+        with pytest.raises(UserError, match="is no file beside it"):
+            weights_folder.load(tmp_path)

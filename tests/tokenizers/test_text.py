@@ -90,6 +90,7 @@ def test_training_gives_the_same_model_each_time_and_writes_it(tmp_path):
         (lambda tmp: open_text_tokenizer(tmp / "none.model"), "none.model does not exist"),
         (lambda tmp: open_text_tokenizer(tmp), "holds no tokenizer.json"),
         (lambda tmp: open_text_tokenizer(tmp / "junk"), "not a sentencepiece model.*junk"),
+        (lambda tmp: open_text_tokenizer(tmp / "empty"), "not a sentencepiece model.*empty"),
         (lambda tmp: open_text_tokenizer(tmp / "junk.json"), "not a tokenizer.json.*junk.json"),
         (lambda tmp: train_sentencepiece(CAPTIONS, 100), "a vocabulary of 100 has no room .* take 28"),
         (lambda tmp: train_sentencepiece([], 300), "cannot train on these texts"),
@@ -100,6 +101,7 @@ def test_training_gives_the_same_model_each_time_and_writes_it(tmp_path):
 def test_mistakes_are_one_line(tmp_path, call, message):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "junk").write_bytes(b"\x00\x01junk")
+    (tmp_path / "sub" / "empty").touch()
     (tmp_path / "sub" / "junk.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match=message) as error:
         call(tmp_path / "sub")

@@ -94,3 +94,21 @@ def test_a_run_that_does_not_survive_misses_its_gate(chaos, tmp_path, monkeypatc
         arguments[3] = "kill_in_read_back"
     assert chaos.main(arguments) == 1
     assert gate in missed(tmp_path)[1]
+
+
+def test_kills_that_cut_off_no_save_miss_their_gate(chaos, tmp_path):
+    arguments = [
+        "--injections",
+        "1",
+        "--faults",
+        "torn_log",
+        "--in-save",
+        "1",
+        "--name",
+        "other",
+        "--out",
+        str(tmp_path),
+    ]
+    assert chaos.main(arguments) == 1
+    gates = json.loads((tmp_path / "other.json").read_text())["gates"]
+    assert [gate["passed"] for gate in gates] == [True, True, True, True, False]

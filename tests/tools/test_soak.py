@@ -237,6 +237,18 @@ def test_a_compiled_step_has_to_fit_its_chips(soak, tmp_path, monkeypatch):
     assert asked[0][-2:] == ["--config.train.batch_size=48", "--config.train.batch_size=8"]  # the last of two wins
 
 
+def test_a_save_costs_what_the_turns_with_one_are_longer(soak):
+    """Steps of 0.1 s; a save stops them for 0.3 s, and ten of those that follow are 0.02 s longer."""
+    module, clock, stamps = importlib.import_module("soak_saves"), 0.0, []
+    for step in range(4 * 20 + 1):
+        stamps.append((clock, 2 * clock))
+        saved = step and step % 40 == 39
+        clock += 0.1 + (0.3 if saved else 0) + (0.02 if step >= 40 and step % 40 < 10 else 0)
+    found = module.shares(stamps, turns=1, steps=20)
+    assert found["step_seconds"] == [0.1] and found["blocked_seconds"] == [0.3]
+    assert found["share"] == found["processor_share"] == 0.25
+
+
 def test_a_missing_figure_misses_its_gate(soak):
     gates = importlib.import_module("soak_gates")
     assert not gates.at_least("psnr", None, 28)["passed"]

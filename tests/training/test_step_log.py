@@ -30,6 +30,15 @@ def test_a_run_that_goes_on_writes_over_what_came_after_its_checkpoint(tmp_path)
     assert logged(tmp_path, 1, 7) == expected(*range(1, 8)) and logged(tmp_path, 6, 6) == expected(6)
 
 
+def test_a_step_is_in_the_file_before_the_next_one_begins(tmp_path):
+    """A run that is killed goes on from a checkpoint; what the log lacks before it would be lacking for good."""
+    log = StepLog(tmp_path)
+    for step in (1, 2, 3):
+        log.put(step, figures(step))
+        assert logged(tmp_path, 1, step) == expected(*range(1, step + 1))
+    log.close()
+
+
 def test_steps_that_were_never_logged_are_zeros(tmp_path):
     assert logged(tmp_path, 2, 3) == [[0, 0]] * 2
     log = StepLog(tmp_path)
