@@ -127,6 +127,12 @@ def batch_axes(rows: int, mesh) -> tuple[str, ...]:
     return BATCH if rows % int(np.prod([mesh.shape[a] for a in BATCH])) == 0 else ()
 
 
+def batch_parts(rows: int) -> int:
+    """Parts into which so many rows are split by the mesh that is set; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else int(np.prod([mesh.shape[a] for a in batch_axes(rows, mesh)]))
+
+
 def constrain_batch(x):
     """x inside a traced function, with its rows over the batch axes of the mesh that is set; without one, x itself."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.tpu_compile
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "llama_scenes.py")
 POD = topology.parse("v5p:2x2x1")
-DEPTH, WIDTH, MLP, VOCAB, ROWS, CONTEXT = 3, 256, 512, 1024, 4, 1024
+# Of the width each of four chips has 128 columns, as many as a tile of a TPU.
+DEPTH, WIDTH, MLP, VOCAB, ROWS, CONTEXT = 3, 512, 768, 1024, 4, 1024
 SIZES = {
     "model.transformer.vocab_size": VOCAB,
     "model.image.num_tokens": 16,
@@ -22,8 +23,8 @@ SIZES = {
     "model.transformer.scan_layers": True,
     "model.transformer.depth": DEPTH,
     "model.transformer.width": WIDTH,
-    "model.transformer.heads": 2,
-    "model.transformer.kv_heads": 2,
+    "model.transformer.heads": 4,
+    "model.transformer.kv_heads": 4,
     "model.transformer.mlp_width": MLP,
     "model.transformer.loss_chunk": 512,
     "model.transformer.remat": "full",
@@ -62,4 +63,13 @@ def test_parameters_are_gathered_layer_by_layer(report):
     assert gathered and {c["axis"] for c in gathered} == {"fsdp"}
     stacked = DEPTH * WIDTH * MLP * 4
     assert max(c["largest"] for c in gathered) < stacked / 2
+    # The head alone is there whole, once, in the type of the products; its gradient, and the table and its, never are.
+    (head,) = report["whole_parameters"]
+    assert head == {
+        "parameters": ["embed", "head"],
+        "kind": "all-gather",
+        "axis": "fsdp",
+        "count": 1,
+        "bytes": VOCAB * WIDTH * 2,
+    }
     assert report["fits"] and report["compiler"] == "tpu"
