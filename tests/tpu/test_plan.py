@@ -11,8 +11,8 @@ pytestmark = pytest.mark.tpu_compile
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "llama_scenes.py")
 POD = topology.parse("v5p:2x2x1")
-# Of the width each of four chips has 128 columns, as many as a tile of a TPU.
-DEPTH, WIDTH, MLP, VOCAB, ROWS, CONTEXT = 3, 512, 768, 1024, 4, 1024
+# Each of two chips has 128 columns of a matrix, as many as a tile of a TPU, and two more have the same.
+DEPTH, WIDTH, MLP, VOCAB, ROWS, CONTEXT = 3, 256, 768, 1024, 4, 1024
 SIZES = {
     "model.transformer.vocab_size": VOCAB,
     "model.image.num_tokens": 16,
@@ -23,8 +23,8 @@ SIZES = {
     "model.transformer.scan_layers": True,
     "model.transformer.depth": DEPTH,
     "model.transformer.width": WIDTH,
-    "model.transformer.heads": 4,
-    "model.transformer.kv_heads": 4,
+    "model.transformer.heads": 2,
+    "model.transformer.kv_heads": 2,
     "model.transformer.mlp_width": MLP,
     "model.transformer.loss_chunk": 512,
     "model.transformer.remat": "full",
@@ -40,7 +40,7 @@ SIZES = {
 def report():
     pytest.importorskip("libtpu", reason="libtpu is not installed; `make test-tpu` makes an environment with it")
     overrides = tuple((key, str(value)) for key, value in SIZES.items())
-    asked = planning.Request(CONFIG, overrides, mesh="fsdp=4", effort=-1.0)
+    asked = planning.Request(CONFIG, overrides, mesh="data=2,fsdp=2", effort=-1.0)
     return planning.plan_one(asked, POD, topology.devices(POD))
 
 
@@ -54,6 +54,9 @@ def test_every_product_of_a_scanned_model_is_counted(report):
     attention = DEPTH * (2 + 2 + 3 + 4) * 2 * tokens * CONTEXT * WIDTH * 3 / 4
     products = 4 * layers - DEPTH * WIDTH * MLP + 3 * head
     assert report["hardware_flops"] == pytest.approx(2 * tokens * products + attention, rel=1e-3)
+    once = 2 * tokens * 3 * (layers + head) + attention * 9 / 11
+    without = report["hardware_over_model_flops_without_remat"] * report["model_flops"]
+    assert without == pytest.approx(once, rel=1e-3)
     assert not report["uncounted"]
 
 
