@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ddt_jax.scaling import program, topology, wholes
+from ddt_jax.scaling import program, topology
 
 compile_tpu = importlib.import_module("tools.compile_tpu")
 pytestmark = pytest.mark.tpu_compile
@@ -73,17 +73,6 @@ def compile_step(name, chips, overrides=(), effort=-1.0):
     return compile_tpu.compile_step(str(CONFIGS / name), chips, overrides, effort)
 
 
-def stacks_that_are_whole(compiled):
-    """Parameters of scanned layers that the program gathers, or adds up, all at once."""
-    import jax
-
-    shapes, shardings = compiled.args_info[0][0].params, compiled.input_shardings[0][0].params
-    params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    mesh = jax.tree.leaves(shardings)[0].mesh
-    found = wholes.find(program.read(compiled.as_text(), mesh.size), mesh, params)
-    return [row for row in found if any("scanned/" in name for name in row["parameters"])]
-
-
 def test_chips_are_what_was_asked_for(chips):
     assert [chip.device_kind for chip in chips] == ["TPU v5 lite"] * 4
 
@@ -91,7 +80,6 @@ def test_chips_are_what_was_asked_for(chips):
 @pytest.mark.parametrize("name", COMPILED)
 def test_train_step_compiles_and_fits(name, chips):
     compiled = compile_step(name, chips, OVERRIDES.get(name, ()))
-    assert not stacks_that_are_whole(compiled)
     assert 0 < compile_tpu.memory_of(compiled)["total"] < POD.chip.hbm_bytes
     # Four chips that never talk to each other would each train a model of their own.
     assert any(word in compiled.as_text() for word in program.COLLECTIVES)
