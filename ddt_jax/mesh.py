@@ -127,12 +127,37 @@ def batch_axes(rows: int, mesh) -> tuple[str, ...]:
     return BATCH if rows % int(np.prod([mesh.shape[a] for a in BATCH])) == 0 else ()
 
 
+def batch_parts(rows: int) -> int:
+    """Parts into which so many rows are split by the mesh that is set; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else int(np.prod([mesh.shape[a] for a in batch_axes(rows, mesh)]))
+
+
 def constrain_batch(x):
     """x inside a traced function, with its rows over the batch axes of the mesh that is set; without one, x itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(x.shape[0], mesh)))
+
+
+def look_up(table_VD, ids, axes, dtype):
+    """Rows [B, ..., D] of a table in some type; B over the batch axes but one, D split as that of the table.
+
+    So a device looks up its own columns of a table, and adds up those of its gradient. Left to itself, the compiler
+    puts the table together on each device, and its gradient too: rows are over the axis that has the columns.
+
+    Args:
+      ids: int32 [B, ...] in [0, V).
+      axes: of the table, as `partition` takes them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not batch_axes(ids.shape[0], mesh):
+        return table_VD[ids].astype(dtype)
+    columns = partition(axes, table_VD.shape, mesh)[0][-1]
+    rows = tuple(axis for axis in BATCH if axis != columns)
+    found = table_VD[jax.lax.with_sharding_constraint(ids, PartitionSpec(rows))].astype(dtype)
+    return jax.lax.with_sharding_constraint(found, PartitionSpec(rows, *(None for _ in ids.shape[1:]), columns))
 
 
 def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddt_jax import mesh as meshes
 from ddt_jax import settings
@@ -99,3 +99,27 @@ def test_put_batch_keeps_rows_in_order():
 def test_half_a_multi_process_start_is_refused(arguments):
     with pytest.raises(UserError):
         meshes.initialize(**arguments)
+
+
+def test_a_table_over_a_mesh_gives_the_same_rows_and_gradient():
+    generator = np.random.default_rng(0)
+    table, weight = (generator.normal(size=size).astype(np.float32) for size in ((24, 12), (8, 5, 12)))
+    ids = generator.integers(0, 24, (8, 5)).astype(np.int32)
+    axes = ("vocab", "embed")
+
+    def loss(table, ids):
+        x = meshes.constrain_batch(meshes.look_up(table, ids, axes, jnp.float32))
+        return jnp.sum(jnp.asarray(weight) * x), x
+
+    (_, expected), expected_gradient = jax.value_and_grad(loss, has_aux=True)(table, ids)
+    mesh = meshes.make_mesh(settings.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
+    split = NamedSharding(mesh, meshes.partition(axes, table.shape, mesh)[0])
+    with jax.set_mesh(mesh):
+        run = jax.jit(
+            jax.value_and_grad(loss, has_aux=True),
+            in_shardings=(split, meshes.batch_sharding(mesh)),
+            out_shardings=(None, split),
+        )
+        (_, x), gradient = run(table, ids)
+    np.testing.assert_array_equal(x, expected)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-6)

@@ -11,6 +11,7 @@ from ddt_jax.errors import UserError
 from ddt_jax.scaling import plan_text, topology
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DOCS = CONFIGS.parent / "docs"
 POD = topology.parse("h100:8")
 # Two layers, so that a loop turns; the loss has all of its rows in one chunk, so that nothing else loops.
 SIZES = {
@@ -89,6 +90,9 @@ def test_a_plan_reads_well_and_is_marked_as_an_estimate(scanned):
     small = scanned | {"fits": False, "hbm_bytes_of_chip": 1e5}
     assert "does NOT fit" in plan_text.text(small)
     assert plan_text.table([scanned, small]).count("\n|") == 3
+    grown = scanned | {"chips": 16, "batch_size": 32, "hbm_bytes_per_chip": 1.02 * scanned["hbm_bytes_per_chip"]}
+    growth = "h100, from 8 to 16 chips: FLOPs per token +0.0%, memory of a chip +2.0%"
+    assert growth in plan_text.table([grown, scanned])
 
 
 def test_the_verb_plans_a_tokenizer_and_writes_json(tmp_path, capsys):
@@ -156,3 +160,20 @@ def test_mistakes_on_the_command_line_are_one_line(more, says, capsys):
     assert cli.main(["plan", "--config", str(CONFIGS / "smoke.py"), "--topology", "h100:8", *more]) == 2
     error = capsys.readouterr().err.strip()
     assert says in error and "\n" not in error
+
+
+@pytest.mark.parametrize("file", sorted((DOCS / "scaling").glob("plan_*.json")), ids=lambda file: file.stem)
+def test_large_configs_scale_weakly_as_the_docs_say(file):
+    """What docs/plan.md shows is what the reports say, and it is what is asked of pods of 64 to 4,096 chips."""
+    plans = json.loads(file.read_text())["plans"]
+    table = "\n".join(line for line in plan_text.table(plans).splitlines() if line.startswith("|"))
+    assert table in (DOCS / "plan.md").read_text()
+    first, per_unit = plans[0], f"flops_per_{plans[0]['unit']}"
+    for report in plans:
+        assert report["fits"] and report["effort"] == 0 and not report["uncounted"]
+        assert report["batch_size"] / report["chips"] == first["batch_size"] / first["chips"]
+        for key in (per_unit, f"hardware_{per_unit}"):
+            assert report[key] == pytest.approx(first[key], rel=0.05)
+        assert report["unit"] == "image" or report["hardware_over_model_flops"] <= 1.40
+        if report["topology"].startswith("v5p"):
+            assert report["hbm_bytes_per_chip"] <= 1.02 * first["hbm_bytes_per_chip"]

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddt_jax import mesh as meshes
+
 SHARPNESS = 10.0  # softmax over codes of 10 cos
 RUNNING_SHARE = 0.8  # running one-hot usage against the batch's soft probabilities, which alone carry gradients
 USAGE_DECAY, FIRST_DECAY = 0.99, 0.3
@@ -26,13 +28,14 @@ def mean_probability(z_BKD, codes_VD, max_table: int = 1 << 24):
     Args:
       z_BKD: unit features.
       codes_VD: unit codes.
-      max_table: similarities held at once, forwards and backwards (but at least one image and token).
+      max_table: similarities that a device holds at once, forwards and backwards (but at least one image and token).
     """
     b, k, d = z_BKD.shape
     v = codes_VD.shape[0]
+    own = b // meshes.batch_parts(b)  # images of a device
     # Cut along tokens first, then along images so that each piece has rows of all devices: no row has to move.
-    parts = next(p for p in range(1, b + 1) if b % p == 0 and (b // p * v <= max_table or p == b))
-    width = next(w for w in range(k, 0, -1) if k % w == 0 and (b * w * v <= max_table or w == 1))
+    parts = next(p for p in range(1, own + 1) if own % p == 0 and (own // p * v <= max_table or p == own))
+    width = next(w for w in range(k, 0, -1) if k % w == 0 and (own * w * v <= max_table or w == 1))
     pieces = z_BKD.reshape(b // parts, parts, k // width, width, d).transpose(2, 1, 0, 3, 4)
 
     def add(total_wV, z_bwD):

@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.nn import code_entropy
 
-_MAX_TABLE = 1 << 24  # similarities held at once
+_MAX_TABLE = 1 << 24  # similarities that a device holds at once
 _TINY = 1e-12
 _NORM_EPS = 1e-5
 
@@ -44,19 +45,23 @@ def unit(x):
     return x * jax.lax.rsqrt(jnp.maximum(square, _TINY))
 
 
-def nearest(features_ND, codes_VD, max_table: int = _MAX_TABLE):
+def nearest(features_ND, codes_VD, max_table: int = _MAX_TABLE, examples: int = 1):
     """Index int32 [N] of the code with the largest inner product; ties go to the lowest index.
 
-    The table of all inner products is never held whole when it has more than max_table entries.
+    No device holds more than max_table inner products at once.
+
+    Args:
+      examples: of which the features are; with a mesh each device has its part of them.
     """
 
     def search(rows_ND):
         return jnp.argmax(rows_ND @ codes_VD.T, axis=-1).astype(jnp.int32)
 
     n, v = features_ND.shape[0], codes_VD.shape[0]
-    if n * v <= max_table:
+    devices = meshes.batch_parts(examples)
+    if n // devices * v <= max_table:
         return search(features_ND)
-    rows = max(1, max_table // v)
+    rows = max(1, max_table // v) * devices
     chunks = -(-n // rows)
     padded = jnp.pad(features_ND, ((0, chunks * rows - n), (0, 0)))
     # A chunk takes every chunks-th row, so that it has rows of all devices.
@@ -158,7 +163,7 @@ class VectorQuantizer:
         b, k, d = z_BKD.shape
         z_BKD = unit(z_BKD)
         fixed_ND = jax.lax.stop_gradient(z_BKD).reshape(b * k, d)
-        codes_N = nearest(fixed_ND, extra["codes"])
+        codes_N = nearest(fixed_ND, extra["codes"], examples=b)
         chosen_BKD = jax.lax.stop_gradient(extra["codes"])[codes_N].reshape(b, k, d).astype(z_BKD.dtype)
         v = self.config.codebook_size
         stats |= {
@@ -285,7 +290,7 @@ class VectorQuantizer:
         if self.normalizes:
             z_BKD = (z_BKD - extra["mean"]) * jax.lax.rsqrt(extra["var"] + _NORM_EPS)
         b, k, d = z_BKD.shape
-        return nearest(unit(z_BKD).reshape(b * k, d), extra["codes"]).reshape(b, k)
+        return nearest(unit(z_BKD).reshape(b * k, d), extra["codes"], examples=b).reshape(b, k)
 
     def lookup(self, extra, codes_BK):
         """Vectors [B, K, D] of codes, at the scale that `quantize` gives."""

@@ -40,7 +40,7 @@ def encode(codes_VD, z_BKD):
     # |z - e|² is smallest where z e - |e|² / 2 is largest.
     rows = jnp.concatenate([z_BKD.reshape(b * k, d), jnp.ones((b * k, 1), z_BKD.dtype)], axis=1)
     half_V = jnp.sum(jnp.square(codes_VD), axis=1, keepdims=True) / 2
-    return nearest(rows, jnp.concatenate([codes_VD, -half_V], axis=1)).reshape(b, k)
+    return nearest(rows, jnp.concatenate([codes_VD, -half_V], axis=1), examples=b).reshape(b, k)
 
 
 def quantize(codes_VD, z_BKD):

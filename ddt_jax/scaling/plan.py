@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ddt_jax.scaling import memory, program, roofline
+from ddt_jax.scaling import memory, program, roofline, wholes
 from ddt_jax.scaling.topology import Topology
 
 
@@ -115,6 +115,7 @@ def _measured(compiled, planned: Step, topology: Topology) -> dict:
         "hardware_over_model_flops_without_remat": (hardware - planned.repeated_flops) / planned.model_flops,
         "hbm_traffic_bytes_per_chip": work.hbm_bytes,
         "collectives": roofline.collectives(work, planned.mesh, topology),
+        "whole_parameters": wholes.find(work, planned.mesh, planned.abstract.params),
         "estimate": estimate,
         "uncounted": sorted(work.unknown_loops | work.unknown_kernels),
     }

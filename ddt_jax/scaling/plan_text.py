@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 _GB = 1e9
+_STATE = ("parameters", "optimizer", "average", "other_state", "padding")  # what a run keeps from step to step
 
 
 def warnings(report: dict) -> list[str]:
@@ -26,7 +27,7 @@ def text(report: dict) -> str:
     """A report of one plan."""
     lines = [*_head(report), "", *_memory(report)]
     if "estimate" in report:
-        lines += ["", *_flops(report), "", *_collectives(report), "", *_estimate(report)]
+        lines += ["", *_flops(report), "", *_collectives(report), *_wholes(report), "", *_estimate(report)]
     lines += [f"note: {note}" for note in report["notes"]]
     return "\n".join([*lines, verdict(report)])
 
@@ -91,6 +92,14 @@ def _collectives(r):
     return _columns(rows)
 
 
+def _wholes(r):
+    for row in r["whole_parameters"]:
+        yield (
+            f"whole on a chip: {' or '.join(row['parameters'])}, {row['bytes'] / 1e6:,.0f} MB, by {row['count']:,} "
+            f"{row['kind']} along {row['axis']}"
+        )
+
+
 def _estimate(r):
     e, unit = r["estimate"], r["unit"]
     terms = ", ".join(f"{name} {e[f'{name}_seconds'] * 1e3:,.1f} ms" for name in ("compute", "memory", "communication"))
@@ -115,25 +124,46 @@ def _columns(rows) -> Iterable[str]:
 
 def table(reports: list[dict], first: str = "pod") -> str:
     """Plans side by side, in Markdown. first: what the first column is, "pod" or "chosen"."""
-    names = [first, "chips", "mesh", "batch", "GB/chip", "fits", "GFLOP/unit", "hw/model"]
+    unit = reports[0]["unit"]
+    names = [first, "chips", "mesh", "batch", "GB/chip (state)", "fits", f"GFLOP/{unit}", "hw/model (without remat)"]
     names += ["step ms*", "bound*", "MFU*", "compile s (CPU s)"]
     rows = [names, ["---"] * len(names), *(_row(r, first) for r in reports)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([*lines, "", "\\* an estimate from the chip's figures, not a measurement"])
+    lines += ["", "\\* an estimate from the chip's figures, not a measurement"]
+    return "\n".join([*lines, *growth(reports)] if first == "pod" else lines)
+
+
+def growth(reports: list[dict]) -> list[str]:
+    """What becomes of a chip's part as pods grow: a line for each kind of chip of which there are several pods with as
+    much of the batch on every chip.
+    """
+    alike: dict[tuple, list[dict]] = {}
+    for r in sorted((r for r in reports if "estimate" in r), key=lambda r: r["chips"]):
+        alike.setdefault((r["topology"].partition(":")[0], r["batch_size"] / r["chips"]), []).append(r)
+    return [_growth(kind, same[0], same[-1]) for (kind, _), same in alike.items() if len(same) > 1]
+
+
+def _growth(kind, small, large):
+    flops, held = (large[key] / small[key] - 1 for key in (f"flops_per_{small['unit']}", "hbm_bytes_per_chip"))
+    return (
+        f"{kind}, from {small['chips']:,} to {large['chips']:,} chips: FLOPs per {small['unit']} {flops:+.1%}, memory "
+        f"of a chip {held:+.1%}"
+    )
 
 
 def _row(r, first):
     pod = f"{r['slices']} x {r['topology']}" if r["slices"] > 1 else r["topology"]
     chosen = ", ".join(f"{k}={v}" for k, v in r.get("chosen", {}).items())
     row = [pod if first == "pod" else chosen, f"{r['chips']:,}", _mesh(r), f"{r['batch_size']:,}"]
-    row += [f"{r['hbm_bytes_per_chip'] / _GB:,.1f}", "yes" if r["fits"] else "NO"]
+    state = sum(r["memory"].get(kind, 0) for kind in _STATE)
+    row += [f"{r['hbm_bytes_per_chip'] / _GB:,.1f} ({state / _GB:,.1f})", "yes" if r["fits"] else "NO"]
     if "estimate" not in r:
         return [*row, *["-"] * 6]
     e = r["estimate"]
     return [
         *row,
         f"{r['flops_per_' + r['unit']] / 1e9:,.1f}",
-        f"{r['hardware_over_model_flops']:.2f}",
+        f"{r['hardware_over_model_flops']:.2f} ({r['hardware_over_model_flops_without_remat']:.2f})",
         f"{e['step_seconds'] * 1e3:,.0f}",
         e["bound"],
         f"{e['mfu']:.2f}",

@@ -32,11 +32,13 @@ class Collective:
       kind: one of COLLECTIVES.
       bytes: of the whole that a group shares, on each of its devices: what was gathered, reduced or is scattered.
       group: numbers of the devices of one group, in the order of the mesh.
+      shapes: of the arrays that are that whole.
     """
 
     kind: str
     bytes: int
     group: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
 
     def axes(self, mesh) -> tuple[str, ...]:
         """The axes of the mesh along which a group lies."""
@@ -124,12 +126,15 @@ class _Reader:
 
     def _collective(self, kind, computation, i):
         groups = _groups(i, self._num_devices)
-        given = sum(a.bytes for name in i.operands for a in computation.arrays(name))
+        operands = [a for name in i.operands for a in computation.arrays(name)]
+        given, shapes = sum(a.bytes for a in operands), tuple(a.dims for a in operands)
         if kind == "all-gather":
             given *= len(groups)
+            along = int(re.search(r"\d+", i.attribute("dimensions")).group())
+            shapes = tuple((*s[:along], s[along] * len(groups), *s[along + 1 :]) for s in shapes)
         if kind == "all-reduce" and _is_scattered(computation, i):
             kind = "reduce-scatter"
-        return Collective(kind, given, groups)
+        return Collective(kind, given, groups, shapes)
 
     def _custom_call(self, work, computation, i):
         if "tpu_custom_call" not in i.rest:

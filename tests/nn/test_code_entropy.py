@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.nn import code_entropy
-from ddt_jax.nn.quantize import VectorQuantizer
+from ddt_jax.nn.quantize import VectorQuantizer, nearest
 
 B, K, D, V, G = 8, 6, 4, 16, 3
 RAMP = (0.1, 0.3)
@@ -108,6 +109,22 @@ def test_images_over_eight_devices_give_the_same_gradient():
     spread = compiled(jax.device_put(z, NamedSharding(mesh, P("data"))))
     np.testing.assert_allclose(spread, compiled(z), atol=1e-6)
     assert np.abs(spread).max() > 1e-3
+
+
+def test_each_device_of_a_mesh_holds_as_large_a_table_as_one_alone():
+    z, codes = draw(0, B, K, D), draw(1, V, D)
+
+    def both(z):
+        p = code_entropy.mean_probability(z, codes, B // 4 * K * V)
+        return p, nearest(z.reshape(B * K, D), codes, B // 4 * K * V, examples=B)
+
+    alone = jax.jit(both)(z)
+    assert f"[{B},{K},{V}]" not in str(jax.make_jaxpr(both)(z))
+    with jax.set_mesh(meshes.make_mesh(settings.Mesh(data=2, fsdp=2), jax.devices()[:4])):
+        text, spread = str(jax.make_jaxpr(both)(z)), jax.jit(both)(meshes.constrain_batch(z))
+    assert f"[{B},{K},{V}]" in text and f"[{B * K},{V}]" in text
+    np.testing.assert_allclose(spread[0], alone[0], rtol=1e-6)
+    np.testing.assert_array_equal(spread[1], alone[1])
 
 
 def test_running_usage_starts_with_seven_tenths_and_goes_on_with_one_hundredth():

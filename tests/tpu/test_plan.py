@@ -11,7 +11,8 @@ pytestmark = pytest.mark.tpu_compile
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "llama_scenes.py")
 POD = topology.parse("v5p:2x2x1")
-DEPTH, WIDTH, MLP, VOCAB, ROWS, CONTEXT = 3, 256, 512, 1024, 4, 1024
+# Each of two chips has 128 columns of a matrix, as many as a tile of a TPU, and two more have the same.
+DEPTH, WIDTH, MLP, VOCAB, ROWS, CONTEXT = 3, 256, 768, 1024, 4, 1024
 SIZES = {
     "model.transformer.vocab_size": VOCAB,
     "model.image.num_tokens": 16,
@@ -39,7 +40,7 @@ SIZES = {
 def report():
     pytest.importorskip("libtpu", reason="libtpu is not installed; `make test-tpu` makes an environment with it")
     overrides = tuple((key, str(value)) for key, value in SIZES.items())
-    asked = planning.Request(CONFIG, overrides, mesh="fsdp=4", effort=-1.0)
+    asked = planning.Request(CONFIG, overrides, mesh="data=2,fsdp=2", effort=-1.0)
     return planning.plan_one(asked, POD, topology.devices(POD))
 
 
@@ -53,6 +54,9 @@ def test_every_product_of_a_scanned_model_is_counted(report):
     attention = DEPTH * (2 + 2 + 3 + 4) * 2 * tokens * CONTEXT * WIDTH * 3 / 4
     products = 4 * layers - DEPTH * WIDTH * MLP + 3 * head
     assert report["hardware_flops"] == pytest.approx(2 * tokens * products + attention, rel=1e-3)
+    once = 2 * tokens * 3 * (layers + head) + attention * 9 / 11
+    without = report["hardware_over_model_flops_without_remat"] * report["model_flops"]
+    assert without == pytest.approx(once, rel=1e-3)
     assert not report["uncounted"]
 
 
@@ -62,4 +66,13 @@ def test_parameters_are_gathered_layer_by_layer(report):
     assert gathered and {c["axis"] for c in gathered} == {"fsdp"}
     stacked = DEPTH * WIDTH * MLP * 4
     assert max(c["largest"] for c in gathered) < stacked / 2
+    # The head alone is there whole, once, in the type of the products; its gradient, and the table and its, never are.
+    (head,) = report["whole_parameters"]
+    assert head == {
+        "parameters": ["embed", "head"],
+        "kind": "all-gather",
+        "axis": "fsdp",
+        "count": 1,
+        "bytes": VOCAB * WIDTH * 2,
+    }
     assert report["fits"] and report["compiler"] == "tpu"
