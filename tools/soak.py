@@ -5,6 +5,8 @@
     python tools/soak.py scenes                   configs/ddt_scenes.py, then its renderer, against the gates
     python tools/soak.py spatial                  configs/spatial_scenes.py, at the bits of configs/ddt_scenes.py
     python tools/soak.py transfusion              configs/transfusion_scenes.py and two variants; --arms linear is one
+    python tools/soak.py seed                     configs/seed_scenes.py: retrieval by embedding and by code
+    python tools/soak.py seed_causal --seeds 0,1,2    its first stage, causal against bidirectional queries
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
     python tools/soak.py cifar10_device           the same in bfloat16 on an accelerator, its speed, a stand-in for rFID
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
@@ -35,6 +37,7 @@ from soak_cifar10 import cifar10, cifar10_device  # noqa: E402
 from soak_gates import note  # noqa: E402
 from soak_kill import kill  # noqa: E402
 from soak_scenes import quickstart, scenes, schedules, spatial, transfusion, whole_way  # noqa: E402
+from soak_seed import seed, seed_causal  # noqa: E402
 from soak_tpu import selftok_tpu  # noqa: E402
 
 MEASUREMENTS: dict[str, Callable] = {
@@ -43,6 +46,8 @@ MEASUREMENTS: dict[str, Callable] = {
     "scenes": scenes,
     "spatial": spatial,
     "transfusion": transfusion,
+    "seed": seed,
+    "seed_causal": seed_causal,
     "cifar10": cifar10,
     "cifar10_device": cifar10_device,
     "kill": kill,
