@@ -39,7 +39,7 @@ def get_config(variant="align"):
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
     c.train.batch_size = 128
-    c.train.steps = {"align": 2000, "codes": 1500, "draw": 3000}[stage]
+    c.train.steps = {"align": 1200, "codes": 1200, "draw": 3000}[stage]
     c.train.ema = 0.99
     c.evaluate.images = 1000  # the gallery
     c.evaluate.verifier = stage == "draw"
