@@ -5,7 +5,7 @@
     ddt-jax train --config configs/seed_scenes.py:draw --workdir runs/seed/draw --config.init_from=runs/seed/codes
 
 Variants with other arms: "align_bidirectional", whose queries see each other, and "codes_published", the published
-codebook. Sized for 2 CPU cores; not run yet, so no figure is given (docs/seed.md).
+codebook. Sized for 2 CPU cores, 15 minutes for the first two stages; not yet run to the end (docs/seed.md).
 """
 
 from ddt_jax import config, settings
@@ -29,7 +29,7 @@ def get_config(variant="align"):
     c.model.qformer.depth, c.model.qformer.width, c.model.qformer.mlp_width = 2, 96, 384
     c.model.qformer.cross_every = 1
     c.model.text.depth, c.model.text.width, c.model.text.mlp_width = 2, 96, 384
-    c.model.text.vocab_size, c.model.text.length = 384, 40  # 256 bytes, and the words of scenes; captions have 38 at most
+    c.model.text.vocab_size, c.model.text.length = 384, 40  # 256 bytes and words of scenes, of which a caption has 38
     c.model.contrast.width = 64
     c.model.contrast.label_smoothing = 0.0  # captions of other images are wrong, not a little right
     c.model.quantizer.codebook_size, c.model.quantizer.code_dim = 512, 16
