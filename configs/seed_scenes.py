@@ -5,7 +5,7 @@
     ddt-jax train --config configs/seed_scenes.py:draw --workdir runs/seed/draw --config.init_from=runs/seed/codes
 
 Variants with other arms: "align_bidirectional", whose queries see each other, and "codes_published", the published
-codebook. Sized for 2 CPU cores; not run yet, so no figure is given (docs/seed.md).
+codebook. Sized for 2 CPU cores, 15 minutes for the first two stages; not yet run to the end (docs/seed.md).
 """
 
 from ddt_jax import config, settings
@@ -24,21 +24,22 @@ def get_config(variant="align"):
     c.model.stage = stage
     c.model.causal = arm != "bidirectional"
     c.model.num_tokens = 16
-    c.model.vision.depth, c.model.vision.width, c.model.vision.mlp_width = 3, 96, 384
+    c.model.vision.patch_size = 8  # a quarter of an object's cell
+    c.model.vision.depth, c.model.vision.width, c.model.vision.mlp_width = 2, 96, 384
     c.model.qformer.depth, c.model.qformer.width, c.model.qformer.mlp_width = 2, 96, 384
     c.model.qformer.cross_every = 1
     c.model.text.depth, c.model.text.width, c.model.text.mlp_width = 2, 96, 384
-    c.model.text.vocab_size, c.model.text.length = 384, 48  # 256 bytes, and the words of scenes
+    c.model.text.vocab_size, c.model.text.length = 384, 40  # 256 bytes and words of scenes, of which a caption has 38
     c.model.contrast.width = 64
     c.model.contrast.label_smoothing = 0.0  # captions of other images are wrong, not a little right
     c.model.quantizer.codebook_size, c.model.quantizer.code_dim = 512, 16
     c.model.embedding_depth = c.model.features_depth = 2
     c.model.draw.width, c.model.draw.depth = 96, 3
-    c.optimizer.lr = 2e-3
+    c.optimizer.lr = 4e-3
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
     c.train.batch_size = 128
-    c.train.steps = {"align": 2000, "codes": 1500, "draw": 3000}[stage]
+    c.train.steps = {"align": 1200, "codes": 1200, "draw": 3000}[stage]
     c.train.ema = 0.99
     c.evaluate.images = 1000  # the gallery
     c.evaluate.verifier = stage == "draw"

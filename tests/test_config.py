@@ -131,14 +131,32 @@ def test_the_renderer_of_scenes_is_for_the_codes_of_their_tokenizer():
 
 
 def test_configs_beside_llama_scenes_change_what_they_say_and_no_more():
-    base, spatial, edits = (
+    base, spatial, edits, seed = (
         config.dump(config.load(f"{ROOT}/configs/{name}.py:R"))
-        for name in ("llama_scenes", "llama_spatial_scenes", "llama_edits")
+        for name in ("llama_scenes", "llama_spatial_scenes", "llama_edits", "seed_llama_scenes")
     )
     assert config.difference(base, spatial) == ["model.transformer.qk_norm", "model.transformer.z_loss", "name"]
     assert config.difference(base, edits) == ["name", "sequences.sources"]
-    for name in ("sources", "eval_sources"):
+    assert config.difference(base, seed) == ["name", "sequences.sources"]
+    assert seed["sequences"]["tokenizer"] == "R/draw"  # the stage that draws
+    for name, split in (("sources", "train"), ("eval_sources", "heldout")):
+        assert seed["sequences"][name] == [base["sequences"][name][0] | {"folder": f"R/{split}_codes"}]
         assert edits["sequences"][name][:1] == base["sequences"][name]
+
+
+def test_stages_of_seed_go_on_with_what_stands():
+    def load(name):
+        return config.dump(config.load(f"{ROOT}/configs/{name}"))
+
+    first = load("seed_scenes.py:align")
+    for variant in ("codes", "codes_published", "draw"):
+        changed = config.difference(first, load(f"seed_scenes.py:{variant}"))
+        assert "model.stage" in changed and not [name for name in changed if name.startswith(config.CODES)]
+    assert config.difference(first, load("seed_scenes.py:align_bidirectional")) == ["model.causal", "name"]
+    describe, joint = load("seed_opt.py:describe"), load("seed_opt.py:joint")
+    assert config.difference(describe, joint) == ["init_from", "name", "sequences.sources"]
+    pretrain, instruct = load("seed_llama_7b.py:pretrain"), load("seed_llama_7b.py:instruct")
+    assert pretrain["model"] == instruct["model"] and instruct["sequences"]["sources"][0]["formats"]["own"] == 1.0
 
 
 def test_arms_of_the_comparison_differ_in_their_images_alone():

@@ -9,6 +9,8 @@
     python tools/soak.py transfusion              configs/transfusion_scenes.py and three variants; --arms linear is one
     python tools/soak.py acdit_blocks             configs/acdit_scenes.py with blocks of 1, 4, 16 and 64 tokens
     python tools/soak.py acdit_clips              configs/acdit_moving_scenes.py; --arms flow is another variant
+    python tools/soak.py seed                     configs/seed_scenes.py: retrieval by embedding and by code
+    python tools/soak.py seed_causal --seeds 0,1,2    its first stage, causal against bidirectional queries
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
     python tools/soak.py cifar10_device           the same in bfloat16 on an accelerator, its speed, a stand-in for rFID
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
@@ -43,6 +45,7 @@ from soak_gates import note  # noqa: E402
 from soak_kill import kill  # noqa: E402
 from soak_saves import saves  # noqa: E402
 from soak_scenes import quickstart, scenes, schedules, spatial, transfusion  # noqa: E402
+from soak_seed import seed, seed_causal  # noqa: E402
 from soak_tpu import selftok_tpu  # noqa: E402
 
 MEASUREMENTS: dict[str, Callable] = {
@@ -55,6 +58,8 @@ MEASUREMENTS: dict[str, Callable] = {
     "transfusion": transfusion,
     "acdit_blocks": acdit_blocks,
     "acdit_clips": acdit_clips,
+    "seed": seed,
+    "seed_causal": seed_causal,
     "cifar10": cifar10,
     "cifar10_device": cifar10_device,
     "kill": kill,

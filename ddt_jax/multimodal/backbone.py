@@ -82,6 +82,12 @@ def check(c: settings.Transformer) -> None:
         raise UserError(f"transformer: the head dimension {head_dim(c)} is odd; rotary positions turn pairs")
     if not 0 <= c.dropout < 1:
         raise UserError(f"transformer: dropout={c.dropout} must be at least 0 and below 1")
+    if not 0 <= c.lora.dropout < 1:
+        raise UserError(f"transformer: lora.dropout={c.lora.dropout} must be at least 0 and below 1")
+    if c.tied_head and "head" in c.lora.whole:
+        raise UserError(
+            "transformer: lora.whole has head, which tied_head=True makes the table of embeddings; take embed"
+        )
 
 
 class Backbone(nn.Module):

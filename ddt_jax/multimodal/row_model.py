@@ -46,10 +46,10 @@ class RowModel(abc.ABC):
         self.loss_weights = {"next_token": 1.0}
 
     def init(self, rng):
-        """Fresh (params, extra): with LoRA only its updates, and what is learned about images, are parameters."""
+        """Fresh (params, extra): with LoRA its updates, what `lora.whole` names and what is learned of images."""
         params, extra = backbone.init(self.config.transformer, rng), {}
         if self.config.transformer.lora.rank:
-            params, extra[FROZEN] = lora.split(params)
+            params, extra[FROZEN] = lora.split(params, self.config.transformer.lora.whole)
         of_images, more = self.init_images(jax.random.fold_in(rng, 1))
         return params | of_images, extra | more
 
@@ -70,7 +70,8 @@ class RowModel(abc.ABC):
 
     def dropout_keys(self, rng, slot_B):
         """A key for each row, or None where nothing is dropped."""
-        if not self.config.transformer.dropout:
+        c = self.config.transformer
+        if not (c.dropout or (c.lora.rank and c.lora.dropout)):
             return None
         return jax.vmap(lambda slot: jax.random.fold_in(rng, slot))(slot_B)
 

@@ -45,7 +45,8 @@ class Dense(nn.Module):
     lora: settings.LoRA | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, updated=None):
+        """updated: what the low-rank update reads in place of x, of its shape; None: x."""
         n = self.inputs
         lead, read = x.shape[:-n], x.shape[-n:]
         shape = (*read, *self.features)
@@ -63,7 +64,8 @@ class Dense(nn.Module):
         if bias:
             y = y + bias[0].reshape(-1)
         if self.lora and self.lora.rank:
-            y = y + lora.update(self, x.reshape(math.prod(lead), -1), read)
+            seen = x if updated is None else updated.astype(x.dtype)
+            y = y + lora.update(self, seen.reshape(math.prod(lead), -1), read)
         return y.reshape(*lead, *self.features)
 
 

@@ -1,7 +1,8 @@
-"""Low-rank updates of linear maps (LoRA, arXiv 2106.09685): y = x (kernel + alpha / rank · a b).
+"""Low-rank updates of linear maps (LoRA, arXiv 2106.09685): y = x kernel + alpha / rank · (x a) b.
 
-`layers.Dense` declares `lora_a` and `lora_b` beside its kernel. To train them alone, `split` takes them out of the
-parameters; what is frozen then lies in `extra`. `merge` makes ordinary kernels of them.
+`layers.Dense` declares `lora_a` and `lora_b` beside its kernel. To train them without the rest, `split` takes them, and
+what is trained whole beside them, out of the parameters; what is frozen then lies in `extra`. `merge` makes ordinary
+kernels of them.
 """
 
 import math
@@ -25,23 +26,29 @@ def update(dense, x_ND, read: tuple[int, ...]):
     return (x_ND @ a) @ b * (dense.lora.alpha / rank)
 
 
-def split(params: dict) -> tuple[dict, dict]:
-    """Parameters as (updates, all others); `join` puts them together again. Works on boxed trees too."""
-    updates, others = {}, {}
+def split(params: dict, whole: tuple[str, ...] = ()) -> tuple[dict, dict]:
+    """Parameters as (what is trained, all others); `join` puts them together again. Works on boxed trees too.
+
+    Args:
+      whole: what is trained beside the updates, see `settings.LoRA.whole`.
+    """
+    trained, others = {}, {}
     for name, value in params.items():
-        if isinstance(value, dict):
-            inner = split(value)
-            updates |= {name: inner[0]} if inner[0] else {}
+        if name in (*NAMES, *whole) or ("norms" in whole and name.endswith("norm")):
+            trained[name] = value
+        elif isinstance(value, dict):
+            inner = split(value, whole)
+            trained |= {name: inner[0]} if inner[0] else {}
             others |= {name: inner[1]} if inner[1] else {}
         else:
-            (updates if name in NAMES else others)[name] = value
-    return updates, others
+            others[name] = value
+    return trained, others
 
 
-def join(updates: dict, others: dict) -> dict:
+def join(trained: dict, others: dict) -> dict:
     """The inverse of `split`."""
-    both = {name: join(updates[name], others[name]) for name in updates.keys() & others.keys()}
-    return others | updates | both
+    both = {name: join(trained[name], others[name]) for name in trained.keys() & others.keys()}
+    return others | trained | both
 
 
 def merge(params: dict, s: settings.LoRA) -> dict:

@@ -25,6 +25,8 @@ class LoRA:
     rank: int = 0  # 0 = none
     alpha: float = 16.0  # the update is scaled by alpha / rank
     targets: tuple[Literal["query", "key", "value", "output", "gate", "up", "down"], ...] = ("query", "value")
+    dropout: float = 0.0  # of what updates read
+    whole: tuple[Literal["embed", "head", "norms"], ...] = ()  # what else is trained, itself and not by an update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,7 @@ class Sequences:
     images: int = 0  # images a row can hold; 0 = as many as fit
     targets: int = 0  # positions of a row that the loss looks at; 0 = no limit of their own
     truncate: bool = False  # cut texts that are longer than a row, rather than refuse them
+    answers_only: bool = False  # a caption that is drawn, an image that is described are no targets
     sources: tuple[CodesFolder | Pictures | Texts, ...] = ()
     eval_sources: tuple[CodesFolder | Pictures | Texts, ...] = ()  # held-out ones, of the same tokenizers
     tokenizer: str = ""  # workdir of the image tokenizer, which draws what is generated

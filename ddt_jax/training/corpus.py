@@ -190,7 +190,8 @@ def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[Part]) -> 
     for number, part in enumerate(parts):
         records = open_records(s, part)
         formats = _formats(part)
-        answers_only = s.model.whole_prompts  # who sees all of a prompt has nothing to predict in it
+        # Who sees all of a prompt has nothing to predict in it.
+        answers_only = s.model.whole_prompts or q.answers_only
         documents[str(number)] = RecordDocuments(records, corpus.text, formats, s.seed, answers_only=answers_only)
         weights[str(number)] = part.weight
     batcher = RowBatcher(

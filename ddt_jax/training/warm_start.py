@@ -15,6 +15,7 @@ from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 from ddt_jax.multimodal.code_embedding import PARAMS
 from ddt_jax.multimodal.row_model import FROZEN
+from ddt_jax.nn import lora
 from ddt_jax.training import checkpoint, weights
 from ddt_jax.training.state import TrainState, abstract_state
 
@@ -85,25 +86,32 @@ class Imported:
     Attributes:
       folder: where they are.
       arrays: by unrolled path.
+      lora: of the run.
     """
 
     folder: str
     arrays: dict
+    lora: settings.LoRA
 
     def give(self, state: TrainState, note: Callable[[str], None]) -> TrainState:
-        """See `FirstStage.give`. What LoRA trains stays as it is; the rest lies in `extra` then.
-
-        What a model is told about codes beside a transformer is fresh.
-        """
-        frozen = FROZEN in state.extra
+        """See `FirstStage.give`. Updates of LoRA, and what a model is told about codes besides, are fresh."""
         of_codes = {name: value for name, value in state.params.items() if name == PARAMS}
         own = {name: value for name, value in state.params.items() if name != PARAMS}
-        new = weights.restore(self.arrays, state.extra[FROZEN] if frozen else own)
+        extra = state.extra
+        if FROZEN in extra:
+            updates, whole = lora.split(own)
+            trained, frozen = lora.split(self._read(lora.join(whole, extra[FROZEN]), note), self.lora.whole)
+            own, extra = lora.join(updates, trained), extra | {FROZEN: frozen}
+        else:
+            own = self._read(own, note)
+        new = own | of_codes
+        ema = None if state.ema is None else jax.tree.map(jnp.copy, new)
+        return state.replace(params=new, extra=extra, ema=ema)
+
+    def _read(self, abstract, note):
+        found = weights.restore(self.arrays, abstract)
         note(f"init_from: {len(self.arrays)} arrays of {self.folder}")
-        if frozen:
-            return state.replace(extra=state.extra | {FROZEN: new})
-        new |= of_codes
-        return state.replace(params=new, ema=None if state.ema is None else jax.tree.map(jnp.copy, new))
+        return found
 
 
 # What may differ between imported settings and a run's: nothing of it changes what the weights compute.
@@ -118,7 +126,7 @@ def _imported(s: settings.Experiment) -> Imported:
         named = ", ".join(f"{k}={theirs.get(k)!r} there, {ours[k]!r} here" for k in differing[:4])
         hint = "; import it with --vocab-size" if "vocab_size" in differing else "; set model.transformer as there"
         raise UserError(f"init_from: {s.init_from} has other settings ({named}){hint}")
-    return Imported(s.init_from, arrays)
+    return Imported(s.init_from, arrays, s.model.transformer.lora)
 
 
 def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) -> FirstStage | Imported | None:
@@ -150,6 +158,11 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) 
         raise UserError(
             f"init_from: {s.init_from} makes other codes than this run would; set as there: {', '.join(differing)}"
         )
+    if _stands(theirs) != _stands(s):
+        raise UserError(
+            f"init_from: in {s.init_from} other weights stand still than here; set model.transformer.lora.rank and "
+            "whole as there, or merge its updates by `ddt-jax export llama` and `import llama`"
+        )
     if _reads_codes(s) and _reads_codes(theirs):
         there, here = config.dump(theirs.model.image), config.dump(s.model.image)
         differing = [name for name in here if here[name] != there.get(name)]
@@ -162,6 +175,12 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) 
             )
     source = abstract_state(theirs, make_model(theirs), mesh)[2]
     return FirstStage(s.init_from, theirs, source, plan(source, abstract, model.inherited))
+
+
+def _stands(s: settings.Experiment) -> set[str] | None:
+    """What LoRA leaves to be trained whole; None: there is no LoRA, all is trained."""
+    c = s.model.transformer.lora if isinstance(s.model, settings.Multimodal) else settings.LoRA()
+    return set(c.whole) if c.rank else None
 
 
 def _reads_codes(s: settings.Experiment) -> bool:

@@ -88,7 +88,14 @@ def test_a_folder_that_holds_no_clip_is_refused(tmp_path, tokenizer_file):
 def test_cosines_equal_those_of_transformers(oracle, tmp_path, tokenizer_file):
     torch, transformers = oracle("torch"), oracle("transformers")
     common = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    text = {"vocab_size": 300, "hidden_size": 16, "max_position_embeddings": 12, "bos_token_id": 298, "eos_token_id": 299, **common}
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "max_position_embeddings": 12,
+        "bos_token_id": 298,
+        "eos_token_id": 299,
+        **common,
+    }
     vision = {"hidden_size": 24, "image_size": 8, "patch_size": 4, **common}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=6)
     torch.manual_seed(0)

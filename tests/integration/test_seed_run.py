@@ -1,4 +1,6 @@
-"""SEED's three stages, one after another: each begins with the run before it, evaluates, and codes can be written."""
+"""SEED's three stages, one after another: each begins with the run before it, evaluates, and codes can be written; and
+a transformer that reads these codes describes and draws.
+"""
 
 from dataclasses import replace
 
@@ -6,22 +8,26 @@ import jax
 import numpy as np
 import pytest
 
-from ddt_jax import exchange, experiment, judging, settings, tokenize
+from ddt_jax import config, exchange, experiment, judging, settings, speaking, tokenize
 from ddt_jax.data.codes import CodesSource
 from ddt_jax.errors import UserError
 from ddt_jax.io import weights_folder
+from ddt_jax.multimodal import documents
 
+pytestmark = pytest.mark.slow
 SMALL = settings.SEED(
     num_tokens=4,
-    vision=settings.ViT(patch_size=8, depth=1, width=16, heads=2, mlp_width=16),
-    qformer=settings.QFormer(depth=1, width=16, heads=2, mlp_width=16, norm="post"),
-    text=settings.TextTower(vocab_size=300, length=24, depth=1, width=16, heads=2, mlp_width=16),
+    vision=settings.ViT(patch_size=16, depth=1, width=8, heads=1, mlp_width=8),
+    qformer=settings.QFormer(depth=1, width=8, heads=1, mlp_width=8, norm="post"),
+    text=settings.TextTower(vocab_size=300, length=24, depth=1, width=8, heads=1, mlp_width=8),
     contrast=settings.Contrast(width=8),
     quantizer=settings.Quantizer(code_dim=4, codebook_size=16, normalize_input="none"),
     embedding_depth=1,
     features_depth=1,
-    draw=settings.FlowHead(patch_size=8, depth=1, width=16, heads=2, diffusion=settings.RectifiedFlow(solver_steps=1)),
+    draw=settings.FlowHead(patch_size=16, depth=1, width=8, heads=1, diffusion=settings.RectifiedFlow(solver_steps=1)),
 )
+TRAIN = settings.Train(steps=2, batch_size=8, tensorboard=False)
+EVALUATE = settings.Evaluate(images=40, batch_size=40, pictures=2, probe_images=32, counterfactuals=0, visible=(1.0,))
 
 
 def of(stage, init_from=""):
@@ -29,52 +35,79 @@ def of(stage, init_from=""):
         name=stage,
         model=replace(SMALL, stage=stage),
         init_from=str(init_from),
-        train=settings.Train(steps=2, batch_size=8, tensorboard=False),
-        evaluate=settings.Evaluate(images=40, batch_size=16, pictures=2, probe_images=32, counterfactuals=0),
+        optimizer=settings.Optimizer(name="adamw"),
+        train=TRAIN,
+        evaluate=EVALUATE,
     )
 
 
-@pytest.mark.slow
-def test_each_stage_goes_on_from_the_one_before(tmp_path):
-    align, codes, draw = (tmp_path / name for name in ("align", "codes", "draw"))
-    experiment.train(of("align"), str(align))
-    found = judging.evaluate(str(align))["results"]
-    assert found["retrieval"].keys() == {"by_embedding"} and found["retrieval_images"] == 40
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Workdirs of the three stages."""
+    root = tmp_path_factory.mktemp("seed")
+    experiment.train(of("align"), str(root / "align"))
+    experiment.train(of("codes", root / "align"), str(root / "codes"))
+    experiment.train(of("draw", root / "codes"), str(root / "draw"))
+    return root
 
+
+def test_each_stage_goes_on_from_the_one_before(root, tmp_path):
+    align, codes, draw = (root / name for name in ("align", "codes", "draw"))
+    found, found_later, results = (judging.evaluate(str(run)) for run in (align, codes, draw))
+    found, results = found["results"], results["results"]
+    assert found["retrieval"].keys() == {"by_embedding"} and found["retrieval_images"] == 40
+    assert (codes / "text" / "tokenizer.model").read_bytes() == (align / "text" / "tokenizer.model").read_bytes()
+    (_, first), (_, second) = experiment.restore(str(align)), experiment.restore(str(codes))
+    for name in ("vision", "qformer", "text"):
+        jax.tree.map(np.testing.assert_array_equal, experiment.weights(first)[name], second.params[name])
+    assert found_later["results"]["retrieval"]["by_embedding"] == found["retrieval"]["by_embedding"]
+    assert found_later["results"]["retrieval"].keys() == {"by_embedding", "by_code", "by_shuffled_codes"}
+    assert "codebook_used" in found_later["results"] and "Retrieval among 40" in found_later["table"]
+    assert results["retrieval"] == found_later["results"]["retrieval"] and results["num_tokens"] == 4
+    assert (draw / "reconstructions.png").exists() and "psnr" in results
+
+    with pytest.raises(UserError, match="goes on from what another run has learned; set init_from"):
+        experiment.train(of("codes"), str(tmp_path / "none"))
+    with pytest.raises(UserError, match="model.stage='codes', which draws nothing"):
+        judging.reconstruct(str(codes), [])
+    others = replace(of("draw", codes), model=replace(SMALL, stage="draw", causal=False))
+    with pytest.raises(UserError, match="makes other codes than this run would; set as there: model.causal"):
+        experiment.train(others, str(tmp_path / "other"))
+
+
+def test_a_qformer_is_exported_and_begun_with(root, tmp_path):
     names = {"qformer": "qformer.layernorm.weight", "seed-qformer": "Qformer.bert.embeddings.LayerNorm.weight"}
-    trained = experiment.weights(experiment.restore(str(align))[1])["qformer"]
+    trained = experiment.weights(experiment.restore(str(root / "align"))[1])["qformer"]
     for kind, name in names.items():
-        exchange.EXPORTS[kind](str(align), str(tmp_path / kind))
+        exchange.EXPORTS[kind](str(root / "align"), str(tmp_path / kind))
         assert name in weights_folder.load(tmp_path / kind)
         begun = experiment.build(replace(of("align"), model=replace(SMALL, qformer_weights=str(tmp_path / kind))))
         jax.tree.map(np.testing.assert_array_equal, begun.starting_weights()["qformer"], trained)
     started = begun.init()
     jax.tree.map(np.testing.assert_array_equal, (started.params["qformer"], started.ema["qformer"]), (trained, trained))
 
-    with pytest.raises(UserError, match="goes on from what another run has learned; set init_from"):
-        experiment.train(of("codes"), str(codes))
-    experiment.train(of("codes", align), str(codes))
-    assert (codes / "text" / "tokenizer.model").read_bytes() == (align / "text" / "tokenizer.model").read_bytes()
-    (_, first), (_, second) = experiment.restore(str(align)), experiment.restore(str(codes))
-    for name in ("vision", "qformer", "text"):
-        jax.tree.map(np.testing.assert_array_equal, experiment.weights(first)[name], second.params[name])
-    found_later = judging.evaluate(str(codes))
-    assert found_later["results"]["retrieval"]["by_embedding"] == found["retrieval"]["by_embedding"]
-    assert found_later["results"]["retrieval"].keys() == {"by_embedding", "by_code", "by_shuffled_codes"}
-    assert "codebook_used" in found_later["results"] and "Retrieval among 40" in found_later["table"]
-    with pytest.raises(UserError, match="model.stage='codes', which draws nothing"):
-        judging.reconstruct(str(codes), [])
 
-    experiment.train(of("draw", codes), str(draw))
-    results = judging.evaluate(str(draw))["results"]
-    assert results["retrieval"] == found_later["results"]["retrieval"] and results["num_tokens"] == 4
-    assert (draw / "reconstructions.png").exists() and "psnr" in results
+def test_a_transformer_on_these_codes_describes_and_draws(root):
     written = {}
-    for run in (codes, draw):
-        tokenize.tokenize(str(run), str(tmp_path / f"{run.name}_codes"), records=20)
-        written[run] = CodesSource(str(tmp_path / f"{run.name}_codes"))
-    assert written[codes].plan.tokenizer == written[draw].plan.tokenizer  # a decoder changes no code
-    np.testing.assert_array_equal(written[codes].code_vectors(), written[draw].code_vectors())
-    others = replace(of("draw", codes), model=replace(SMALL, stage="draw", causal=False))
-    with pytest.raises(UserError, match="makes other codes than this run would; set as there: model.causal"):
-        experiment.train(others, str(tmp_path / "other"))
+    for folder, run, more in (
+        ("train_codes", "codes", {}),
+        ("heldout_codes", "codes", {"source": "scenes:heldout"}),
+        ("drawn_codes", "draw", {}),
+    ):
+        tokenize.tokenize(str(root / run), str(root / folder), records=40, **more)
+        written[folder] = CodesSource(str(root / folder))
+    assert len({source.plan.tokenizer for source in written.values()}) == 1  # a decoder changes no code
+    np.testing.assert_array_equal(written["train_codes"].code_vectors(), written["drawn_codes"].code_vectors())
+    sizes = {"width": 8, "depth": 1, "heads": 1, "kv_heads": 1, "mlp_width": 8}
+    changed = {f"model.transformer.{name}": value for name, value in sizes.items()}
+    changed |= {"train.steps": 2, "train.batch_size": 8, "train.tensorboard": False, "optimizer.name": "adamw"}
+    changed |= {"evaluate.prompts": 3, "evaluate.images": 8, "evaluate.image_to_text.tokens": 4}
+    pairs = tuple((name, str(value)) for name, value in changed.items())
+    s = config.load(f"configs/seed_llama_scenes.py:{root}", pairs)
+    experiment.train(s, str(root / "transformer"))
+    results = judging.evaluate(str(root / "transformer"))["results"]
+    assert results["prompts"] == 3 and {"image_bits", "t2i_all_correct", "caption_parsed"} <= results.keys()
+    # What it draws is what the third stage makes of codes, whose two steps show anything but grey.
+    speaker = speaking.open_speaker(str(root / "transformer"))
+    drawn = speaker.draw([documents.text_to_image(speaker.encode_text("a small red disc"), documents.Image())], [3])
+    assert drawn.valid.all() and drawn.pictures.shape == (1, 32, 32, 3) and np.ptp(drawn.pictures) > 0

@@ -101,18 +101,19 @@ def test_parts_of_a_batch_add_up_to_it(vocabulary, batch):
         np.testing.assert_allclose(sum(p[1][name] for p in parts), all_counts[name], rtol=1e-6, err_msg=name)
 
 
-def test_with_lora_only_the_updates_are_parameters(vocabulary, batch):
-    model = make(vocabulary, lora=settings.LoRA(rank=2))
+def test_with_lora_only_the_updates_and_what_is_named_are_parameters(vocabulary, batch):
+    model = make(vocabulary, lora=settings.LoRA(rank=2, dropout=0.1, whole=("embed", "norms")))
     params, extra = state(model)
     names = {p[-1].key for p, _ in jax.tree_util.tree_leaves_with_path(params)}
-    assert names == {"lora_a", "lora_b"} and "embed" in extra[FROZEN]
+    assert names == {"lora_a", "lora_b", "embed", "scale"} and extra[FROZEN].keys() == {"blocks", "head"}
 
     def loss(params):
         return model.loss_fn(params, extra, given(model, batch), jax.random.key(1))[0]["next_token"]
 
     grads = jax.jit(jax.grad(loss))(params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
-    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)) > 0
+    moved = {p[-1].key for p, x in jax.tree_util.tree_leaves_with_path(grads) if jnp.abs(x).max() > 0}
+    assert moved == {"lora_b", "embed", "scale"}  # updates begin at zero, so at first a alone moves nothing
 
 
 def test_sizes_that_are_not_known_are_one_line(vocabulary):

@@ -1,11 +1,16 @@
-"""Transfusion's five sizes: parameters of the transformer, and what each coder of patches adds (arXiv 2408.11039)."""
+"""Transfusion's five sizes: parameters of the transformer, and what each coder of patches adds (arXiv 2408.11039). What
+SEED-LLaMA trains of its LLaMA.
+"""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from ddt_jax import settings
+from ddt_jax import config, settings
 from ddt_jax.multimodal import backbone
+from ddt_jax.nn import lora, params
 from ddt_jax.nn.patch_coder import make_coder
 
 # Name, then millions of parameters; table 7's percentages that the linear coder and the U-Net add, and what the U-Net's
@@ -53,3 +58,12 @@ def test_unets_add_what_table_7_says(name, millions, linear, unet):
     added = count(settings.UNetCoder(), c.width)
     assert added == pytest.approx(unet / 100 * backbone.count_parameters(c), rel=0.06)
     assert added == pytest.approx(0.27e9, rel=0.06)
+
+
+def test_seed_llama_trains_its_updates_both_tables_and_all_norms():
+    c = config.load(str(Path(__file__).parents[2] / "configs" / "seed_llama_7b.py")).model.transformer
+    boxed = jax.eval_shape(lambda: backbone.init(c, jax.random.key(0)))
+    trained, _ = lora.split(params.split(boxed)[0], c.lora.whole)
+    both_ways = 4 * (c.width + c.width) + 3 * (c.width + c.mlp_width)  # of every linear map of a block
+    wanted = c.depth * 16 * both_ways + (2 * c.depth + 1) * c.width + 2 * 40_320 * c.width
+    assert sum(x.size for x in jax.tree.leaves(trained)) == wanted

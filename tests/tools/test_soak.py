@@ -212,6 +212,71 @@ def test_transformers_on_codes_begin_with_a_tokenizer(soak, tmp_path, monkeypatc
     assert "before" not in record["command"]
 
 
+def test_seed_trains_codes_in_both_recipes_on_what_its_first_stage_has_learned(soak, tmp_path, monkeypatch):
+    calls = []
+
+    def recall(share):
+        return {way: {"1": share} for way in ("image_to_text", "text_to_image")}
+
+    shares = {"by_embedding": 0.62, "by_code": 0.58, "by_shuffled_codes": 0.004}
+    changed = {}
+
+    def train_and_evaluate(config, workdir, seed, options, also=()):
+        calls.append((config.partition(":")[2], workdir.name, seed, also, options.overrides))
+        figures = shares | {"used": 512, "seconds": 400.0} | (changed if workdir.name == "codes" else {})
+        if workdir.name == "untrained":
+            figures["by_embedding"] = changed.get("untrained", 0.001)
+        report = {"retrieval": {by: recall(figures[by]) for by in shares}, "retrieval_images": 1000}
+        report |= {"codebook_used": figures["used"], "codebook_size": 512, "train_seconds": figures["seconds"]}
+        return report, []
+
+    monkeypatch.setattr(soak.programs, "train_and_evaluate", train_and_evaluate)
+    more = ["--seeds", "3", "--out", str(tmp_path), "--config.train.steps=9"]
+    assert soak.main(["seed", *more]) == 0
+    assert [call[:3] for call in calls] == [
+        ("align", "untrained", 3),
+        ("align", "align", 3),
+        ("codes", "codes", 3),
+        ("codes_published", "codes_published", 3),
+    ]
+    assert [call[4][-1] for call in calls[:2]] == ["--config.optimizer.lr=1e-12", "--config.train.steps=9"]
+    assert calls[1][3] == () and calls[2][3] == calls[3][3]
+    assert calls[2][3][0].startswith("--config.init_from=") and calls[2][3][0].endswith("seed3/align")
+    for wrong in (
+        {"by_embedding": 0.49, "by_code": 0.49},
+        {"by_code": 0.56},
+        {"by_shuffled_codes": 0.02},
+        {"untrained": 0.02},
+        {"used": 486},
+        {"seconds": 501.0},
+    ):
+        changed = wrong
+        assert soak.main(["seed", *more]) == 1
+        gates = json.loads((tmp_path / "seed.json").read_text())["gates"]
+        assert [check["passed"] for check in gates].count(False) == 1, wrong
+
+
+def test_what_causality_costs_is_paired_over_seeds(soak, tmp_path, monkeypatch):
+    higher = {0: 0.05, 1: 0.06, 2: 0.07}  # of bidirectional queries
+
+    def train_and_evaluate(config, workdir, seed, options):
+        value = 0.1 * seed + higher[seed] * config.endswith(":align_bidirectional")
+        names = ("recall_image_to_text_1_by_embedding", "recall_text_to_image_1_by_embedding")
+        return dict.fromkeys((*names, "recall_mean_by_embedding"), value), []
+
+    monkeypatch.setattr(soak.programs, "train_and_evaluate", train_and_evaluate)
+    out = ["--out", str(tmp_path)]
+    assert soak.main(["seed_causal", "--seeds", "0,1,2", *out]) == 1
+    record = json.loads((tmp_path / "seed_causal.json").read_text())
+    found = record["results"]["bidirectional_less_causal"]["recall_mean_by_embedding"]
+    # By hand: 0.06 -+ 4.303 * 0.01 / sqrt(3).
+    assert found == {"by_seed": [0.05, 0.06, 0.07], "mean": 0.06, "interval": [0.0352, 0.0848]}
+    assert [check["passed"] for check in record["gates"]].count(False) == 2
+    higher[0] = 0.0  # the interval reaches the limit: nothing is proven
+    assert soak.main(["seed_causal", "--seeds", "0,1,2", *out]) == 0
+    assert soak.main(["seed_causal", *out]) == 1  # one seed
+
+
 def test_both_tokenizers_of_scenes_have_the_same_bits_and_pictures():
     from ddt_jax import config
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.tpu_compile
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # The published models need a pod, and the autoencoder's default is for images of 256 px.
 LARGE = {"ddt_selftok_256.py", "ddt_selftok_1024.py", "ddt_llama_256.py", "ddt_llama_8b.py", "vae.py"}
-LARGE |= {"transfusion_256.py", "transfusion_7b.py", "acdit_ucf101.py"}
+LARGE |= {"transfusion_256.py", "transfusion_7b.py", "acdit_ucf101.py", "seed_llama_7b.py", "seed_opt.py"}
 SMALL = sorted({path.name for path in CONFIGS.glob("*.py")} - LARGE)
 # Config → the one that is compiled in its place.
 ALIKE = {
@@ -29,6 +29,7 @@ ALIKE = {
     "ddt_cifar10.py": "smoke.py",
     "ddt_scenes.py": "quickstart.py",
     "llama_edits.py": "llama_scenes.py",
+    "seed_llama_scenes.py": "llama_scenes.py",
 }
 COMPILED = [*(name for name in SMALL if name not in ALIKE), "vae.py:small", "ddt_selftok_256.py:small"]
 # What text and codes would decide, in a run that has them.

@@ -59,6 +59,16 @@ def test_sizes_are_filled_in_from_text_and_codes(folder):
     assert batch["rows"].shape == (4, 64) and batch["tokens"].max() < found.vocabulary.size
 
 
+def test_targets_are_answers_alone_where_that_is_set(folder):
+    learned = {}
+    for answers_only in (False, True):
+        s, found = corpus.resolve(experiment(folder, answers_only=answers_only))
+        batch = corpus.open_rows(s, found, s.sequences.sources).batch_at(0)
+        given = np.take_along_axis(batch["given"], np.maximum(batch["rows"] + 1, 0), axis=1)[batch["rows"] >= 0]
+        learned[answers_only] = (np.sum(given > 0), np.sum(given == 0))
+    assert learned[True] == (0, learned[False][1]) and learned[False][0] > 0
+
+
 def test_codes_stand_last_in_the_vocabulary_and_so_do_their_vectors(folder, tmp_path):
     s = experiment(folder, vocab_multiple=64)
     s, found = corpus.resolve(replace(s, model=replace(s.model, image=settings.CodeImages(code_vectors=True))))

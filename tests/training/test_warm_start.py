@@ -164,9 +164,15 @@ def test_a_transformer_begins_with_imported_weights(tmp_path):
 
     state = begin(sizes)
     wanted = np.stack([theirs["blocks"][f"block_{i}"]["query"]["kernel"] for i in range(2)])
-    for tree in (state.params, state.ema, begin(replace(sizes, lora=settings.LoRA(rank=2))).extra[FROZEN]):
+    updated = begin(replace(sizes, lora=settings.LoRA(rank=2, whole=("embed",))))
+    for tree in (state.params, state.ema, updated.extra[FROZEN]):
         np.testing.assert_array_equal(tree["blocks"]["scanned"]["block"]["query"]["kernel"], wanted)
+    for tree in (state.params, state.ema, updated.params, updated.ema):
         np.testing.assert_array_equal(tree["embed"], theirs["embed"])
+    assert "embed" not in updated.extra[FROZEN]
+    np.testing.assert_array_equal(updated.extra[FROZEN]["norm"]["scale"], theirs["norm"]["scale"])
+    own = updated.params["blocks"]["scanned"]["block"]["query"]
+    assert own.keys() == {"lora_a", "lora_b"} and np.any(own["lora_a"]) and not np.any(own["lora_b"])
     state = begin(sizes, code_places=True)  # which no LLaMA has: it is fresh
     np.testing.assert_array_equal(state.params["embed"], theirs["embed"])
     assert equal(state.ema["codes"], state.params["codes"]) and np.any(state.params["codes"]["places"])
@@ -189,3 +195,22 @@ def test_a_transformer_that_was_told_something_else_of_codes_is_named(monkeypatc
         begin(code_places=False)
     with pytest.raises(UserError, match="trained on other codes than sequences.sources"):
         begin(codebook_size=16)
+
+
+def test_a_transformer_in_which_other_weights_stand_still_is_named(monkeypatch):
+    """Else what is frozen there would be fresh here, or the other way round."""
+
+    def of(**lora):
+        transformer = settings.Transformer(lora=settings.LoRA(**lora))
+        image = settings.CodeImages(num_tokens=4, codebook_size=8, code_places=True)
+        model = settings.Multimodal(transformer=transformer, image=image)
+        return settings.Experiment(model=model, init_from="there")
+
+    monkeypatch.setattr(warm_start.checkpoint, "saved_steps", lambda workdir: [1])
+    kinds = of(), of(rank=2), of(rank=2, whole=("embed",))
+    for there in kinds:
+        monkeypatch.setattr(warm_start.checkpoint, "saved_config", lambda *args, there=there: config.dump(there))
+        for s in kinds:
+            if s is not there:
+                with pytest.raises(UserError, match="other weights stand still than here; set model.transformer.lora"):
+                    warm_start.find(s, experiment.make_model(replace(s, model=DDT, init_from="")), None, None, None)
