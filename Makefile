@@ -47,7 +47,7 @@ test: ## quick tests (at most 15 minutes on 2 cores)
 
 test-slow: ## oracles, several processes, kills; then test-tpu
 	@$(INSTALL) $(VENV) test,oracle $(PYTHON)
-	$(PYTEST) -m "slow and not tpu_compile" -n $(WORKERS) --dist loadfile # a file prepares for all of its tests
+	DDT_JAX_KEEP_COMPILED=1 $(PYTEST) -m "slow and not tpu_compile" -n $(WORKERS) --dist loadfile # a file prepares for all of its tests
 	@$(MAKE) --no-print-directory test-tpu
 
 test-tpu: ## compile the small configs' train steps for a TPU, in .venv-tpu

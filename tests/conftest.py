@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +13,23 @@ for flag, value in {"--xla_force_host_platform_device_count": 8, "--xla_backend_
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 
+# What a test or a process that it starts has compiled, later ones read, where the tier asks for it (`make test-slow`).
+# The folder is a fresh one of this process, removed at its end: nothing comes from another session or worker.
+COMPILED = None
+if os.environ.get("DDT_JAX_KEEP_COMPILED") == "1":
+    COMPILED = tempfile.mkdtemp(prefix="ddt_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
 # A shell's background jobs ignore Ctrl-C and hand that down; the programs that tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
+
+
+def pytest_unconfigure(config):
+    if COMPILED:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -362,6 +362,7 @@ def test_two_processes_report_the_figures_of_one():
         address = f"localhost:{s.getsockname()[1]}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     env["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "inf"  # each could read what the other has written in part
     command = [sys.executable, "-c", _PROCESS, address]
     root = Path(__file__).resolve().parents[2]
     processes = [

@@ -39,7 +39,7 @@ def root(tmp_path_factory):
 def trained(root):
     config = f"configs/llama_scenes.py:{root}"
     # In a process of its own, so that it is compiled as those that it is compared with.
-    finish(spawn(command(config, root / "transformer", *SMALL), devices=8))
+    finish(spawn(command(config, root / "transformer", *SMALL), devices=8, keep_compiled=True))
     return root / "transformer"
 
 

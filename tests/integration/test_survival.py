@@ -36,10 +36,16 @@ def command(config, workdir, *more):
     ]
 
 
-def environment(devices):
-    # As in conftest.py: they compile more than they compute.
+def environment(devices, *, keep_compiled=False):
+    """Variables of a process with so many devices; as in conftest.py, it compiles more than it computes.
+
+    Args:
+      keep_compiled: later processes read what this one compiles. JAX writes that file in place: not for a process that
+        is killed, nor for one with another beside it, which could read a part.
+    """
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    found = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return found if keep_compiled else {**found, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "inf"}
 
 
 def finish(process, seconds=300):
@@ -49,16 +55,16 @@ def finish(process, seconds=300):
     return out
 
 
-def spawn(arguments, devices=1):
+def spawn(arguments, devices=1, **how):
     return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        arguments, cwd=ROOT, env=environment(devices, **how), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    finish(spawn(command("configs/smoke.py", workdir)))
+    finish(spawn(command("configs/smoke.py", workdir), keep_compiled=True))
     return workdir
 
 
