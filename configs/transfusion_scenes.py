@@ -1,11 +1,11 @@
 """Transfusion on scenes at 32 px, in pixels: one transformer writes text and denoises images. Hardware: 2 CPU cores.
 
 The default, "linear", is what a small transformer needs to follow captions: rectified flow with much noise, patches
-that know their places, prompts that are seen whole and as they are. Variants of it: "unet" (a small U-Net in place of linear maps),
-"causal" (without attention forwards inside an image that is drawn), "blocks" (four blocks one after another beside
-clean ones, as ACDiT), "plain" (prompts are learned as answers are; images before captions have noise up to a limit),
-"unlimited" (plain, without that limit), "published" (plain, DDPM that predicts the noise, no places). About 17 minutes;
-docs/transfusion.md has what came of it.
+that know their places, prompts that are seen whole and as they are. Variants of it: "unet" (a small U-Net in place of
+linear maps), "causal" (without attention forwards inside an image that is drawn), "blocks" (four blocks one after
+another beside clean ones, as ACDiT), "plain" (prompts are learned as answers are; images before captions have noise up
+to a limit), "unlimited" (plain, without that limit), "published" (plain, DDPM that predicts the noise, no places).
+About 17 minutes; docs/transfusion.md has what came of it.
 """
 
 from ddt_jax import config, settings
