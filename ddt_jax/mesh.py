@@ -211,13 +211,13 @@ def has_joined() -> bool:
     return jax.distributed.is_initialized()
 
 
-# What JAX, gloo, NCCL and gRPC say when the other end of a connection is gone.
-_GONE = ("by peer", "Broken pipe", "Gloo", "heartbeat", "coordination service", "UNAVAILABLE", "remote process exited")
+# Of those who say that a connection is gone, these speak of the other processes and not of a store of files.
+_BETWEEN_PROCESSES = ("Gloo", "NCCL", "heartbeat", "coordination service", "CoordinationService")
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether it says that another process of the run is gone, without which this one cannot go on."""
-    return jax.process_count() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in _GONE)
+    return jax.process_count() > 1 and any(word in str(error) for word in _BETWEEN_PROCESSES)
 
 
 def _await_coordinator(address: str, who: str, timeout: int) -> None:

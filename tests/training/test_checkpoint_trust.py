@@ -107,6 +107,19 @@ def test_a_failed_save_surfaces_at_the_next_check(saved, monkeypatch):
     points.close()
 
 
+def test_a_peer_that_died_is_not_taken_for_a_full_disk(saved, monkeypatch):
+    points = Checkpoints(saved)
+    error = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:13549")
+    monkeypatch.setattr(points._manager, "check_for_errors", lambda: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match="cannot be written"):  # one process has no peers
+        points.check()
+    monkeypatch.setattr(checkpoint.meshes.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="Gloo"):
+        points.check()
+    points.abandon()
+    points.close()
+
+
 @pytest.mark.parametrize("read_back", [True, False])
 def test_no_flipped_bit_reaches_a_restored_value(saved, read_back):
     """Over all files of a checkpoint, as its files or, killed before it was read back, its arrays show.
