@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,9 @@ def test_a_number_of_a_process_that_came_again_is_no_sign_of_life(tmp_path):
     assert not record.alive(str(tmp_path / "runs" / "nothing of ours"))
     child = subprocess.Popen(["cat", "-", str(tmp_path)], stdin=subprocess.PIPE)
     try:
+        end = time.monotonic() + 10
+        while not Path(f"/proc/{child.pid}/cmdline").read_bytes() and time.monotonic() < end:
+            time.sleep(0.01)  # a process that has just begun has no arguments for a moment
         assert replace(record, pid=child.pid).alive(str(tmp_path))
     finally:
         child.kill()
