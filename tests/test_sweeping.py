@@ -125,9 +125,9 @@ def test_a_number_of_a_process_that_came_again_is_no_sign_of_life(tmp_path):
     assert not record.alive(str(tmp_path / "runs" / "nothing of ours"))
     child = subprocess.Popen(["cat", "-", str(tmp_path)], stdin=subprocess.PIPE)
     try:
-        end = time.monotonic() + 10
-        while not Path(f"/proc/{child.pid}/cmdline").read_bytes() and time.monotonic() < end:
-            time.sleep(0.01)  # a process that has just begun has no arguments for a moment
+        arguments, end = Path(f"/proc/{child.pid}/cmdline"), time.monotonic() + 10
+        while arguments.exists() and not arguments.read_bytes() and time.monotonic() < end:
+            time.sleep(0.01)  # a process that has just begun has none for a moment
         assert replace(record, pid=child.pid).alive(str(tmp_path))
     finally:
         child.kill()
