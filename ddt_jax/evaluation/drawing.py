@@ -102,7 +102,7 @@ def evaluate_drawing(
     Returns:
       A report. diffusion: the training loss without dropped labels; mse_t25 ... mse_t100: errors by quarters of the
       noise level; mse_by_block: by the number of the block, of which later ones see more; seconds_per_picture: of the
-      fastest batch that was drawn behind the first, which compiles; None where there was one batch alone.
+      fastest batch that was drawn behind the first, which compiles; not where there was one batch alone.
 
     Raises:
       ValueError: if there is no valid image.
@@ -140,7 +140,8 @@ def evaluate_drawing(
     text_DZ = table["caption_ids"][order_D] if "caption_ids" in table else None
     seconds: list[float] = []
     drawn = draw(model, params, extra, label_D, settings, mesh=mesh, text_DZ=text_DZ, seconds=seconds)
-    results["seconds_per_picture"] = min(seconds[1:], default=None)
+    if len(seconds) > 1:
+        results["seconds_per_picture"] = min(seconds[1:])
     captions = None
     if text_DZ is not None:
         captions = tuple(bytes(row).rstrip(b"\0").decode() for row in text_DZ)
