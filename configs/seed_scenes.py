@@ -5,7 +5,7 @@
     ddt-jax train --config configs/seed_scenes.py:draw --workdir runs/seed/draw --config.init_from=runs/seed/codes
 
 Variants with other arms: "align_bidirectional", whose queries see each other, and "codes_published", the published
-codebook. Sized for 2 CPU cores, 15 minutes for the first two stages; not yet run to the end (docs/seed.md).
+codebook. Sized for 2 CPU cores, 9 minutes for the first two stages; docs/seed.md has what came of them.
 """
 
 from ddt_jax import config, settings
