@@ -5,7 +5,7 @@
     ddt-jax train --config configs/seed_scenes.py:draw --workdir runs/seed/draw --config.init_from=runs/seed/codes
 
 Variants with other arms: "align_bidirectional", whose queries see each other, and "codes_published", the published
-codebook. Sized for 2 CPU cores, 9 minutes for the first two stages; docs/seed.md has what came of them.
+codebook. Sized for 2 CPU cores, 13 minutes for the first two stages; docs/seed.md has what came of them.
 """
 
 from ddt_jax import config, settings
@@ -39,7 +39,7 @@ def get_config(variant="align"):
     c.optimizer.newton_schulz_steps = 4
     c.optimizer.decay_fraction = 0.5
     c.train.batch_size = 128
-    c.train.steps = {"align": 1200, "codes": 1200, "draw": 3000}[stage]
+    c.train.steps = {"align": 1200, "codes": 2800, "draw": 3000}[stage]
     c.train.ema = 0.99
     c.evaluate.images = 1000  # the gallery
     c.evaluate.verifier = stage == "draw"
