@@ -34,13 +34,18 @@ class ClipScore:
       mesh: over whose devices pictures are judged.
 
     Raises:
-      UserError: the tokenizer is not CLIP's.
+      UserError: the tokenizer is not CLIP's, or not that of this model.
     """
 
     def __init__(self, sizes: Sizes, params, tokenizer: TextTokenizer, batch: int, mesh):
         meshes.check_batch(batch, mesh, "evaluate.batch_size")
         if not {"BOS", "EOS"} <= tokenizer.special.keys():
             raise UserError(f"evaluate: the text tokenizer in evaluate.clip_folder has no {_BEGIN} or no {_END}")
+        if tokenizer.vocab_size > sizes.vocab_size:
+            raise UserError(
+                f"evaluate: the text tokenizer in evaluate.clip_folder has {tokenizer.vocab_size:,} ids, its model "
+                f"{sizes.vocab_size:,}; fetch both from one place"
+            )
         self._sizes, self._tokenizer, self._batch, self._mesh = sizes, tokenizer, batch, mesh
         self._params = judges.everywhere(params, mesh)
         self._cosine = jax.jit(self._judge)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 from etils import epath
 
+from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 from ddt_jax.interop import hf_layers, hf_vision
 from ddt_jax.io import weights_folder
@@ -33,6 +34,20 @@ def read_sizes(folder) -> clip.Sizes:
     path = epath.Path(folder) / hf_vision.CONFIG
     vision = replace(hf_vision.read_settings(folder), final_norm=True)  # of the class token, which alone is compared
     found = json.loads(path.read_text())
+    try:
+        sizes = config.typed(clip.Sizes, config.dump(_sizes(found, vision, path)), f"clip: {path}")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"clip: {path} makes no sense: {error}; fetch it again") from error
+    if min(sizes.heads, sizes.length - 2) < 1 or sizes.width % sizes.heads or sizes.image_size % vision.patch_size:
+        raise UserError(
+            f"clip: {path} makes no sense: heads of {sizes.heads} divide a width of {sizes.width}, patches of "
+            f"{vision.patch_size} an image of {sizes.image_size}, texts have 3 ids or more; fetch it again"
+        )
+    return sizes
+
+
+def _sizes(found: dict, vision: settings.ViT, path) -> clip.Sizes:
+    """Values of any type."""
     text = found.get("text_config") or {}
     missing = [f"text_config.{name}" for name in (*_SIZES, "hidden_act") if name not in text]
     missing += [name for name in ("projection_dim",) if name not in found]

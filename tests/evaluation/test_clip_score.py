@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -86,6 +87,21 @@ def test_a_folder_that_holds_no_clip_is_refused(tmp_path, tokenizer_file):
         hf_clip.read_sizes(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
         hf_clip.read_sizes(tmp_path / "nowhere")
+    common = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "hidden_size": 16}
+    common |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    vision = common | {"image_size": 8, "patch_size": 4}
+    text = common | {"vocab_size": 300, "max_position_embeddings": 12}
+    for wrong in ({}, {"vocab_size": "many"}, {"num_attention_heads": 3}, {"num_attention_heads": 0}):
+        found = {"model_type": "clip", "projection_dim": 6, "vision_config": vision, "text_config": text | wrong}
+        (tmp_path / "config.json").write_text(json.dumps(found))
+        if not wrong:
+            assert hf_clip.read_sizes(tmp_path).length == 12
+            continue
+        with pytest.raises(UserError, match=r"config\.json") as error:
+            hf_clip.read_sizes(tmp_path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="has 300 ids, its model 299"):
+        scorer(random_params(SIZES), tokenizer_file, replace(SIZES, vocab_size=299))
 
 
 @pytest.mark.slow
