@@ -1,4 +1,4 @@
-"""Writes a cache of latents (`data/latents.py`): what a tokenizer's frozen codec makes of all images of a source.
+"""Writes a cache of latents (`data/latents.py`): what a model's frozen codec makes of all images of a source.
 
 Legend: B batch, H height, W width; h, w, c height, width and channels of the latent.
 """
@@ -27,7 +27,7 @@ def identity(model, data: settings.Data, params=None) -> dict:
     """Everything that the latents of an image depend on, by the names of the settings.
 
     Args:
-      model: a tokenizer.
+      model: a tokenizer, or a transformer whose images are denoised.
       params: of its codec, on the devices; without them the weights are left out.
 
     Raises:
@@ -57,7 +57,7 @@ def layout(codec: VAECodec, image_size: int) -> tuple[tuple[int, int, int], str]
 
 
 def check(source, model, data: settings.Data, params: Callable) -> None:
-    """Raises UserError if the source holds latents, and the model learns from images or its codec makes others of them.
+    """Raises UserError if the source holds latents that the model's codec would not make of their images.
 
     Args:
       source: any; one of images passes.
@@ -65,12 +65,6 @@ def check(source, model, data: settings.Data, params: Callable) -> None:
     """
     if isinstance(source, latents.LatentsSource):
         identity(model, data)  # refuses before weights are read
-        if model.image_loss:
-            raise UserError(
-                f"config: a renderer learns from images, and data.source={source.name} has none; name theirs"
-            )
-        if model.image_loss:
-            raise UserError(f"config: its loss compares images, and {source.name} has none; set data.source to images")
         folder = source.name.partition(":")[2]
         latents.check_identity(folder, source.identity, identity(model, data, params()))
 
@@ -84,8 +78,8 @@ def write(
       folder: epath.
       source: of images.
       data: how they are prepared, and how many threads do that.
-      model: a tokenizer.
-      params: of its codec, on the devices.
+      model: whose codec it is.
+      params: of the codec, on the devices.
       per_shard: records of the source that a shard covers.
       mesh: over whose devices the rows of a batch are spread.
       batch_size: images at a time.
