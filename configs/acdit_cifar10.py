@@ -7,7 +7,7 @@ from ddt_jax import config
 from ddt_jax.errors import UserError
 
 
-def get_config(variant="ddpm"):
+def get_config(variant="quarters"):
     if variant == "captions":
         raise UserError("config: acdit_cifar10 has no variant 'captions', as its images have none; leave it out")
     c = config.sibling(__file__, "acdit_scenes").get_config(variant)
