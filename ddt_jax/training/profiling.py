@@ -3,6 +3,7 @@
 A window begins at a step that the settings name, or after SIGUSR1, whenever somebody wants to know.
 """
 
+import pathlib
 import shutil
 import signal
 import tempfile
@@ -71,8 +72,8 @@ class Profiler:
         with self._progress.phase("profiling"):
             jax.profiler.stop_trace()
             if self._folder != str(self._target):
-                root = epath.Path(self._folder)
-                for path in (p for p in root.glob("**/*") if p.is_file()):
+                root = pathlib.Path(self._folder)
+                for path in (p for p in root.rglob("*") if p.is_file()):
                     atomic.write_bytes(self._target / path.relative_to(root), path.read_bytes())
                 shutil.rmtree(self._folder)
         self._progress.note(f"profile: {self._target}")

@@ -198,43 +198,33 @@ def test_a_save_that_failed_in_the_background_ends_the_run_before_the_next_step(
     assert seen == [1, 2]
 
 
-def test_the_machine_is_measured_with_every_mean_and_saves_are_told(built, tmp_path):
-    saved, order = [], []
-    watch = loop.Watch(measured=lambda: order.append(1) or {"speed": len(order)}, saved=saved.append)
-    writer = Writer()
-    progress = Progress(TRAIN.steps, 0, 8, None)
-    with jax.set_mesh(built.mesh), contextlib.closing(Checkpoints(tmp_path, TRAIN)) as points:
-        slow = batches(before=lambda step: time.sleep(0.2 if step == 5 else 0))
-        how = {"mesh": built.mesh, "train": TRAIN, "checkpoints": points, "config": {}, "progress": progress}
-        loop.train(built.init(), built.step, slow, **how, writer=writer, watch=watch)
-    assert writer.measured == [(3, {"speed": 1}), (6, {"speed": 2}), (9, {"speed": 3})]
-    assert saved == [4, 8, 10]
-    spent = progress.spent()
-    assert 0.2 <= spent["waiting"] < spent["training"] and {"compiling", "saving"} < set(spent)
-    assert {"compiling", "saving"} == progress.ended
-
-
-def test_profiles_are_of_the_steps_that_were_asked_for(built, tmp_path, monkeypatch):
-    seen = []
+def test_what_watches_is_told_of_means_saves_and_windows(built, tmp_path, monkeypatch):
+    seen, saved, ended = [], [], []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: seen.append(("start", folder)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append(("stop",)))
 
     def before(step):  # the batch of the next step is asked for
         seen.append(step)
+        time.sleep(0.2 if step == 5 else 0)
         if step == 6:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    handler = signal.getsignal(signal.SIGUSR1)
-    watch = loop.Watch(profiler=Profiler(tmp_path, first=3, steps=2))
-    out = run(built, tmp_path, data=batches(before=before), watch=watch)[4]
+    handler, writer, out = signal.getsignal(signal.SIGUSR1), Writer(), io.StringIO()
+    progress = Progress(TRAIN.steps, 0, 8, out)
+    measured = lambda: ended.append(sorted(progress.ended)) or {"speed": len(ended)}  # noqa: E731
+    watch = loop.Watch(measured=measured, saved=saved.append, profiler=Profiler(tmp_path, first=3, steps=2))
+    with jax.set_mesh(built.mesh), contextlib.closing(Checkpoints(tmp_path, TRAIN)) as points:
+        how = {"mesh": built.mesh, "train": TRAIN, "checkpoints": points, "config": {}, "progress": progress}
+        loop.train(built.init(), built.step, batches(before=before), **how, writer=writer, watch=watch)
+
+    assert writer.measured == [(3, {"speed": 1}), (6, {"speed": 2}), (9, {"speed": 3})]
+    assert saved == [4, 8, 10]
+    spent = progress.spent()
+    assert 0.2 <= spent["waiting"] < spent["training"] and {"compiling", "profiling", "saving"} < set(spent)
+    assert "compiling" in ended[0] and "saving" not in ended[0]
+
     three, seven = (str(tmp_path / "profiles" / step) for step in ("3", "7"))
     # Batch 2 is for step 3: the window has steps 3 and 4. The signal comes with the batch for step 7.
     assert seen == [0, 1, 2, ("start", three), 3, ("stop",), 4, 5, 6, ("start", seven), 7, ("stop",), 8, 9]
-    assert f"profile: {three}\n" in out and f"profile: {seven}\n" in out
+    assert f"profile: {three}\n" in out.getvalue() and f"profile: {seven}\n" in out.getvalue()
     assert signal.getsignal(signal.SIGUSR1) is handler
-
-
-def test_a_window_that_the_end_of_the_run_cuts_is_written(built, tmp_path):
-    watch = loop.Watch(profiler=Profiler(tmp_path, first=10, steps=5))
-    run(built, tmp_path, watch=watch)
-    assert [p.suffix for p in (tmp_path / "profiles" / "10").rglob("*.xplane.pb")] == [".pb"]
