@@ -1,7 +1,7 @@
 """What watches a run while it trains: speed and MFU, where its time goes, heartbeats, the watchdog, profiles.
 
 Nothing here changes what is learned. The settings are `train.silence_limit`, `train.profile_at` and
-`train.profile_steps`; docs/survival.md says what is written.
+`train.profile_steps`; docs/monitoring.md says what is written.
 """
 
 import time

@@ -43,9 +43,8 @@ class Goodput:
 
     def saved(self, step: int) -> None:
         """A checkpoint of the state after `step` has been begun: what was done up to here is not lost with this try."""
-        self._saved[str(step)] = self._now()
-        while len(self._saved) > _SNAPSHOTS:
-            del self._saved[next(iter(self._saved))]
+        last = list((self._saved | {str(step): self._now()}).items())[-_SNAPSHOTS:]
+        self._saved = dict(last)  # another one: the thread that writes may be reading the old one
 
     def seconds(self) -> dict[str, float]:
         """By KINDS, over all tries; no zeros."""
@@ -57,7 +56,7 @@ class Goodput:
         return seconds.get("step", 0.0) / max(sum(seconds.values()), 1e-9)
 
     def report(self) -> dict:
-        """ "goodput", "seconds", "tries", and `figures`."""
+        """The share as "goodput", "seconds" by KINDS, "tries", and `figures`."""
         seconds = self.seconds()
         return {"goodput": round(self.share(), 4), "seconds": seconds, "tries": self._tries + 1, **self.figures}
 
@@ -84,7 +83,7 @@ def read(workdir) -> dict:
 
 def lines(report: dict) -> list[str]:
     """For the log: where the time went, the most first, then speed and memory."""
-    seconds, total = report["seconds"], sum(report["seconds"].values())
+    seconds, total = report["seconds"], max(sum(report["seconds"].values()), 1e-9)
     shares = [f"{kind} {value / total:.1%}" for kind, value in sorted(seconds.items(), key=lambda pair: -pair[1])]
     tries = f" in {report['tries']} tries" if report["tries"] > 1 else ""
     rates = {unit: report.get(RATE.format(unit)) for unit in ("token", "image")}

@@ -4,6 +4,9 @@ import datetime
 import os
 import threading
 import time
+from types import SimpleNamespace
+
+import jax
 
 from ddt_jax.io import atomic
 from ddt_jax.training import heartbeat
@@ -58,3 +61,12 @@ def test_an_object_store_is_asked_less_often():
         Heartbeat(f"{where}/run", Progress(1, stream=None), process=1) for where in ("/tmp", "gs://bucket")
     )
     assert remote._seconds > local._seconds
+
+
+def test_memory_is_that_of_the_fullest_device(monkeypatch):
+    stats = [{"peak_bytes_in_use": 5, "bytes_in_use": 9}, {"peak_bytes_in_use": 7}, {}, None]
+    devices = [SimpleNamespace(memory_stats=lambda found=found: found) for found in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert heartbeat.peak_memory()["peak_device_bytes"] == 7
+    monkeypatch.setattr(jax, "local_devices", lambda: devices[3:])  # CPUs do not say it
+    assert set(heartbeat.peak_memory()) == {"peak_host_bytes"}
