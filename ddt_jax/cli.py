@@ -3,7 +3,8 @@ imported before a verb needs it.
 
 Exit codes: 0 done; 1 a bug of ours (with a traceback); 2 something the user can mend (one line); 3 a checkpoint is
 damaged, or a step that was replayed gives other numbers; 75 the run was asked to stop, has saved, and goes on with the
-same command; 76 another process of the run has ended, and all of them go on with the same command.
+same command; 76 another process of the run has ended, and all of them go on with the same command; 77 the same, after
+train.silence_limit seconds without a sign of life.
 """
 
 import argparse
@@ -437,6 +438,7 @@ _VERBS = {
     "sweep": lambda args, overrides: cli_scaling.sweep(args, overrides, _report),
     "fit": lambda args, overrides: cli_scaling.fit(args, overrides, _report),
     "report": lambda args, overrides: cli_scaling.report(args, overrides, _report),
+    "flags": lambda args, overrides: cli_scaling.flags(args, overrides, _report),
 }
 
 
@@ -462,6 +464,11 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         args, overrides = _arguments(sys.argv[1:] if argv is None else argv)
+        if args.verb in (
+            "train",
+            "evaluate",
+        ):  # of a workdir that they write to anyway: a restart compiles nothing anew
+            os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{args.workdir}/compiled")
         return _VERBS[args.verb](args, overrides)
     except UserError as error:
         print(f"ddt-jax: {error}", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""Verbs of the command line for pods and many runs: `plan`, `sweep`, `fit`, `report`. As `cli`: arguments and calls."""
+"""Verbs of the command line for pods and many runs: `plan`, `flags`, `sweep`, `fit`, `report`. As `cli`: arguments and
+calls.
+"""
 
 from ddt_jax.errors import UserError
 
@@ -70,6 +72,14 @@ def add_verbs(verb) -> None:
     p.add_argument("sources", nargs="+", metavar="DIR", help="workdirs, folders of `fit` and of `sweep`")
     p.add_argument("--out", metavar="HTML", default="report.html", help="where the page goes (default: report.html)")
     p.add_argument("--title", default="", help="of the page (default: the names of the runs)")
+    p = verb(
+        "flags",
+        "print the compiler's flags for a chip, as a line that launch scripts evaluate",
+        report=True,
+        more="With --explain also what they are for and who sets them. docs/plan.md.",
+    )
+    p.add_argument("--chip", required=True, metavar="NAME", help="v5e, v5p, v6e, h100 or h200")
+    p.add_argument("--explain", action="store_true", help="say where each comes from, in comments")
 
 
 def plan(args, overrides, report) -> int:
@@ -121,6 +131,15 @@ def report(args, overrides, report) -> int:
     return 0
 
 
+def flags(args, overrides, report) -> int:
+    from ddt_jax.scaling import xla_flags
+
+    _no_settings("flags", overrides)
+    tree = {"variable": xla_flags.variable(args.chip), "flags": xla_flags.of(args.chip)}
+    report(args, tree, (xla_flags.listing if args.explain else xla_flags.shell)(args.chip))
+    return 0
+
+
 def _no_settings(name, overrides) -> None:
     if overrides:
-        raise UserError(f"--config.{overrides[0][0]}: {name} reads runs as they are and takes no settings")
+        raise UserError(f"--config.{overrides[0][0]}: {name} takes no settings")

@@ -117,6 +117,7 @@ _FREE = (
 )
 _FREE += tuple(f"train.{k}" for k in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_every"))
 _FREE += tuple(f"train.{k}" for k in ("tensorboard", "wandb", "max_bad_steps", "keep_best", "best_metric", "best_is"))
+_FREE += tuple(f"train.{k}" for k in ("silence_limit", "profile_at", "profile_steps"))
 _FREE += ("train.recheck_every", "train.accumulate")  # losses that micro-batches would change are refused when built
 
 # Settings that decide, with the weights, which codes an image gets, or where these weights lie in the state.

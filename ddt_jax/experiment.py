@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddt_jax import config, settings
+from ddt_jax import config, monitoring, settings
 from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
 from ddt_jax.interop import blip2, diffusers_vae, hf_vision
@@ -200,7 +200,8 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
         else:
             feed.check(built.model, lambda: state.extra["codec"])
             note(f"goes on from step {start:,} of {s.train.steps:,} in {workdir}")
-        progress = Progress(s.train.steps, start, s.train.batch_size, stream=sys.stderr if first else None)
+        speed, stream = monitoring.speed(s, built.mesh.size, build, abstract_batch), sys.stderr if first else None
+        progress = Progress(s.train.steps, start, s.train.batch_size, stream, speed=speed.figures)
         if first and force:
             write_config(root, tree)  # not before something could be restored with it
         writer = writers.for_run(root, s.train, tree) if first else writers.MultiWriter([])
@@ -213,19 +214,20 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
         writer.truncate_after(start)  # an earlier try may have come further than its last checkpoint
         batches = loader.iterate(start, s.train.steps)
         try:
-            state, finished = loop.train(
-                state,
-                built.step,
-                feeds.step_inputs(batches, feeds.batch_shapes(s, built.model)),
-                mesh=built.mesh,
-                train=s.train,
-                checkpoints=points,
-                config=tree,
-                progress=progress,
-                writer=writer,
-                hooks=_hooks(built, feed, writer, progress),
-                watch=watch,
-            )
+            with monitoring.watching(root, s.train, progress, speed, begun, watch) as watch:
+                state, finished = loop.train(
+                    state,
+                    built.step,
+                    feeds.step_inputs(batches, feeds.batch_shapes(s, built.model)),
+                    mesh=built.mesh,
+                    train=s.train,
+                    checkpoints=points,
+                    config=tree,
+                    progress=progress,
+                    writer=writer,
+                    hooks=_hooks(built, feed, writer, progress),
+                    watch=watch,
+                )
         except Exception as error:
             if meshes.is_lost_peer(error):
                 points.abandon()

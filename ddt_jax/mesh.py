@@ -4,7 +4,10 @@ Axes: replica (slow links between slices), data, fsdp (batch and parameters), te
 A model names the dimensions of its parameters by what they are; RULES says which mesh axis each name is spread over.
 """
 
+import os
 import socket
+import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -186,9 +189,10 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
       coordinator: "host:port" of process 0.
       timeout: seconds to wait for the others.
 
+    Ends the process, with a line and the code of a UserError, when others have not come in time.
+
     Raises:
-      UserError: if the arguments are incomplete, or the coordinator does not answer in time. (When another
-        process is missing, JAX ends the waiting ones itself.)
+      UserError: if the arguments are incomplete, or the coordinator does not answer in time.
     """
     if not coordinator:
         if num_processes > 1:
@@ -199,11 +203,24 @@ def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = 
             "mesh: --coordinator needs --num-processes N and --process-id in 0..N-1, "
             f"got {num_processes} and {process_id}"
         )
+    who = f"process {process_id} of {num_processes}"
     if process_id > 0:
-        _await_coordinator(coordinator, f"process {process_id} of {num_processes}", timeout)
+        _await_coordinator(coordinator, who, timeout)
     if jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
+    giving_up = threading.Timer(timeout, _give_up, (f"mesh: {who} waited {timeout} s at {coordinator} for the others",))
+    giving_up.daemon = True
+    giving_up.start()
+    jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout + _GRACE)
+    giving_up.cancel()
+
+
+_GRACE = 60  # seconds after which JAX would abort the process with a stack trace, later than we end it with a line
+
+
+def _give_up(what: str) -> None:
+    print(f"ddt-jax: {what}; start all of them within --join-timeout S", file=sys.stderr, flush=True)
+    os._exit(2)  # of what a user can mend; this thread has nobody to raise a UserError to
 
 
 def has_joined() -> bool:

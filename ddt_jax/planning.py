@@ -14,7 +14,7 @@ import numpy as np
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
-from ddt_jax.scaling import flops, plan, plan_text, topology
+from ddt_jax.scaling import model_flops, plan, plan_text, topology
 from ddt_jax.scaling.topology import Topology
 
 # What `--search` tries of each, unless it is told; meshes are what is left of these after the pod's size.
@@ -224,11 +224,13 @@ def step(s: settings.Experiment, devices: list) -> plan.Step:
     from ddt_jax import experiment
 
     built = experiment.build(s, devices)
-    plain = _traced_flops(without_remat(s), devices)
-    again = _traced_flops(s, devices) - plain if s != without_remat(s) else 0.0
+    once = model_flops.without_remat(s)
+    make = experiment.build, experiment.abstract_batch, devices[:1]
+    plain = model_flops.traced(once, *make)
+    again = model_flops.traced(s, *make) - plain if s != once else 0.0
     rows, share = isinstance(s.model, settings.Multimodal), _attention_share(s, built.model)
     if rows and s.model.transformer.remat in ("full", "dots") and devices[0].platform == "tpu":
-        again -= _attention(s, 2, (1 - share) * s.sequences.context**2)  # tiles that the kernel skips again
+        again -= model_flops.attention(s, 2, (1 - share) * s.sequences.context**2)  # tiles that the kernel skips again
     return plan.Step(
         built.step,
         built.abstract,
@@ -236,48 +238,10 @@ def step(s: settings.Experiment, devices: list) -> plan.Step:
         built.mesh,
         unit="token" if rows else "image",
         units=s.train.batch_size * (s.sequences.context if rows else 1),
-        model_flops=plain - _behind(s),
+        model_flops=plain - model_flops.behind(s),
         repeated_flops=again,
         attention_share=share,
     )
-
-
-def without_remat(s: settings.Experiment) -> settings.Experiment:
-    """The same run, computing nothing a second time."""
-    m = s.model
-    if isinstance(m, settings.Multimodal):
-        coder = getattr(m.image, "coder", None)
-        image = replace(m.image, coder=replace(coder, remat=False)) if hasattr(coder, "remat") else m.image
-        return replace(s, model=replace(m, image=image, transformer=replace(m.transformer, remat="none")))
-    if hasattr(m, "remat"):
-        return replace(s, model=replace(m, remat="none" if isinstance(m.remat, str) else False))
-    return s
-
-
-def _traced_flops(s: settings.Experiment, devices: list) -> float:
-    """Of a step with all logits of attention held at once, as it is written, on one device."""
-    from ddt_jax import experiment
-
-    if isinstance(s.model, settings.Multimodal):
-        s = replace(s, model=replace(s.model, transformer=replace(s.model.transformer, attention="dense")))
-    built = experiment.build(replace(s, mesh=settings.Mesh()), devices[:1])
-    return flops.count(built.step, built.abstract, experiment.abstract_batch(built))
-
-
-def _behind(s: settings.Experiment) -> float:
-    """Operations of attention on keys behind their row, which no causal model asks for: of two products forwards and
-    four backwards.
-    """
-    n = s.sequences.context
-    return _attention(s, 6, n * (n - 1) / 2) if isinstance(s.model, settings.Multimodal) else 0.0
-
-
-def _attention(s: settings.Experiment, products: int, pairs: float) -> float:
-    """Operations of some of attention's products, each 2 E for a pair of a row and a key. pairs: of one example."""
-    from ddt_jax.nn.decoder import head_dim
-
-    t = s.model.transformer
-    return products * 2.0 * t.depth * t.heads * head_dim(t) * s.train.batch_size * pairs
 
 
 def _attention_share(s: settings.Experiment, model) -> float:

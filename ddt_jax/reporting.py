@@ -17,8 +17,10 @@ from ddt_jax.errors import UserError
 from ddt_jax.evaluation import event_times, page, pictures, samples, svg
 from ddt_jax.io import atomic
 from ddt_jax.scaling import points
+from ddt_jax.training import goodput, heartbeat
 from ddt_jax.training.checkpoint import saved_config
 from ddt_jax.training.progress import duration
+from ddt_jax.training.speed import RATE
 from ddt_jax.training.writers import METRICS_FILE, read_metrics
 
 # Curves that are shown at once; the others are folded away. A name belongs to the first group with one of its words.
@@ -30,6 +32,7 @@ _GROUPS = {
 }
 _FIGURES = ("psnr", "ssim", "lpips", "rfid", "scenes_all_correct", "codebook_perplexity", "image_bits")
 _FIGURES += ("plain_perplexity", "t2i_all_correct", "t2i_fid", "caption_all_correct", "edit_all_correct")
+_MEASURED = {RATE.format(unit): "{:,.1f}" for unit in ("token", "image")} | {"mfu": "{:.1%}", "goodput": "{:.1%}"}
 _ENDS = ("_low", "_high", "_n")  # of names that belong to a figure
 _SHEETS = {
     "text_to_image": "Pictures of held-out captions",
@@ -197,20 +200,35 @@ def _chart(runs, name) -> str:
 
 
 def _speed(runs) -> str:
-    measured = [(run, event_times.speed(run.times)) for run in runs]
-    found = [(run, speed) for run, speed in measured if speed]
-    if not found:
+    """Steps per second by the event files; what process 0 has measured, and where the time went, by its accounts."""
+    curves, rows, times = [], [], []
+    for run in runs:
+        points, accounts = event_times.rates(run.times), goodput.read(run.workdir)
+        if not points and not accounts:
+            continue
+        curves.append(svg.Curve(run.name, run.index, points))
+        usual = float(np.median([rate for _, rate in points])) if points else None
+        beats = heartbeat.read(run.workdir)
+        cells = [_or_dash(usual, "{:.3g}"), _or_dash(usual and usual * run.config["train"]["batch_size"], "{:,.0f}")]
+        cells += [_or_dash(accounts.get(name), text) for name, text in _MEASURED.items()]
+        for name in ("peak_device_bytes", "peak_host_bytes"):
+            cells.append(_or_dash(max((beat.get(name, 0) for beat in beats), default=0) / 2**30, "{:.2f}"))
+        rows.append([run.name, *cells])
+        seconds = accounts.get("seconds", {})
+        times.append([run.name, *(duration(seconds[k]) if k in seconds else "–" for k in goodput.KINDS)])
+    if not rows:
         return ""
-    chart = svg.curves("steps per second", [svg.Curve(run.name, run.index, speed.points) for run, speed in found])
-    rows = []
-    for run, speed in found:
-        usual = float(np.median([rate for _, rate in speed.points]))
-        examples = usual * run.config["train"]["batch_size"]
-        rows.append([run.name, f"{usual:.3g}", f"{examples:,.0f}", f"{speed.goodput:.0%}"])
-    text = '<p class="faint">Goodput: the share of the wall time, from the first logged step to the last, that the '
-    text += "steps would have taken at the usual speed (the median).</p>"
-    table = page.table(["run", "steps per second", "examples per second", "goodput"], rows)
-    return page.flow([chart, table + text])
+    text = '<p class="faint">Goodput: of all time, over all restarts, that of steps which counted. Lost: what was done '
+    text += "after a checkpoint from which a run went on. Memory: the fullest process.</p>"
+    header = ["run", "steps/s", "examples/s", "tokens/s/chip", "images/s/chip", "MFU", "goodput"]
+    table = page.table([*header, "GiB of a device", "GiB of a host"], rows)
+    return (
+        page.flow([svg.curves("steps per second", curves), table]) + page.table(["run", *goodput.KINDS], times) + text
+    )
+
+
+def _or_dash(value, text) -> str:
+    return text.format(value) if value else "–"
 
 
 def _samples(run) -> str:

@@ -16,6 +16,7 @@ for flag, value in {"--xla_force_host_platform_device_count": 8, "--xla_backend_
 # What a test or a process that it starts has compiled, later ones read, where the tier asks for it (`make test-slow`).
 # The folder is a fresh one of this process, removed at its end: nothing comes from another session or worker.
 COMPILED = None
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # nowhere: what `ddt-jax train` sets would be a test's workdir
 if os.environ.get("DDT_JAX_KEEP_COMPILED") == "1":
     COMPILED = tempfile.mkdtemp(prefix="ddt_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED

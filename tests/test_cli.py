@@ -14,7 +14,7 @@ import pytest
 
 from ddt_jax import cli, cli_checkpoints, config, experiment, settings
 from ddt_jax.errors import UserError
-from ddt_jax.training import checkpoint
+from ddt_jax.training import checkpoint, goodput, heartbeat
 from ddt_jax.training.loop import EXIT_STOPPED
 from ddt_jax.training.stored import Stored
 
@@ -190,6 +190,27 @@ def test_mistakes_are_one_line_and_exit_code_2(workdir, tmp_path, capsys, argume
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "Traceback" not in error and error.splitlines()[-1].startswith("ddt-jax: ")
+
+
+def test_a_run_says_where_its_time_went_and_that_it_has_ended(workdir):
+    accounts = goodput.read(workdir)
+    seconds, whole = accounts["seconds"], json.loads((workdir / "timing.json").read_text())["train_seconds"]
+    assert {"init", "compile", "step", "checkpoint"} <= set(seconds) <= set(goodput.KINDS) and "lost" not in seconds
+    assert 0.5 * whole < sum(seconds.values()) < whole + 0.1  # all but closing files, once each
+    assert accounts["tries"] == 1 and accounts["peak_host_bytes"] > 100 << 20
+    (beat,) = heartbeat.read(workdir)
+    assert (beat["process"], beat["step"], beat["phase"]) == (0, 6, "ended")
+
+
+def test_what_is_compiled_is_kept_with_the_run_unless_another_place_is_named(tmp_path, monkeypatch):
+    name, run_folder = "JAX_COMPILATION_CACHE_DIR", tmp_path / "run"
+    monkeypatch.delenv(name, raising=False)
+    assert run("config", *SMOKE) == 0 and name not in os.environ  # of no run
+    assert run("train", "--config", "configs/none.py", "--workdir", run_folder) == cli.EXIT_USER
+    assert os.environ[name] == f"{run_folder}/compiled"
+    monkeypatch.setenv(name, "elsewhere")
+    assert run("train", "--config", "configs/none.py", "--workdir", run_folder) == cli.EXIT_USER
+    assert os.environ[name] == "elsewhere"
 
 
 def test_help_of_every_verb_explains_itself(capsys):

@@ -23,6 +23,7 @@ LAYERS = [
     {"exchange", "inspection", "judging", "ledger", "planning", "replaying", "tokenize"},
     {"drawings", "speaking"},
     {"experiment"},
+    {"monitoring"},
     {"scaling", "evaluation", "interop"},
     {"training"},
     {"multimodal", "tokenizers"},

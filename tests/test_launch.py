@@ -11,7 +11,8 @@ LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 JOB = ["train", "--config", "c.py", "--workdir", "a b"]
 
 STAND_INS = {
-    "ddt-jax": 'echo "CALL $(printf "%s|" "$@")"; echo "$XLA_FLAGS" >&2; exit "${CODE:-0}"',
+    "ddt-jax": 'if [ "$1" = flags ]; then [ "$3" != v0 ] && echo "export LIBTPU_INIT_ARGS=for-$3"; exit; fi; '
+    'echo "CALL $(printf "%s|" "$@")"; echo "$XLA_FLAGS ${LIBTPU_INIT_ARGS:-}" >&2; exit "${CODE:-0}"',
     "srun": 'shift; for i in 0 1; do SLURM_PROCID=$i "$@" || status=$?; done; exit "${status:-0}"',
     "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "requeued $2"; fi',
     "curl": 'case "${@: -1}" in *agent-worker-number) echo 1;; *) echo "x:1:10.0.0.5,y:1:10.0.0.6";; esac',
@@ -65,6 +66,12 @@ def test_slurm_queues_again_only_after_a_saved_stop(run):
     assert "requeued" not in run(LAUNCH / "slurm.sh", "c.py", "w", CODE="1", **SLURM)[2]
 
 
+@pytest.mark.parametrize("code", ["76", "77", "137"])
+def test_slurm_queues_again_after_a_lost_process_but_not_for_ever(run, code):
+    assert "requeued 12" in run(LAUNCH / "slurm.sh", "c.py", "w", CODE=code, SLURM_RESTART_COUNT="9", **SLURM)[2]
+    assert "requeued" not in run(LAUNCH / "slurm.sh", "c.py", "w", CODE=code, SLURM_RESTART_COUNT="10", **SLURM)[2]
+
+
 def test_tpu_vm_asks_the_cloud_for_its_place(run):
     assert run(LAUNCH / "tpu_vm.sh", "c.py", "a b")[1] == [JOB + place("10.0.0.5:8476", 2, 1)]
 
@@ -72,9 +79,20 @@ def test_tpu_vm_asks_the_cloud_for_its_place(run):
 def test_gke_pod_starts_with_its_place(run):
     job = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
-    pod = {"TPU_WORKER_HOSTNAMES": "p0,p1", "TPU_WORKER_ID": "1", "CONFIG": "c.py", "WORKDIR": "a b"}
-    assert run(*container["command"], **pod)[1] == [JOB + place("p0:8476", 2, 1)]
+    pod = {"TPU_WORKER_HOSTNAMES": "p0,p1", "TPU_WORKER_ID": "1", "CONFIG": "c.py", "WORKDIR": "a b", "CHIP": ""}
+    code, calls, _, err = run(*container["command"], **pod)
+    assert (code, calls) == (0, [JOB + place("p0:8476", 2, 1)]) and "for-" not in err
+    code, calls, _, err = run(*container["command"], **pod | {"CHIP": "v5e"})
+    assert (code, len(calls)) == (0, 1) and "for-v5e" in err
+    assert run(*container["command"], **pod | {"CHIP": "v0"})[:2] == (1, [])
     assert job["parallelism"] == job["completions"]
+
+
+@pytest.mark.parametrize(("script", "env"), [("slurm.sh", SLURM), ("tpu_vm.sh", {})])
+def test_flags_of_a_chip_are_set_where_it_is_named(run, script, env):
+    assert "for-" not in run(LAUNCH / script, "c.py", "w", **env)[3]
+    assert "for-v5p" in run(LAUNCH / script, "c.py", "w", CHIP="v5p", **env)[3]
+    assert run(LAUNCH / script, "c.py", "w", CHIP="v0", **env)[:2] == (1, [])  # not without them
 
 
 @pytest.mark.parametrize("script", ["local.sh", "slurm.sh", "tpu_vm.sh"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from ddt_jax import cli, planning
+from ddt_jax import cli, experiment, monitoring, planning
 from ddt_jax.errors import UserError
 from ddt_jax.scaling import plan_text, topology
 
@@ -51,10 +51,30 @@ def scanned():
     return planning.plan_one(request(), POD, jax.devices())
 
 
+def matrices_of(width, mlp):
+    """Parameters of the two layers' matrices."""
+    return 2 * (width * width * 2 + 2 * width * width // 2 + 3 * width * mlp)
+
+
+def operations_by_hand(width, mlp, vocab):
+    """Of each parameter two operations forwards, four backwards; and half of all pairs of rows, 2 + 4 products."""
+    pairs = 64 * 65 / 2
+    return 6 * (matrices_of(width, mlp) + vocab * width) * 16 * 64 + 6 * 2 * 2 * width * 16 * pairs
+
+
+def test_the_mfu_of_a_run_has_the_same_operations_and_the_peak_of_its_chips(monkeypatch):
+    s = planning.prepare(request(), POD, 8)[0]
+    monkeypatch.setattr(monitoring, "of_device", lambda kind: POD.chip)
+    speed = monitoring.speed(s, 8, experiment.build, experiment.abstract_batch)
+    found = speed.figures(32.0)  # two steps a second
+    assert found["mfu"] == pytest.approx(2 * operations_by_hand(64, 128, 512) / (8 * 989e12), rel=1e-6)
+    assert found["tokens_per_second_per_chip"] == 32 * 64 / 8
+
+
 def test_a_plan_says_what_a_step_needs(scanned):
     t = {key.rsplit(".", 1)[1]: value for key, value in SIZES.items()}
     width, mlp, vocab = t["width"], t["mlp_width"], t["vocab_size"]
-    matrices = 2 * (width * width * 2 + 2 * width * width // 2 + 3 * width * mlp)
+    matrices = matrices_of(width, mlp)
     assert scanned["parameters"] == matrices + 2 * vocab * width + 5 * width
     # Everything but the norms is divided by 8; Adam keeps two numbers for each parameter, and one counter.
     assert scanned["memory"]["parameters"] == pytest.approx(4 * scanned["parameters"] / 8, rel=0.01)
@@ -62,9 +82,7 @@ def test_a_plan_says_what_a_step_needs(scanned):
     assert scanned["fits"] and scanned["hbm_bytes_per_chip"] == sum(scanned["memory"].values())
     assert scanned["mesh"] == {"fsdp": 4, "tensor": 2} and scanned["tokens_per_step"] == 16 * 64
     assert {c["axis"] for c in scanned["collectives"]} >= {"fsdp", "tensor"}
-    # Of each parameter two operations forwards, four backwards; and half of all pairs of rows, 2 + 4 products.
-    pairs = 64 * 65 / 2
-    by_hand = 6 * (matrices + vocab * width) * 16 * 64 + 6 * 2 * 2 * width * 16 * pairs
+    by_hand = operations_by_hand(width, mlp, vocab)
     assert scanned["model_flops"] == pytest.approx(by_hand, rel=1e-6)
     e = scanned["estimate"]
     assert e["step_seconds"] == max(e[f"{term}_seconds"] for term in ("compute", "memory", "communication"))

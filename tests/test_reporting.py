@@ -12,7 +12,9 @@ import pytest
 from ddt_jax import cli, config, reporting
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation import event_times, pictures, samples
+from ddt_jax.io import atomic
 from ddt_jax.scaling import points
+from ddt_jax.training import goodput
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID = {"meta", "img", "input", "br", "link"}
@@ -63,6 +65,15 @@ def write_run(root, *, lr, loss=1.0):
     results |= {"codebook_size": 64, "codebook_used_by_position": [5, 9], "codebook_perplexity_by_position": [3.5, 8.0]}
     (root / "results.json").write_text(json.dumps(results))
     (root / "timing.json").write_text('{"train_seconds": 83.2}')
+    if root.name == "a":
+        accounts = goodput.Goodput(root, 30, 0.0, lambda: {"training": 100.0, "waiting": 0.0, "compiling": 10.0})
+        accounts._before = {"lost": 10.0}
+        accounts.figures = {"mfu": 0.41, "images_per_second_per_chip": 256.0}
+        accounts.write()
+        for number, gigabytes in enumerate((2, 3)):
+            beat = {"process": number, "peak_device_bytes": gigabytes << 30, "peak_host_bytes": 1 << 30}
+            atomic.write_text(root / "heartbeats" / f"{number}.json", json.dumps(beat))
+        atomic.write_text(root / "heartbeats" / "2.json", "{")  # damaged
     images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
     rows = {
         f"{k} tokens\n{v} dB": np.roll(images, i + 1, 0) for i, (k, v) in enumerate(results["psnr_by_tokens"].items())
@@ -177,14 +188,22 @@ def test_what_differs_what_failed_and_what_was_fitted_is_there(made):
     assert "bad step" not in page.text  # zero throughout
 
 
-def test_speed_and_goodput_are_those_of_the_event_files(made):
-    page, _, runs = made
-    times = event_times.read(runs[0])
+def test_speed_is_that_of_the_event_files(made):
+    times = event_times.read(made[2][0])
     assert times == [(10, 100.0), (20, 105.0), (30, 110.0), (20, 145.0), (30, 150.0)]
-    found = event_times.speed(times)
-    assert found.points == [(20, 2.0), (30, 2.0), (30, 2.0)]
-    assert found.goodput == pytest.approx((20 / 2) / 50)  # twenty steps at two a second, in fifty seconds
-    assert "20%" in page.text and event_times.speed(times[:2]) is None
+    assert event_times.rates(times) == [(20, 2.0), (30, 2.0), (30, 2.0)]
+    assert event_times.rates(times[:1]) == []
+
+
+def test_goodput_and_memory_are_those_of_the_accounts_and_the_heartbeats(made):
+    rows = re.findall(r"<tr>(.*?)</tr>", made[1], re.DOTALL)
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in rows]
+    a = ["2", "16", "–", "256.0", "41.0%", "83.3%", "3.00", "1.00"]
+    assert any(row[1:] == a and "a" in row[0] for row in cells)
+    b = ["2", "16", *"––––––"]  # of an older version: neither accounts nor heartbeats
+    assert any(row[1:] == b and "b" in row[0] for row in cells)
+    kinds = ["–", "0:10", "–", "1:40", "–", "–", "–", "0:10"]
+    assert [row[1:] for row in cells if row[1:] == kinds]
 
 
 def test_a_torn_event_file_gives_what_is_whole(made, tmp_path):

@@ -4,23 +4,10 @@ A file is a row of records: length (uint64), its checksum, an `Event` of that ma
 What is torn or damaged ends its file.
 """
 
-import statistics
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from etils import epath
-
-
-class Speed(NamedTuple):
-    """Attributes:
-    points: (step, steps per second up to it).
-    goodput: share of the wall time, from the first record to the last, that its steps would have taken at the usual
-      speed: the rest went to pauses, restarts, steps done twice, evaluations and checkpoints.
-    """
-
-    points: list[tuple[float, float]]
-    goodput: float
 
 
 def read(workdir) -> list[tuple[int, float]]:
@@ -49,21 +36,11 @@ def _events(data: bytes) -> Iterator:
             yield event
 
 
-def speed(times: list[tuple[int, float]]) -> Speed | None:
-    """Args:
-      times: as `read`.
-
-    Returns:
-      None for fewer than three records of different steps.
-    """
+def rates(times: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    """(step, steps per second up to it, from the step logged before). times: as `read`."""
     firsts: list[tuple[int, float]] = []
     for step, second in times:  # a step logs several figures at about the same time: the first one counts
         if not firsts or step != firsts[-1][0]:
             firsts.append((step, second))
-    rates = [(b, (b - a) / (y - x)) for (a, x), (b, y) in zip(firsts, firsts[1:], strict=False) if b > a and y > x]
-    if len(rates) < 2:
-        return None
-    usual = statistics.median(rate for _, rate in rates)
-    reached = max(step for step, _ in firsts) - firsts[0][0]
-    wall = firsts[-1][1] - firsts[0][1]
-    return Speed([(float(step), rate) for step, rate in rates], min(1.0, reached / usual / wall))
+    pairs = zip(firsts, firsts[1:], strict=False)
+    return [(float(b), (b - a) / (y - x)) for (a, x), (b, y) in pairs if b > a and y > x]

@@ -43,3 +43,21 @@ CHIPS = {
     "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 0, 50e9, _GPU_SOURCE.format(name="h100")),
     "h200": Chip(989e12, 141e9, 4.8e12, 450e9, 0, 50e9, _GPU_SOURCE.format(name="h200")),
 }
+
+# `jax.Device.device_kind`. TPUs: what the TPU compiler's abstract devices say (tests/tpu/test_flags.py), and the short
+# names of jax.experimental.pallas.tpu; GPUs: the cards' own names. Other cards of these families have other figures.
+DEVICE_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+
+
+def of_device(kind: str) -> Chip | None:
+    """The chip of a device by its `device_kind`; None for one whose figures are not here, as a CPU."""
+    return CHIPS[DEVICE_KINDS[kind]] if kind in DEVICE_KINDS else None

@@ -385,6 +385,9 @@ class Train:
     best_metric: str = "loss"  # a figure of the log: the last one written up to the save, as `eval/psnr`
     best_is: Literal["lowest", "highest"] = "lowest"
     recheck_every: int = 0  # steps between two that are done twice, on rotated devices, for equal bits; 0 = none
+    silence_limit: float = 0.0  # seconds without a sign of life after which a process ends, with code 77; 0 = none
+    profile_at: int = 0  # step at which a profile begins; 0 = none, but for SIGUSR1
+    profile_steps: int = 5  # steps in a profile
     tensorboard: bool = True
     wandb: bool = False
 

@@ -19,6 +19,7 @@ from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.training.checkpoint import Checkpoints
+from ddt_jax.training.profiling import Profiler
 from ddt_jax.training.progress import Progress
 from ddt_jax.training.recheck import Recheck
 from ddt_jax.training.state import TrainState
@@ -48,11 +49,17 @@ class Watch:
     Attributes:
       keep_bad: (step, host batch) of a skipped step → where its batch is found again, for the log.
       record: takes (step, metrics as floats) of every step, in order.
+      measured: → figures of the machine for the log, whenever a mean is written.
+      saved: takes the step of every checkpoint that has been begun.
+      profiler: takes profiles of some steps.
       recheck: repeats every `train.recheck_every`th step.
     """
 
     keep_bad: Callable[[int, dict], str] = lambda step, batch: ""
     record: Callable[[int, dict], None] = lambda step, values: None
+    measured: Callable[[], dict[str, float]] = dict
+    saved: Callable[[int], None] = lambda step: None
+    profiler: Profiler | None = None
     recheck: Recheck | None = None
 
 
@@ -113,21 +120,25 @@ def train(
     """
     done = int(state.step)
     stop, log, pending, asked = StopRequest(), _Log(train, writer, progress, watch), deque(), False
-    with stop.listening(progress.note):
+    profiler = watch.profiler or Profiler()
+    with stop.listening(progress.note), profiler.listening(progress):
         while done < train.steps and not asked:
             checkpoints.check()
-            batch = next(batches)
+            with progress.waiting(hidden=lambda: not state.step.is_ready()):  # noqa: B023 - called at once
+                batch = next(batches)
             batch[STOP] = np.full(len(batch["slot"]), stop.event.is_set(), np.int32)
             placed, again = meshes.put_batch(batch, mesh), None
             if watch.recheck and train.recheck_every and (done + 1) % train.recheck_every == 0:
                 with progress.phase("rechecking"):
                     again = watch.recheck.begin(state, placed)
+            profiler.before(done + 1)
             with progress.phase("compiling") if not log.started else nullcontext():
                 state, metrics = step_fn(state, placed)
                 if not log.started:
                     jax.block_until_ready(metrics)  # so that the time to compile is not taken for that of a step
                     log.started = True
             done += 1
+            profiler.after(done, metrics)
             if again:
                 watch.recheck.end(done, again, (state, metrics))
             pending.append((done, metrics, batch))
@@ -143,11 +154,13 @@ def train(
             if save:
                 with progress.phase("saving"):
                     checkpoints.save(state, config, log.figures)
+                watch.saved(done)
     for absorbed in pending:
         log.absorb(*absorbed)
     with progress.phase("saving"):
         checkpoints.save(state, config, log.figures)
         checkpoints.wait()
+    watch.saved(done)
     return state, done >= train.steps
 
 
@@ -188,6 +201,7 @@ class _Log:
             self.figures |= mean
             self._writer.write(step, mean)
             self._progress.update(step, {"loss": mean["loss"]})
+            self._writer.measure(step, self._watch.measured())
         else:
             self._progress.update(step)
         return asked

@@ -50,14 +50,23 @@ class Progress:
       every_seconds: in a log file, seconds between two lines.
       clock: source of time in seconds.
       unit: what is counted.
+      speed: (examples per second) → figures, of which "mfu" is shown.
+
+    Attributes:
+      sign: when the run last did something, by the clock; a watchdog looks at it.
+      ended: names of the phases that have ended at least once. The first time of each compiles, and may take long.
     """
 
     def __init__(self, total_steps, start_step=0, batch_size=1, stream=sys.stderr, live=None, *,
-                 every_seconds=10.0, clock=time.monotonic, unit="step"):  # fmt: skip
+                 every_seconds=10.0, clock=time.monotonic, unit="step", speed=None):  # fmt: skip
         self.total_steps = total_steps
         self.step = start_step
         self.batch_size = batch_size
         self._unit = unit
+        self._speed = speed
+        self.sign = clock()
+        self.ended: set[str] = set()
+        self._waited = 0.0
         self.excluded: dict[str, float] = {}  # seconds by phase
         self._stream = stream
         self._live = bool(getattr(self._stream, "isatty", lambda: False)()) if live is None else live
@@ -95,10 +104,42 @@ class Progress:
         rate = self.examples_per_second
         return (self.total_steps - self.step) * self.batch_size / rate if rate else None
 
+    @property
+    def age(self) -> float:
+        """Seconds since it was made."""
+        return self._clock() - self._start
+
+    @property
+    def doing(self) -> str:
+        """The phase, the innermost of several; "" while it trains."""
+        with self._lock:
+            return self._phases[-1] if self._phases else ""
+
+    def spent(self) -> dict[str, float]:
+        """Seconds so far: "training", of these "waiting", and every phase by its name, one that goes on included."""
+        with self._lock:
+            found = {"training": self.seconds, "waiting": self._waited, **self.excluded}
+            if self._phases:
+                name = self._phases[0]
+                found[name] = found.get(name, 0.0) + self._clock() - self._phase_start
+            return found
+
+    @contextlib.contextmanager
+    def waiting(self, hidden=lambda: False):
+        """Time in which the loop gets its batch. It counts as training; where `hidden()` is true afterwards, as the
+        devices were still busy, nobody has waited.
+        """
+        begun = self._clock()
+        yield
+        self.sign = self._clock()
+        if not hidden():
+            self._waited += self.sign - begun
+
     def update(self, step: int, metrics: dict | None = None) -> None:
         """`step` steps are done. Without metrics (host floats) the line keeps those of before."""
         with self._lock:
             self.step = step
+            self.sign = self._clock()
             self._metrics = dict(metrics or self._metrics)
             self._sample(step)
             last = step >= self.total_steps
@@ -115,6 +156,7 @@ class Progress:
         with self._lock:
             if not self._phases:
                 self._phase_start = self._clock()
+            self.sign = self._clock()
             self._phases.append(name)
             self._phase_detail = ""
             self._show()
@@ -123,9 +165,11 @@ class Progress:
         finally:
             with self._lock:
                 self._phases.pop()
+                self.ended.add(name)
                 self._phase_detail = ""
+                self.sign = self._clock()
                 if not self._phases:
-                    took = self._clock() - self._phase_start
+                    took = self.sign - self._phase_start
                     self.excluded[name] = self.excluded.get(name, 0.0) + took
                     if not self._live and took >= 1:
                         self._print(f"{self._unit} {self.step:,}/{self.total_steps:,}  {name} took {duration(took)}\n")
@@ -166,6 +210,8 @@ class Progress:
         rate, left = self.examples_per_second, self.seconds_left
         if rate is not None:
             parts.append(f"{_rate_text(rate)} examples/s")
+            if self._speed and (mfu := self._speed(rate).get("mfu")):
+                parts.append(f"MFU {mfu:.0%}")
         if left is not None and self.step < self.total_steps:
             parts.append(f"{duration(left)} left")
         if self._phases:
@@ -188,6 +234,7 @@ class Progress:
 
     def _set_detail(self, detail) -> None:
         with self._lock:
+            self.sign = self._clock()
             self._phase_detail = str(detail)
             if self._live and self._clock() - self._printed_at >= _REFRESH_SECONDS:
                 self._show()

@@ -31,6 +31,9 @@ class Writer(Protocol):
     def write(self, step: int, scalars: dict) -> None:
         """Named scalars after `step` optimizer steps."""
 
+    def measure(self, step: int, scalars: dict) -> None:
+        """Figures of the machine at that time: speed, memory. They depend on more than the run itself."""
+
     def image(self, step: int, name: str, image) -> None:
         """A picture, uint8 [H, W, 3]."""
 
@@ -102,6 +105,9 @@ class JsonlWriter:
         if self._unsaved >= _REMOTE_FLUSH_LINES:
             self._save_remote()
 
+    def measure(self, step, scalars):
+        """Left out: another machine, or a restart, would write another file."""
+
     def image(self, step, name, image):
         from PIL import Image
 
@@ -159,6 +165,8 @@ class TensorBoardWriter:
             if math.isfinite(value):
                 self._open().add_scalar(name, float(value), int(step))
 
+    measure = write
+
     def image(self, step, name, image):
         self._open().add_image(name, np.asarray(image), int(step), dataformats="HWC")
 
@@ -212,6 +220,8 @@ class WandbWriter:
 
     def write(self, step, scalars):
         self._offer(("scalars", int(step), {name: np.asarray(value).item() for name, value in scalars.items()}))
+
+    measure = write
 
     def image(self, step, name, image):
         self._offer(("image", int(step), {name: np.asarray(image)}))
@@ -270,6 +280,10 @@ class MultiWriter:
     def write(self, step, scalars):
         for writer in self.writers:
             writer.write(step, scalars)
+
+    def measure(self, step, scalars):
+        for writer in self.writers:
+            writer.measure(step, scalars)
 
     def image(self, step, name, image):
         for writer in self.writers:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ddt_jax import cli, experiment
+from ddt_jax.training import heartbeat
 from ddt_jax.training.stored import Stored
 
 ROOT = Path(__file__).parents[2]
@@ -114,14 +115,24 @@ def train_as_one(workdir, *more):
     return cli.main(["train", "--config", "configs/smoke.py:linear", "--workdir", str(workdir), *LONG, *more])
 
 
-def train_as_two(workdir):
-    """Two processes of four devices each. Returns what process 0 said."""
-    join = ("--coordinator", f"localhost:{free_port()}", "--num-processes", 2, "--process-id")
-    processes = [spawn(command("configs/smoke.py:linear", workdir, *LONG, *join, i), devices=4) for i in (0, 1)]
-    said = [p.communicate(timeout=300)[1] for p in processes]
-    for process, err in zip(processes, said, strict=True):
+def train_as(processes, devices, workdir):
+    """So many processes of so many devices each. Returns what process 0 said."""
+    join = ("--coordinator", f"localhost:{free_port()}", "--num-processes", processes, "--process-id")
+    started = [
+        spawn(command("configs/smoke.py:linear", workdir, *LONG, *join, i), devices=devices) for i in range(processes)
+    ]
+    said = [p.communicate(timeout=300)[1] for p in started]
+    for process, err in zip(started, said, strict=True):
         assert process.returncode == 0 and "Traceback" not in err and "Warning" not in err, err
     return said[0]
+
+
+@pytest.fixture(scope="module")
+def two_by_two(tmp_path_factory):
+    """Two processes of two devices each, undisturbed."""
+    workdir = tmp_path_factory.mktemp("two_by_two")
+    train_as(2, 2, workdir)
+    return workdir
 
 
 def copied_up_to(step, workdir, target):
@@ -142,16 +153,25 @@ def test_on_other_meshes_and_processes_the_same_losses_follow(eight, tmp_path, m
         assert train_as_one(four, "--config.mesh.tensor=2") == 0
     assert "goes on from step 5 " in capsys.readouterr().err
     two = copied_up_to(10, four, tmp_path / "two")
-    assert "goes on from step 10 " in train_as_two(two)
+    assert "goes on from step 10 " in train_as(2, 4, two)
     again = copied_up_to(15, two, tmp_path / "again")
     assert train_as_one(again, "--config.mesh.data=2") == 0
     assert "goes on from step 15 " in capsys.readouterr().err
     np.testing.assert_allclose(losses(again), losses(eight), rtol=1e-5)
 
 
-def test_two_processes_train_like_one_and_agree_on_where_to_go_on(eight, tmp_path):
-    two, damaged = tmp_path / "two", tmp_path / "damaged"
-    train_as_two(two)
+def test_how_devices_are_shared_out_among_processes_changes_no_bit(eight, two_by_two, tmp_path):
+    train_as(4, 1, tmp_path)
+    assert experiment.digest(tmp_path) == experiment.digest(two_by_two)
+    for name in ("metrics.jsonl", "steps.f32"):
+        assert (tmp_path / name).read_bytes() == (two_by_two / name).read_bytes()
+    np.testing.assert_allclose(losses(tmp_path), losses(eight), rtol=1e-5)  # gloo adds up in another order
+    beats = [(beat["process"], beat["step"], beat["phase"]) for beat in heartbeat.read(tmp_path)]
+    assert beats == [(i, 20, "ended") for i in range(4)]
+
+
+def test_two_processes_train_like_one_and_agree_on_where_to_go_on(eight, two_by_two, tmp_path):
+    two, damaged = two_by_two, tmp_path / "damaged"
     np.testing.assert_allclose(losses(two), losses(eight), rtol=1e-5)
     newest, earlier = (Stored(two / "checkpoints" / step) for step in ("20", "15"))
     # Each host has read back what it wrote, and its share of the files is in the list.
@@ -162,15 +182,18 @@ def test_two_processes_train_like_one_and_agree_on_where_to_go_on(eight, tmp_pat
     # A file of which only one of the hosts looks at the hash: the other must follow it to the checkpoint before.
     file = damaged / "checkpoints" / "20" / sorted(newest.listed())[1]
     file.write_bytes(file.read_bytes()[:-1])
-    said = train_as_two(damaged)
+    said = train_as(2, 2, damaged)
     assert "checkpoint: step 20 passed over: process 1 found it damaged" in said and "goes on from step 15" in said
     np.testing.assert_array_equal(losses(damaged), losses(two))  # the same mesh, so to the last bit
     assert experiment.digest(damaged) == experiment.digest(two)
 
 
-def test_a_missing_peer_is_one_line_within_the_timeout(tmp_path):
-    join = ("--coordinator", f"localhost:{free_port()}", "--num-processes", 2, "--process-id", 1, "--join-timeout", 3)
-    process = spawn(command("configs/smoke.py:linear", tmp_path, *join))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2, err
-    assert "process 1 of 2 could not join" in err and "Traceback" not in err
+@pytest.mark.parametrize(
+    ("process", "says"), [(0, "process 0 of 2 waited 3 s at"), (1, "process 1 of 2 could not join")]
+)
+def test_a_missing_peer_is_one_line_within_the_timeout(process, says, tmp_path):
+    join = ("--coordinator", f"localhost:{free_port()}", "--num-processes", 2, "--process-id", process)
+    started = spawn(command("configs/smoke.py:linear", tmp_path, *join, "--join-timeout", 3))
+    _, err = started.communicate(timeout=120)
+    assert started.returncode == 2, err
+    assert says in err and len(err.strip().splitlines()) == 1

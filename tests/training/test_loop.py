@@ -15,6 +15,7 @@ from ddt_jax import experiment, settings
 from ddt_jax.errors import UserError
 from ddt_jax.training import loop
 from ddt_jax.training.checkpoint import Checkpoints
+from ddt_jax.training.profiling import Profiler
 from ddt_jax.training.progress import Progress
 
 TRAIN = settings.Train(steps=10, batch_size=8, log_every=3, checkpoint_every=4)
@@ -32,10 +33,13 @@ def built():
 
 class Writer:
     def __init__(self):
-        self.lines = []
+        self.lines, self.measured = [], []
 
     def write(self, step, scalars):
         self.lines.append((step, scalars))
+
+    def measure(self, step, scalars):
+        self.measured.append((step, scalars))
 
 
 def batches(start=0, bad=(), before=lambda step: None):
@@ -192,3 +196,35 @@ def test_a_save_that_failed_in_the_background_ends_the_run_before_the_next_step(
     with pytest.raises(UserError, match="cannot be written"):
         run(built, tmp_path, train=train, data=batches(before=slowly), watch=watch)
     assert seen == [1, 2]
+
+
+def test_what_watches_is_told_of_means_saves_and_windows(built, tmp_path, monkeypatch):
+    seen, saved, ended = [], [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: seen.append(("start", folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append(("stop",)))
+
+    def before(step):  # the batch of the next step is asked for
+        seen.append(step)
+        time.sleep(0.2 if step == 5 else 0)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    handler, writer, out = signal.getsignal(signal.SIGUSR1), Writer(), io.StringIO()
+    progress = Progress(TRAIN.steps, 0, 8, out)
+    measured = lambda: ended.append(sorted(progress.ended)) or {"speed": len(ended)}  # noqa: E731
+    watch = loop.Watch(measured=measured, saved=saved.append, profiler=Profiler(tmp_path, first=3, steps=2))
+    with jax.set_mesh(built.mesh), contextlib.closing(Checkpoints(tmp_path, TRAIN)) as points:
+        how = {"mesh": built.mesh, "train": TRAIN, "checkpoints": points, "config": {}, "progress": progress}
+        loop.train(built.init(), built.step, batches(before=before), **how, writer=writer, watch=watch)
+
+    assert writer.measured == [(3, {"speed": 1}), (6, {"speed": 2}), (9, {"speed": 3})]
+    assert saved == [4, 8, 10]
+    spent = progress.spent()
+    assert 0.2 <= spent["waiting"] < spent["training"] and {"compiling", "profiling", "saving"} < set(spent)
+    assert "compiling" in ended[0] and "saving" not in ended[0]
+
+    three, seven = (str(tmp_path / "profiles" / step) for step in ("3", "7"))
+    # Batch 2 is for step 3: the window has steps 3 and 4. The signal comes with the batch for step 7.
+    assert seen == [0, 1, 2, ("start", three), 3, ("stop",), 4, 5, 6, ("start", seven), 7, ("stop",), 8, 9]
+    assert f"profile: {three}\n" in out.getvalue() and f"profile: {seven}\n" in out.getvalue()
+    assert signal.getsignal(signal.SIGUSR1) is handler

@@ -92,6 +92,29 @@ def test_phases_count_neither_for_speed_nor_for_time_left(clock, screen):
     assert p.excluded == pytest.approx({"compiling": 60, "evaluating": 45})
 
 
+def test_all_seconds_are_accounted_for(clock):
+    p = Progress(10, stream=None, clock=clock)
+    with p.waiting():
+        clock.now += 3
+    with p.waiting(hidden=lambda: True):  # the devices were busy all the while
+        clock.now += 2
+    with p.phase("compiling"):
+        clock.now += 20
+        assert p.spent() == {"training": 5, "waiting": 3, "compiling": 20} and p.doing == "compiling"
+        with p.phase("saving"):
+            clock.now += 1
+            assert p.doing == "saving" and p.ended == set()
+        assert p.ended == {"saving"}
+    _run(p, clock, 0, 4, 0.25)
+    assert p.spent() == {"training": 6, "waiting": 3, "compiling": 21} and p.doing == "" and p.age == 27
+
+
+def test_mfu_is_shown_where_it_is_known(clock, screen):
+    p = Progress(300, batch_size=32, stream=screen, clock=clock, speed=lambda rate: {"mfu": rate / 160, "other": 1.0})
+    _run(p, clock, 0, 100, loss=0.5)
+    assert screen.row == "step 100/300  33%  loss 0.5  64 examples/s  MFU 40%  1:40 left"
+
+
 def test_an_unannounced_compilation_in_the_first_step_does_not_spoil_the_speed(clock, screen):
     p = Progress(100, stream=screen, clock=clock)
     clock.now += 120

@@ -45,6 +45,16 @@ def test_non_finite_values_stay_valid_json_and_read_back(tmp_path):
     assert math.isnan(record["a"]) and record["b"] == math.inf and record["c"] == -math.inf and record["d"] == 1
 
 
+def test_figures_of_the_machine_are_in_tensorboard_and_not_in_the_log_that_a_run_repeats(tmp_path):
+    from ddt_jax.evaluation import event_times
+
+    writer = writers.for_run(tmp_path, settings.Train(), {})
+    writer.measure(5, {"speed/mfu": 0.4})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert [step for step, _ in event_times.read(tmp_path)] == [5]
+
+
 def _run(workdir, start, stop):
     writer = writers.JsonlWriter(workdir)
     writer.truncate_after(start)
