@@ -337,14 +337,11 @@ def digest(workdir: str) -> str:
 
 
 def write_latents(s: settings.Experiment, folder: str, *, per_shard: int = 4096) -> dict:
-    """Writes what the codec makes of the images in data.source, to train with data.source=latents:FOLDER.
+    """Writes what the codec makes of the images in data.source, or of all frames of its clips, to train with
+    data.source=latents:FOLDER.
 
     What is there already of an earlier call stays. Returns and raises as `training.latents.write`.
     """
-    if s.data.frames:
-        raise UserError(
-            f"latents: of clips (data.frames={s.data.frames}) none are kept; the codec runs in the train step"
-        )
     built, size = build(s), s.evaluate.batch_size
     meshes.check_batch(size, built.mesh, "evaluate.batch_size")
     latents.identity(built.model, s.data)  # refuses before weights are read
