@@ -9,10 +9,10 @@ from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 
 
-def get_config(variant="ddpm"):
+def get_config(variant="quarters"):
     if variant == "captions":
         raise UserError("config: acdit_cifar10 has no variant 'captions', as its images have none; leave it out")
-    c = config.sibling(__file__, "acdit_scenes").get_config("ddpm" if variant == "classify" else variant)
+    c = config.sibling(__file__, "acdit_scenes").get_config("quarters" if variant == "classify" else variant)
     c.name = f"acdit_cifar10_{variant}"
     c.data.source = "parquet:${DDT_JAX_DATA}/cifar10/train-0000[0-3]-of-00005.parquet"
     c.data.eval_source = "parquet:${DDT_JAX_DATA}/cifar10/train-00004-of-00005.parquet"

@@ -1,9 +1,10 @@
-"""Three ways of an image into one transformer, on scenes, all else alike (docs/comparison.md). Hardware: 2 CPU cores.
+"""Ways of an image into one transformer, on scenes, all else alike (docs/comparison.md). Hardware: 2 CPU cores.
 
-Variants: "codes" (DDT tokens), "spatial" (Chameleon), "transfusion" (denoised pixels), each from its own config beside
-this one. A variant takes the folder of its tokenizer and codes: "codes:runs/mine"; without it runs/comparison/ARM.
+Variants: "codes" (DDT tokens), "unordered" (codes of `quickstart.py:unordered`), "seed" (of `seed_scenes.py`),
+"spatial" (Chameleon); "transfusion" (denoised pixels), "blocks" (the same block by block beside clean ones, as ACDiT).
+A variant of codes takes the folder of its tokenizer and codes: "codes:runs/mine"; without it runs/comparison/ARM.
 
-From `llama_scenes.py` all three take backbone, optimizer, rows of a batch, text, formats and how they are evaluated;
+From `llama_scenes.py` all take backbone, optimizer, rows of a batch, text, formats and how they are evaluated;
 from Chameleon's recipe QK-norm and z-loss. A row holds two documents in each, so that equal steps see equal data;
 `context` is what these take. `tools/compare.py plan` says with which steps and rates they are trained.
 """
@@ -11,9 +12,11 @@ from Chameleon's recipe QK-norm and z-loss. A row holds two documents in each, s
 from ddt_jax import config
 from ddt_jax.errors import UserError
 
-CODES, PATCHES = 16, 64  # of an image: what it is in the two arms of codes, and in the third
+CODES, PATCHES = 16, 64  # that an image is
 DOCUMENTS, CONTEXT = 2, 80  # of a row; shorter ones leave long captions alone
-SIBLINGS = {"codes": "llama_scenes", "spatial": "llama_spatial_scenes", "transfusion": "transfusion_scenes"}
+SIBLINGS = dict.fromkeys(("codes", "unordered", "seed"), "llama_scenes")
+SIBLINGS |= {"spatial": "llama_spatial_scenes", "transfusion": "transfusion_scenes", "blocks": "transfusion_scenes"}
+ROWS = {"transfusion": PATCHES, "blocks": 2 * PATCHES}  # of an image that is no codes; blocks have noised copies
 
 
 def get_config(variant="codes"):
@@ -23,7 +26,8 @@ def get_config(variant="codes"):
     root = root or f"runs/comparison/{arm}"
     both = config.sibling(__file__, "llama_scenes").get_config(root)
     own = config.sibling(__file__, SIBLINGS[arm])
-    c = own.get_config() if arm == "transfusion" else own.get_config(root)
+    denoised = {"transfusion": "linear", "blocks": "blocks"}  # variants of transfusion_scenes.py
+    c = own.get_config(denoised.get(arm, root))
     c.name = f"comparison_scenes_{arm}"
     for name in ("optimizer", "train", "evaluate"):
         c[name] = both[name]
@@ -31,7 +35,7 @@ def get_config(variant="codes"):
     c.model.transformer.qk_norm, c.model.transformer.z_loss = True, 1e-5
     c.model.whole_prompts = both.model.whole_prompts
     c.sequences.images = DOCUMENTS
-    c.sequences.context = CONTEXT + (DOCUMENTS * (PATCHES - CODES) if arm == "transfusion" else 0)
+    c.sequences.context = CONTEXT + DOCUMENTS * (ROWS.get(arm, CODES) - CODES)
     c.sequences.targets, c.sequences.text_vocab_size = both.sequences.targets, both.sequences.text_vocab_size
     for parts in (c.sequences.sources, c.sequences.eval_sources):
         for part in parts:

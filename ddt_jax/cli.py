@@ -145,12 +145,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="PNG", default="data.png", help="where the grid goes (default: data.png)")
     p = verb(
         "latents",
-        "keep what the codec makes of every image in data.source, to train on that instead of the images",
+        "keep what the codec makes of every image of a source, to train on that instead of the images",
         config=True,
         report=True,
-        more="Then train with --config.data.source=latents:DIR. Ctrl-C exits with code 75; the same command goes on.",
+        more="Then train with data.source, or a transformer's source of pictures, latents:DIR. Ctrl-C exits with code "
+        "75; the same command goes on.",
     )
     p.add_argument("--to", required=True, dest="folder", metavar="DIR", help="folder for the shards")
+    p.add_argument(
+        "--source", default="", metavar="SPEC", help="the images (default: data.source, or the only pictures)"
+    )
     p.add_argument("--per-shard", type=int, default=4096, metavar="N", help="images in a shard (default: 4096)")
     p = verb(
         "tokenize",
@@ -369,7 +373,7 @@ def _latents(args, overrides) -> int:
         raise UserError(f"--per-shard must be at least 1, got {args.per_shard}")
     s = config.load(args.config, overrides)
     try:
-        result = experiment.write_latents(s, args.folder, per_shard=args.per_shard)
+        result = experiment.write_latents(s, args.folder, args.source, per_shard=args.per_shard)
     except KeyboardInterrupt:
         print("ddt-jax: stopped; shards that are whole stay, and the same command goes on", file=sys.stderr)
         return EXIT_STOPPED

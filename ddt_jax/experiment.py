@@ -336,16 +336,19 @@ def digest(workdir: str) -> str:
     return checkpoint.digest(restore(workdir)[1])
 
 
-def write_latents(s: settings.Experiment, folder: str, *, per_shard: int = 4096) -> dict:
-    """Writes what the codec makes of the images in data.source, or of all frames of its clips, to train with
-    data.source=latents:FOLDER.
+def write_latents(s: settings.Experiment, folder: str, spec: str = "", *, per_shard: int = 4096) -> dict:
+    """Writes what the codec makes of images, or of all frames of clips, to train on latents:FOLDER instead of them.
 
     What is there already of an earlier call stays. Returns and raises as `training.latents.write`.
+    spec: of the source of the images; "": data.source, or of a transformer its only source of pictures.
     """
-    built, size = build(s), s.evaluate.batch_size
+    spec = spec or feeds.images_of(s)
+    if isinstance(s.model, settings.Multimodal):  # of whose transformer nothing is made here
+        s = replace(s, model=replace(s.model, transformer=replace(s.model.transformer, vocab_size=1)))
+    built, size = build(s, to_train=False), s.evaluate.batch_size
     meshes.check_batch(size, built.mesh, "evaluate.batch_size")
     latents.identity(built.model, s.data)  # refuses before weights are read
-    source, params = feeds.open_images(s, s.data.source).source, built.init_codec()
+    source, params = feeds.open_images(s, spec).source, built.init_codec()
     options = {"mesh": built.mesh, "batch_size": size, "per_shard": per_shard}
     with jax.set_mesh(built.mesh):
         return latents.write(epath.Path(folder), source, s.data, built.model, params, **options)

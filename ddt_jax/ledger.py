@@ -8,7 +8,7 @@ of what it begins with and of a codec beneath it. Held-out data, evaluation, and
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,13 +107,19 @@ def rows(arm: str, workdir: str, codecs: Mapping[str, str] | None = None) -> lis
     ]
 
 
-def plan(s: settings.Experiment, tokenizer: settings.Experiment | None = None, records: int = 0) -> Planned:
+def plan(
+    s: settings.Experiment,
+    tokenizer: settings.Experiment | None = None,
+    records: int = 0,
+    earlier: Sequence[settings.Experiment] = (),
+) -> Planned:
     """What a run will cost whose codes need not be there yet.
 
     Args:
       s: of the transformer.
       tokenizer: settings of its image tokenizer's run; None: images are not codes.
       records: images that are made into codes.
+      earlier: settings of the tokenizer's stages before that run.
 
     Raises:
       UserError: `s` is of no transformer, or reads codes and there is no tokenizer.
@@ -126,7 +132,7 @@ def plan(s: settings.Experiment, tokenizer: settings.Experiment | None = None, r
             raise UserError(
                 f"compare: {s.name} reads codes; give --tokenizer ARM=CONFIG of the tokenizer that makes them"
             )
-        before = {"tokenizer": tokenizer.train.steps * step_flops(tokenizer)}
+        before = {"tokenizer": sum(stage.train.steps * step_flops(stage) for stage in (*earlier, tokenizer))}
         before["encoding"] = records * encode_flops(tokenizer)
         uncounted += _beneath_of(tokenizer, {}, before, "tokenizer")
     uncounted += _beneath_of(s, {}, before, "")

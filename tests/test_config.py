@@ -162,10 +162,15 @@ def test_stages_of_seed_go_on_with_what_stands():
 def test_arms_of_the_comparison_differ_in_their_images_alone():
     """The base is whatever llama_scenes.py is at the moment; Chameleon's two additions are everybody's."""
     file = f"{ROOT}/configs/comparison_scenes.py"
-    codes, spatial, denoised = (
-        config.dump(config.load(f"{file}:{arm}")) for arm in ("codes", "spatial:runs/comparison/codes", "transfusion")
+    root = "runs/comparison/codes"
+    codes, spatial, unordered, seed, denoised, blocks = (
+        config.dump(config.load(f"{file}:{arm}"))
+        for arm in ("codes", f"spatial:{root}", f"unordered:{root}", f"seed:{root}", "transfusion", "blocks")
     )
-    assert config.difference(codes, spatial) == ["name"]
+    for other in (spatial, unordered, seed):
+        assert config.difference(codes, other) == ["name"]
+    assert config.difference(denoised, blocks) == ["model.image.block_size", "name", "sequences.context"]
+    assert blocks["sequences"]["context"] - denoised["sequences"]["context"] == 2 * 64  # noised copies of both
     assert set(config.difference(codes, denoised)) == {
         *(f"model.image.{name}" for name in codes["model"]["image"].keys() | denoised["model"]["image"].keys()),
         "name",

@@ -239,18 +239,20 @@ def test_rows_of_the_comparison_hold_two_documents_whatever_images_are(tmp_path)
         writer.write_vectors(np.zeros((512, 8)))
         writer.complete()
     held = []
-    for variant in (f"codes:{tmp_path}", "transfusion"):
+    for variant in (f"codes:{tmp_path}", "transfusion", "blocks"):
         s = config.load(f"{file}:{variant}", (("data.cache_dir", str(tmp_path)),))
         first = s.sequences.sources[0]
         sources = (first if first.kind == "codes" else replace(first, records=count),)
         s, found = corpus.resolve(replace(s, sequences=replace(s.sequences, sources=sources, eval_sources=())))
         batcher = corpus.open_rows(s, found, sources).batcher
         held.append(np.array([batcher.contents(row) for row in range(1000)]))
-        positions = held[-1] @ [1, 1, batcher.form.rows + 2]
-        assert positions.mean() / s.sequences.context > 0.92
-    assert (held[0][:, 2] == 2).all() and (held[1][:, 2] == 2).all()
+        assert (held[-1][:, 2] == 2).all()
+        if variant != "blocks":  # whose rows keep room for noised copies of images that may be given instead
+            positions = held[-1] @ [1, 1, batcher.form.rows + 2]
+            assert positions.mean() / s.sequences.context > 0.92
     # Of documents of one length either may come first; over a block that is nothing.
-    np.testing.assert_allclose(held[0].sum(axis=0), held[1].sum(axis=0), rtol=0.005)
+    for other in held[1:]:
+        np.testing.assert_allclose(held[0].sum(axis=0), other.sum(axis=0), rtol=0.005)
 
 
 def test_a_point_of_a_scaling_study_is_the_runs_own_training(codes, monkeypatch):

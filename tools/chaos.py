@@ -2,7 +2,7 @@
 
     python tools/chaos.py --injections 50                       one process, all faults in turn
     python tools/chaos.py --injections 50 --processes 2 --config configs/smoke.py:linear --faults kill,kill_in_save
-    python tools/chaos.py --injections 20 --processes 2 --flips 200 --nan --name chaos_faults
+    python tools/chaos.py --injections 24 --processes 2 --flips 200 --nan --name chaos_faults
                                                                 also bits of a checkpoint, and NaN in the data
 
 Prints a table of faults and outcomes and writes docs/soak/NAME.json as tools/soak.py does. What each fault is, and what

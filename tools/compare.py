@@ -81,8 +81,9 @@ def plan(options) -> int:
     arms, total, base = [], 0.0, 0.0
     for name, path in given.items():
         s = config.load(path)
-        first = config.load(tokenizers[name]) if name in tokenizers else None
-        planned = ledger.plan(s, first, options.records)
+        stages = tuple(tokenizers[name].split(",")) if name in tokenizers else ()
+        *earlier, first = [config.load(stage) for stage in stages] or [None]
+        planned = ledger.plan(s, first, options.records, earlier)
         if not arms:
             total = planned.total(options.steps or s.train.steps)
             base = s.evaluate.text_to_image.guidance
@@ -97,7 +98,7 @@ def plan(options) -> int:
                 )
             folders = tuple((*of, part.folder) for of, part in zip(sources, parts, strict=True))
         workdir, rate = s.sequences.tokenizer, rates.get(name, 0.0)
-        arms.append(compare_plan.Arm(name, path, steps, tokenizers.get(name, ""), workdir, folders, rate))
+        arms.append(compare_plan.Arm(name, path, steps, stages, workdir, folders, rate))
         costs = {"training": steps * planned.step, **planned.before}
         listed = ", ".join(f"{what} {value:.3e}" for what, value in costs.items())
         print(f"# {name}: {sum(costs.values()):.3e} FLOPs in all: {listed}; {steps:,} steps")
@@ -133,7 +134,11 @@ def parse(argv):
             "--arm", action="append", required=True, metavar="NAME=CONFIG", help="the first sets the cost"
         )
         parser.add_argument(
-            "--tokenizer", action="append", default=[], metavar="NAME=CONFIG", help="of an arm of codes"
+            "--tokenizer",
+            action="append",
+            default=[],
+            metavar="NAME=CONFIG,...",
+            help="of an arm of codes; its stages, in turn",
         )
         parser.add_argument("--to", required=True, metavar="DIR", help="where the runs are to go")
         parser.add_argument(

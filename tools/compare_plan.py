@@ -12,7 +12,7 @@ class Arm:
     Attributes:
       config: of the transformer, FILE.py:VARIANT.
       steps: that cost what all arms may cost.
-      tokenizer: config of its image tokenizer; "" = images are not codes.
+      tokenizer: configs of its image tokenizer's stages, each begins with the one before; () = images are not codes.
       workdir: of the tokenizer, where the transformer's config expects it.
       folders: (source, records, folder of codes) of each part that the transformer reads.
       rate: the learning rate that was chosen; 0 = not yet.
@@ -21,7 +21,7 @@ class Arm:
     name: str
     config: str
     steps: int
-    tokenizer: str = ""
+    tokenizer: tuple[str, ...] = ()
     workdir: str = ""
     folders: tuple[tuple[str, int, str], ...] = field(default=())
     rate: float = 0.0
@@ -56,7 +56,11 @@ def commands(
 def _grid(arm, to, rates, seed, base):
     if arm.tokenizer:
         yield f"# {arm.name}: what it reads"
-        yield _line("ddt-jax", "train", "--config", arm.tokenizer, "--workdir", arm.workdir)
+        begun = ()
+        for number, stage in enumerate(arm.tokenizer, 1):
+            workdir = arm.workdir if number == len(arm.tokenizer) else f"{arm.workdir}_stage{number}"
+            yield _line("ddt-jax", "train", "--config", stage, "--workdir", workdir, *begun)
+            begun = (f"--config.init_from={workdir}",)
         for source, records, folder in arm.folders:
             more = ("--source", source, "--records", records)
             yield _line("ddt-jax", "tokenize", "--workdir", arm.workdir, "--to", folder, *more)

@@ -8,7 +8,7 @@
     python tools/soak.py spatial                  configs/spatial_scenes.py, at the bits of configs/ddt_scenes.py
     python tools/soak.py transfusion              configs/transfusion_scenes.py and three variants; --arms linear is one
     python tools/soak.py acdit_blocks             configs/acdit_scenes.py with blocks of 1, 4, 16 and 64 tokens
-    python tools/soak.py acdit_clips              configs/acdit_moving_scenes.py; --arms flow is another variant
+    python tools/soak.py acdit_clips              configs/acdit_moving_scenes.py; --arms frames is another variant
     python tools/soak.py seed                     configs/seed_scenes.py: retrieval by embedding and by code
     python tools/soak.py seed_causal --seeds 0,1,2    its first stage, causal against bidirectional queries
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images

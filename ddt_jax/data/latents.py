@@ -85,6 +85,7 @@ def _is_index(found: dict) -> bool:
     shape, counts, names = found.get("shape"), found.get("counts"), found.get("label_names")
     return (
         isinstance(found.get("identity"), dict)
+        and isinstance(found.get("source"), str)
         and isinstance(shape, list)
         and all(type(n) is int and n > 0 for n in shape)
         and found.get("dtype") in [*TYPES]
@@ -113,7 +114,7 @@ class LatentsSource:
     [F, h, w, c], F as long as each is.
 
     Attributes:
-      identity: how they were made, see `check_identity`.
+      identity: how they were made, see `check_identity`. origin: name of the source they were made of.
       clips: whether they are of clips.
       arrays: name → (shape, type) of what a record holds in place of an image or of a frame.
 
@@ -133,7 +134,7 @@ class LatentsSource:
                 f"data: {folder} has {len(index['counts'])} of {index['shards']} shards; "
                 "the same `ddt-jax latents` goes on"
             )
-        self.identity, self.clips = index["identity"], index.get("clips", False)
+        self.identity, self.origin, self.clips = index["identity"], index["source"], index.get("clips", False)
         self._shape, self._type = tuple(index["shape"]), TYPES[index["dtype"]]
         self.arrays = {name: (self._shape, self._type) for name in ("latent_mean", "latent_logvar")}
         self._records = ArrayRecordSource(f"{folder.rstrip('/')}/latents-*.arrayrecord", cache_dir=cache_dir)

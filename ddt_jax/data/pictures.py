@@ -1,10 +1,16 @@
-"""Images of a source with their captions and documents, as records for sequences whose images are not codes."""
+"""Images of a source with their captions and documents, as records for sequences whose images are not codes.
+
+What a cache keeps of them (data/latents.py) stands in their place as one array, mean and logvar side by side.
+"""
 
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ddt_jax.data.base import BadRecord, open_source
 from ddt_jax.data.images import prepare
+from ddt_jax.data.latents import LatentsSource
 from ddt_jax.errors import UserError
 from ddt_jax.settings import Data
 
@@ -36,20 +42,26 @@ class PictureRecords:
 
     Attributes:
       num_codes: 0. origin: what the order of formats is keyed by. cache_dir: of the settings.
+      content: (shape, type) of what stands for an image: uint8 [S, S, 3], or of latents [h, w, 2 c].
 
     Raises:
-      UserError: the source cannot be opened, holds no images, or fewer than are asked for.
+      UserError: the source cannot be opened, or holds fewer records than are asked for.
     """
 
     num_codes = 0
 
     def __init__(self, spec: str, data: Data, records: int = 0):
         self.source = open_source(spec, image_size=data.image_size, cache_dir=data.cache_dir)
-        if getattr(self.source, "arrays", None):
-            raise UserError(f"data: {spec} holds no images, which sequences are made of; name those it was made of")
+        self.content = (data.image_size, data.image_size, 3), np.dtype(np.uint8)
+        self.are_latents = isinstance(self.source, LatentsSource)
+        if self.are_latents:
+            (h, w, c), kept = self.source.arrays["latent_mean"]
+            self.content = (h, w, 2 * c), kept
         if not 0 <= records <= len(self.source):
             raise UserError(f"data: {spec} has {len(self.source):,} records, not records={records:,}; 0 takes all")
         self.name = self.origin = self.source.name
+        if self.are_latents:  # documents have the same formats as those of the images
+            self.origin = self.source.origin
         self.cache_dir = data.cache_dir
         self._data, self._count = replace(data, flip=False), records or len(self.source)
 
@@ -57,11 +69,15 @@ class PictureRecords:
         return self._count
 
     def __getitem__(self, index):
-        """images: uint8 [S, S, 3] each; and `fields_of`. Raises BadRecord."""
+        """images: of `content` each; and `fields_of`. Raises BadRecord."""
         record = self.source[index]
-        return fields_of(record) | {"images": [prepare(image, self._data) for image in encoded_images(record)]}
+        if self.are_latents:
+            images = [np.concatenate([record["latent_mean"], record["latent_logvar"]], axis=-1)]
+        else:
+            images = [prepare(image, self._data) for image in encoded_images(record)]
+        return fields_of(record) | {"images": images}
 
     def without_images(self, index):
         """The same, each image None: nothing is decoded. Raises BadRecord."""
         record = self.source[index]
-        return fields_of(record) | {"images": [None] * len(encoded_images(record))}
+        return fields_of(record) | {"images": [None] * (1 if self.are_latents else len(encoded_images(record)))}

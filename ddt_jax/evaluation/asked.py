@@ -84,6 +84,11 @@ def edits(s: settings.Experiment, most: int, encode: Callable[[str], np.ndarray]
 def _records(s, part) -> Iterator[dict]:
     """The records of a part that can be read."""
     source = corpus.open_records(s, part)
+    if getattr(source, "are_latents", False):
+        raise UserError(
+            f"evaluate: {part.source} in sequences.eval_sources has no pictures to ask about; name the images it was "
+            "made of"
+        )
     for i in range(len(source)):
         with contextlib.suppress(BadRecord):
             yield source[i]

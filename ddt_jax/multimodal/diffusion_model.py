@@ -11,6 +11,8 @@ Legend: B rows, S positions, R positions before a target, I images of a row, N =
 latents, D width.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
@@ -41,8 +43,8 @@ class DiffusionMultimodal(RowModel):
     Attributes:
       form: how an image stands in a sequence.
       codec, coder, process: between pixels and latents; between latents and rows; of noise.
-      inputs: as of `RowModel`, and image_start int32, image_learn, image_answer bool [B, I] and image_content uint8
-        [B, I, image_size, image_size, 3] of `sequence.pack_row`.
+      inputs: as of `RowModel`, and image_start int32, image_learn, image_answer bool [B, I] and image_content
+        [B, I, ...] of `sequence.pack_row`: uint8 [image_size, image_size, 3] each, or what a cache of latents keeps.
 
     Raises:
       UserError: for settings that do not go together.
@@ -69,8 +71,7 @@ class DiffusionMultimodal(RowModel):
         rows = (side // image.patch_size) ** 2
         self.coder = make_coder(image.coder, image.patch_size, self.codec.channels, width, dtype, rows)
         self.process = make_process(image.diffusion)
-        shape = (image_size, image_size, _CHANNELS)
-        self.form = ImageForm("diffusion", rows, shape=shape, dtype="uint8")
+        self.form = ImageForm("diffusion", rows, shape=(image_size, image_size, _CHANNELS), dtype="uint8")
         self.inputs += ("image_start", "image_learn", "image_answer", "image_content")
         self.loss_weights = {"next_token": 1.0, "diffusion": image.weight}
 
@@ -85,13 +86,20 @@ class DiffusionMultimodal(RowModel):
 
     def shapes(self, q):
         images = q.images or q.context // (self.form.rows + 2)
+        kept = any(part.kind == "pictures" and part.source.startswith("latents:") for part in q.sources)
+        content = self.form_of_latents() if kept else self.form
         of_images = {
             "image_start": ((images,), jnp.int32),
             "image_learn": ((images,), jnp.bool_),
             "image_answer": ((images,), jnp.bool_),
-            "image_content": ((images, *self.form.shape), jnp.dtype(self.form.dtype)),
+            "image_content": ((images, *content.shape), jnp.dtype(content.dtype)),
         }
         return super().shapes(q) | of_images
+
+    def form_of_latents(self) -> ImageForm:
+        """`form` where what a cache keeps of an image stands for it: mean and logvar of the codec's posterior."""
+        h, w, c = self.latent_shape
+        return replace(self.form, shape=(h, w, 2 * c), dtype=getattr(self.codec, "dtype", "float32"))
 
     def loss_fn(self, params, extra, batch, rng):
         """See `ImageModel.loss_fn`. The terms: those of `text_terms`, and
@@ -175,11 +183,20 @@ class DiffusionMultimodal(RowModel):
         return jnp.where(learn, self.process.draw(uniform, limit), 0.0)
 
     def latents(self, extra, content_BIHWC, keys_BI=None):
-        """Clean latents [B, I, H, W, C] of images; keys: as `LatentCodec.encode` takes them, one for each image."""
+        """Clean latents [B, I, H, W, C].
+
+        Args:
+          content_BIHWC: images uint8, or of a cache (`form_of_latents`) mean and logvar along the last axis.
+          keys_BI: as `LatentCodec.encode` takes them, one for each image.
+        """
         b, i = content_BIHWC.shape[:2]
         keys_N = None if keys_BI is None else keys_BI.reshape(-1)
-        images = to_float(content_BIHWC).reshape(b * i, *content_BIHWC.shape[2:])
-        return self.codec.encode(extra.get("codec"), images, keys_N).reshape(b, i, *self.latent_shape)
+        content = content_BIHWC.reshape(b * i, *content_BIHWC.shape[2:])
+        if content.dtype == jnp.uint8:
+            latents = self.codec.encode(extra.get("codec"), to_float(content), keys_N)
+        else:
+            latents = self.codec.draw(*jnp.split(content.astype(jnp.float32), 2, axis=-1), keys_N)
+        return latents.reshape(b, i, *self.latent_shape)
 
     def forward(self, params, extra, batch, x_BIHWC, t_BI, dropout_keys_B=None, clean_BIHWC=None):
         """The transformer over rows of text and noised images.

@@ -8,9 +8,10 @@ goes back to the newest checkpoint that is what was saved.
 
 import hashlib
 import logging
+import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import jax
 import numpy as np
@@ -57,8 +58,10 @@ class Checkpoints:
         self._failed = self._abandoned = False
         self._metrics: dict[int, float | None] = {}
         self._read_back = ReadBack(is_committed, self._settle, jax.process_index(), jax.process_count())
+        self._quiet = ExitStack()  # a save that fails does so in the background, at any moment
         if not read_only:
             self._clean_up()
+            self._quiet.enter_context(_quiet_orbax())
         with _quiet_orbax(), self._storage_errors():
             # Orbax would remove old checkpoints as soon as a new one is written; here it must be read back first.
             options = ocp.CheckpointManagerOptions(
@@ -109,15 +112,16 @@ class Checkpoints:
         self._abandoned = True
 
     def close(self) -> None:
-        if self._abandoned:
-            self._read_back.close()
-            return
-        try:
-            self.wait()
-        finally:
-            self._read_back.close()
-            with self._storage_errors():
-                self._manager.close()
+        with self._quiet:
+            if self._abandoned:
+                self._read_back.close()
+                return
+            try:
+                self.wait()
+            finally:
+                self._read_back.close()
+                with self._storage_errors():
+                    self._manager.close()
 
     def steps(self) -> list[int]:
         return _steps(self._directory)
@@ -323,11 +327,19 @@ def _difference(saved: dict, found: dict) -> str | None:
 
 @contextmanager
 def _quiet_orbax():
-    """Orbax and its reader warn about a damaged directory at length; we say it in one line."""
-    logger = logging.getLogger("absl")
+    """Orbax and what reads and writes for it say at length what has failed; it reaches us too, and is one line here."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
+
+    def without_writes(said):
+        # Writes that end after the first has failed find nobody waiting for them, each with a traceback of its own.
+        if not (said.exc_type is RuntimeError and str(said.exc_value) == "Event loop is closed"):
+            hook(said)
+
     logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = without_writes
     try:
         yield
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook

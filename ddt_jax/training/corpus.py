@@ -185,10 +185,10 @@ def copy_text(workdir, folder) -> None:
 
 def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[Part]) -> RowLoader:
     """Batches of this process, of a mixture of sources. Raises UserError if they do not fit the settings."""
-    q = s.sequences
+    q, parts = s.sequences, tuple(parts)
+    opened = [open_records(s, part) for part in parts]
     documents, weights = {}, {}
-    for number, part in enumerate(parts):
-        records = open_records(s, part)
+    for number, (part, records) in enumerate(zip(parts, opened, strict=True)):
         formats = _formats(part)
         # Who sees all of a prompt has nothing to predict in it.
         answers_only = s.model.whole_prompts or q.answers_only
@@ -198,7 +198,7 @@ def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[Part]) -> 
         documents,
         weights,
         corpus.vocabulary,
-        corpus.form,
+        _as_they_come(corpus.form, opened),
         RowLimits(q.context, q.images, q.targets, q.truncate),
         seed=s.seed,
         batch_size=s.train.batch_size,
@@ -206,6 +206,21 @@ def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[Part]) -> 
         shard_count=jax.process_count(),
     )
     return RowLoader(batcher, s.data)
+
+
+def _as_they_come(form: ImageForm, opened: Iterable[Records]) -> ImageForm:
+    """The form with what stands for an image in these records; raises UserError where they differ."""
+    pictures = [records for records in opened if isinstance(records, PictureRecords)]
+    for other in pictures[1:]:
+        if other.content != pictures[0].content:
+            raise UserError(
+                f"config: {other.name} and {pictures[0].name} hold images in different forms; make latents of both "
+                "with one codec, or of neither"
+            )
+    if not pictures:
+        return form
+    shape, kept = pictures[0].content
+    return replace(form, shape=shape, dtype=kept.name)
 
 
 def _text_tokenizer(s: settings.Experiment, workdir, sources: Iterable[Records]) -> TextTokenizer:

@@ -47,6 +47,9 @@ class ImageFeed:
         return f"{len(self.loader.source):,} images from {self.loader.source.name}"
 
     def check(self, model, codec_params):
+        name = self.settings.data.source
+        if model.image_loss and name.startswith("latents:"):
+            raise UserError(f"config: a renderer learns from images, and data.source={name} has none; name theirs")
         latents.check(self.loader.source, model, self.settings.data, codec_params)
         if model.classes:
             _check_labels(self.loader, model.classes)
@@ -69,6 +72,11 @@ class RowFeed:
         return f"rows of {q.context:,} positions from {', '.join(names)}"
 
     def check(self, model, codec_params):
+        q = self.settings.sequences
+        for part in (*q.sources, *q.eval_sources):
+            if part.kind == "pictures" and part.source.startswith("latents:"):
+                source = corpus.open_records(self.settings, part).source
+                latents.check(source, model, self.settings.data, codec_params)
         self.loader.batch_at(0)  # raises what is wrong with documents, before a run begins
 
     def save(self, workdir):
@@ -107,6 +115,16 @@ def _seed_feed(s: settings.Experiment, workdir: str) -> ImageFeed:
             f"config: model.kind='seed' reads images, and data.source={s.data.source} has none; name theirs"
         )
     return ImageFeed(s, loader, ids)
+
+
+def images_of(s: settings.Experiment) -> str:
+    """The source of images of a run. Raises UserError if a transformer has several, or none."""
+    if not isinstance(s.model, settings.Multimodal):
+        return s.data.source
+    pictures = [part.source for part in s.sequences.sources if part.kind == "pictures"]
+    if len(pictures) != 1:
+        raise UserError(f"latents: {s.name} has {len(pictures)} sources of pictures; name one with --source")
+    return pictures[0]
 
 
 def open_images(s: settings.Experiment, spec: str, batch_size: int = 0, caption_ids=None) -> Loader:

@@ -1,5 +1,5 @@
-"""Writes a cache of latents (`data/latents.py`): what a frozen codec makes of all images of a source, or of all frames
-of its clips.
+"""Writes a cache of latents (`data/latents.py`): what a model's frozen codec makes of all images of a source, or of all
+frames of its clips.
 
 Legend: B batch, F frames, H height, W width; h, w, c height, width and channels of the latent.
 """
@@ -31,7 +31,7 @@ def identity(model, data: settings.Data, params=None) -> dict:
     """Everything that the latents of an image depend on, by the names of the settings.
 
     Args:
-      model: a tokenizer.
+      model: a tokenizer, or a transformer whose images are denoised.
       params: of its codec, on the devices; without them the weights are left out.
 
     Raises:
@@ -61,7 +61,7 @@ def layout(codec: VAECodec, image_size: int) -> tuple[tuple[int, int, int], str]
 
 
 def check(source, model, data: settings.Data, params: Callable) -> None:
-    """Raises UserError if the source holds latents, and the model learns from images or its codec makes others of them.
+    """Raises UserError if the source holds latents that the model's codec would not make of their images.
 
     Args:
       source: any; one of images passes.
@@ -69,10 +69,6 @@ def check(source, model, data: settings.Data, params: Callable) -> None:
     """
     if isinstance(source, latents.LatentsSource):
         identity(model, data)  # refuses before weights are read
-        if model.image_loss:
-            raise UserError(
-                f"config: a renderer learns from images, and data.source={source.name} has none; name theirs"
-            )
         folder = source.name.partition(":")[2]
         latents.check_identity(folder, source.identity, identity(model, data, params()))
 
@@ -86,8 +82,8 @@ def write(
       folder: epath.
       source: of images, or of clips if data.frames says so.
       data: how they are prepared, and how many threads do that.
-      model: a tokenizer.
-      params: of its codec, on the devices.
+      model: whose codec it is.
+      params: of the codec, on the devices.
       per_shard: records of the source that a shard covers.
       mesh: over whose devices the rows of a batch are spread.
       batch_size: images, or frames, at a time.

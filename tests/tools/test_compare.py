@@ -72,6 +72,28 @@ def test_a_plan_has_a_grid_of_equal_cost_and_then_seeds_and_a_sweep(compare, cap
     assert "--draft" not in lines[-1]
 
 
+@pytest.mark.slow
+def test_stages_of_a_tokenizer_are_trained_in_turn_and_all_of_them_are_paid(compare, capsys, tmp_path):
+    """SEED's three, each begins with the one before; codes are made by the last."""
+    seed = f"{ROOT}/configs/seed_scenes.py"
+    stages = [f"{seed}:{stage}" for stage in ("align", "codes", "draw")]
+    arms = ["--arm", f"seed={CONFIG}:seed:{tmp_path}", "--tokenizer", f"seed={','.join(stages)}"]
+    assert compare.main(["plan", *arms, "--to", str(tmp_path), "--records", "1000", "--held-out", "50"]) == 0
+    out = capsys.readouterr().out
+    trained = [line for line in lines_of(out) if line[1] == "train"][:3]
+    for line in trained:
+        cli._arguments(line[1:])
+    assert [line[3] for line in trained] == stages
+    workdirs = [line[5] for line in trained]
+    assert [overrides_of(line).get("init_from") for line in trained] == [None, *workdirs[:2]]
+    assert lines_of(out)[3][3] == workdirs[2] == str(tmp_path / "tokenizer")
+    *earlier, draw = map(config.load, stages)
+    transformer = config.load(f"{CONFIG}:seed:{tmp_path}")
+    paid = ledger.plan(transformer, draw, 1000, earlier).before["tokenizer"]
+    alone = [stage.train.steps * ledger.step_flops(stage) for stage in (*earlier, draw)]
+    assert paid == sum(alone) and min(alone) > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,7 +105,7 @@ def test_a_plan_has_a_grid_of_equal_cost_and_then_seeds_and_a_sweep(compare, cap
         (["plan", *ARMS, "--rates", "1,-1", "--to", "x"], "--rates=-1 is not a number above 0"),
         (["plan", *ARMS, "--seeds", "0", "--to", "x"], "must be at least 1"),
         (["plan", "--arm", f"a={ROOT}/configs/smoke.py", "--to", "x"], "name configs of transformers"),
-        (["plan", "--arm", f"a={CONFIG}:seed", "--to", "x"], "has no arm 'seed'; choose from codes, spatial"),
+        (["plan", "--arm", f"a={CONFIG}:seeds", "--to", "x"], "has no arm 'seeds'; choose from codes, unordered"),
         (["--arm", "a=/nowhere/x", "--to", "/dev/null/x"], "cannot write to /dev/null/x: Not a directory"),
     ],
 )

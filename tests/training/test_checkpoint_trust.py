@@ -1,9 +1,11 @@
 """What was written is read back before it counts, and no damage reaches a restored value. A state of a few arrays."""
 
 import contextlib
+import logging
 import random
 import resource
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +82,9 @@ def test_what_does_not_read_back_ends_the_run_and_pushes_nothing_out(saved, monk
     assert points.steps() == [1, 2, 3, 4] and not Stored(saved / "checkpoints" / "4").is_read_back
 
 
-# Writes that fail after the save has ended report to an event loop that is closed by then, in tensorstore's thread.
-@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_is_one_line_and_leaves_the_earlier_ones(saved):
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_ones(saved, monkeypatch, caplog):
+    unraisable, was_quiet = [], logging.getLogger("absl").level
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     points = Checkpoints(saved, settings.Train(keep_checkpoints=1))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # no file may grow further: as on a full disk
@@ -94,6 +96,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_ones(saved):
             points.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not unraisable and not [r for r in caplog.records if r.name == "absl"]  # nothing beside that line
+    assert logging.getLogger("absl").level == was_quiet and sys.unraisablehook == unraisable.append
     back, notes = restore(saved)
     assert int(back.step) == 3 and notes == []
 

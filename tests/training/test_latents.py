@@ -213,7 +213,7 @@ def test_the_weights_count_only_once_they_are_known(kept):
 def test_what_is_no_folder_of_latents_is_said_so(kept, tmp_path):
     with pytest.raises(UserError, match="has no latents.json; write it with"):
         open_source(f"latents:{tmp_path}")
-    right = {"identity": {}, "shape": [2], "dtype": "float32", "shards": 1, "counts": {"0": 1}}
+    right = {"identity": {}, "source": "x", "shape": [2], "dtype": "float32", "shards": 1, "counts": {"0": 1}}
     for wrong in ({"shape": []}, right | {"dtype": []}, right | {"counts": {"0": "1"}}, right | {"shape": None}):
         (tmp_path / "latents.json").write_text(json.dumps(wrong))
         with pytest.raises(UserError, match="cannot be read as the index"):
