@@ -48,8 +48,8 @@ def acdit_size(name: str) -> dict[str, int]:
 class ACDiTClassifier:
     """Classes from the clean stream of an ACDiT, all of which is trained. Sizes as those of the run in `init_from`.
 
-    The paper names random erasing and mixup; how much of them is here that of masked autoencoders when they are
-    fine-tuned (arXiv 2111.06377 table 9; its code for erasing), without their other means.
+    The paper has random erasing and mixup; how much of them is that of masked autoencoders when they are fine-tuned
+    (arXiv 2111.06377 table 9; its code for erasing), without their other means.
     """
 
     kind: Literal["acdit_classifier"] = "acdit_classifier"

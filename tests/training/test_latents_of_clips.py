@@ -38,7 +38,7 @@ def kept(tmp_path_factory):
         ),
         model=small(patch_size=2, block_size=4, heads=1, classes=2, codec=CODEC),
         train=settings.Train(batch_size=8),
-        evaluate=settings.Evaluate(batch_size=4),
+        evaluate=settings.Evaluate(batch_size=8),  # frames; the first three clips have nine
     )
     said = experiment.write_latents(s, str(root / "kept"), per_shard=3)
     return s, experiment.build(s, jax.devices()[:1]), root / "kept", said
