@@ -339,7 +339,7 @@ def digest(workdir: str) -> str:
 
 
 def write_latents(s: settings.Experiment, folder: str, spec: str = "", *, per_shard: int = 4096) -> dict:
-    """Writes what the codec makes of images, to train on latents:FOLDER instead of them.
+    """Writes what the codec makes of images, or of all frames of clips, to train on latents:FOLDER instead of them.
 
     What is there already of an earlier call stays. Returns and raises as `training.latents.write`.
     spec: of the source of the images; "": data.source, or of a transformer its only source of pictures.
@@ -347,10 +347,6 @@ def write_latents(s: settings.Experiment, folder: str, spec: str = "", *, per_sh
     spec = spec or feeds.images_of(s)
     if isinstance(s.model, settings.Multimodal):  # of whose transformer nothing is made here
         s = replace(s, model=replace(s.model, transformer=replace(s.model.transformer, vocab_size=1)))
-    if s.data.frames:
-        raise UserError(
-            f"latents: of clips (data.frames={s.data.frames}) none are kept; the codec runs in the train step"
-        )
     built, size = build(s, to_train=False), s.evaluate.batch_size
     meshes.check_batch(size, built.mesh, "evaluate.batch_size")
     latents.identity(built.model, s.data)  # refuses before weights are read

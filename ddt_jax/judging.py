@@ -82,6 +82,8 @@ def reconstruct(
         raise UserError(f"reconstruct: {workdir} holds a transformer; name the workdir of its image tokenizer")
     if isinstance(kind, settings.ACDiT):
         raise UserError(f"reconstruct: {workdir} holds a model that draws images and has no codes of yours to decode")
+    if isinstance(kind, settings.ACDiTClassifier):
+        raise UserError(f"reconstruct: {workdir} holds a classifier, which draws nothing; name a tokenizer's workdir")
     if isinstance(kind, settings.SEED) and kind.stage != "draw":
         raise UserError(
             f"reconstruct: {workdir} holds model.stage={kind.stage!r}, which draws nothing; name a run of 'draw'"

@@ -2,7 +2,8 @@
 
 A folder holds shards in ArrayRecord (`latents-00000-of-00012.arrayrecord`) and `latents.json`, which says of what they
 are the latents, made how, and whether all are there. A record is a msgpack map: `mean` and `logvar` of the codec's
-posterior as raw bytes, the record's `index` in the source, and its `caption` and `label` where there are any.
+posterior as raw bytes, the record's `index` in the source, and its `caption` and `label` where there are any. Of a clip
+it holds all frames one after another, so that one folder serves any `data.frames`, `frame_step` and `clip_start`.
 """
 
 import os
@@ -26,7 +27,7 @@ def shard_name(shard: int, shards: int) -> str:
 
 
 def pack(mean, logvar, *, index: int, label: int = -1, caption: str = "") -> bytes:
-    """One record as bytes. mean, logvar: [h, w, c]; label: -1 for none."""
+    """One record as bytes. mean, logvar: [h, w, c], of a clip [F, h, w, c]; label: -1 for none."""
     import msgpack
 
     fields = {"mean": mean.tobytes(), "logvar": logvar.tobytes(), "index": int(index)}
@@ -89,6 +90,7 @@ def _is_index(found: dict) -> bool:
         and all(type(n) is int and n > 0 for n in shape)
         and found.get("dtype") in [*TYPES]
         and type(found.get("shards")) is int
+        and type(found.get("clips", False)) is bool
         and isinstance(counts, dict)
         and all(type(n) is int and n >= 0 for n in counts.values())
         and (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)))
@@ -108,11 +110,13 @@ def check_identity(folder: str, found: dict, wanted: dict) -> None:
 
 
 class LatentsSource:
-    """Records of `latent_mean` and `latent_logvar` [h, w, c], in the order of the source they were made of.
+    """Records of `latent_mean` and `latent_logvar` [h, w, c], in the order of the source they were made of; of clips
+    [F, h, w, c], F as long as each is.
 
     Attributes:
       identity: how they were made, see `check_identity`. origin: name of the source they were made of.
-      arrays: name → (shape, type) of what a record holds in place of an image.
+      clips: whether they are of clips.
+      arrays: name → (shape, type) of what a record holds in place of an image or of a frame.
 
     Raises:
       UserError: if the folder holds no latents, or not all of them yet.
@@ -130,7 +134,7 @@ class LatentsSource:
                 f"data: {folder} has {len(index['counts'])} of {index['shards']} shards; "
                 "the same `ddt-jax latents` goes on"
             )
-        self.identity, self.origin = index["identity"], index["source"]
+        self.identity, self.origin, self.clips = index["identity"], index["source"], index.get("clips", False)
         self._shape, self._type = tuple(index["shape"]), TYPES[index["dtype"]]
         self.arrays = {name: (self._shape, self._type) for name in ("latent_mean", "latent_logvar")}
         self._records = ArrayRecordSource(f"{folder.rstrip('/')}/latents-*.arrayrecord", cache_dir=cache_dir)
@@ -157,7 +161,7 @@ class LatentsSource:
             record = Record(meta={"index": fields["index"]})
             for name in self.arrays:
                 array = np.frombuffer(fields[name.removeprefix("latent_")], self._type)
-                record[name] = array.reshape(self._shape)
+                record[name] = array.reshape((-1, *self._shape) if self.clips else self._shape)
         except (KeyError, AttributeError, TypeError, ValueError, msgpack.UnpackException) as error:
             raise BadRecord(f"not a latent ({type(error).__name__})") from None
         return record | {name: fields[name] for name in ("caption", "label") if name in fields}

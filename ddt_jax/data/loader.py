@@ -56,6 +56,7 @@ class Batcher:
     with_captions: bool
     keep_captions: bool = False  # those that there are, in batches for evaluation
     caption_ids: CaptionRows | None = None
+    whole_clips: bool = False
 
     def slots(self, batch_size):
         """The rows of a global batch that this host makes."""
@@ -132,8 +133,14 @@ class Batcher:
         if not (isinstance(label, int | np.integer) and -1 <= label < 1 << 31):
             raise BadRecord(f"class {label!r:.40} is not a number between 0 and 2^31 - 1")
         if arrays := self._arrays:
+            part = slice(None)
+            if self.data.frames:
+                numbers = videos.window(len(record[next(iter(arrays))]), self.data, rng)
+                part = slice(numbers.start, numbers.stop, numbers.step)
             for name in arrays:
-                batch[name][row] = record[name]
+                batch[name][row] = record[name][part]
+        elif self.whole_clips:
+            batch["video"][row] = videos.whole(record["video"], self.data)
         elif self.data.frames:
             batch["video"][row] = videos.prepare(record["video"], self.data, rng)
         else:
@@ -146,13 +153,17 @@ class Batcher:
 
     @property
     def _arrays(self) -> dict:
-        return getattr(self.source, "arrays", {})
+        of_clips = (self.data.frames,) if self.data.frames else ()
+        arrays = getattr(self.source, "arrays", {})
+        return {name: ((*of_clips, *shape), dtype) for name, (shape, dtype) in arrays.items()}
 
     def _empty(self, slots) -> dict[str, Any]:
         size = self.data.image_size
         pictures = {"video": (self.data.frames, size, size, 3)} if self.data.frames else {"image": (size, size, 3)}
         arrays = self._arrays or {name: (shape, np.uint8) for name, shape in pictures.items()}
         captions = {"caption_ids": self.caption_ids.rows(len(slots))} if self.caption_ids else {}
+        if self.whole_clips:  # each as long as it is
+            arrays, captions = {}, captions | {"video": [None] * len(slots)}
         return (
             captions
             | {name: np.zeros((len(slots), *shape), dtype) for name, (shape, dtype) in arrays.items()}
@@ -264,7 +275,7 @@ class Loader(BatchLoader):
 
     A batch is a dict of NumPy arrays, rows of this host only (b = batch_size / shard_count):
       image: uint8 [b, S, S, 3]; with data.frames video, uint8 [b, T, S, S, 3]; or the arrays that the source has in
-        the place of images.
+        the place of images, of clips for as many frames.
       slot: int32 [b], the row inside the global batch.
       index: int32 [b], the record in the source.
       label: int32 [b], -1 where there is none.
@@ -282,6 +293,7 @@ class Loader(BatchLoader):
       keep_captions: batches for evaluation have captions, "" where there is none.
       caption_ids: what makes rows of captions; a record without a caption, or with one that it refuses, is then a bad
         one.
+      whole_clips: `video` is a list of clips with all of their frames, `videos.whole`; None for a bad one.
 
     Raises:
       UserError: sizes that do not fit; later, when too many records are bad.
@@ -300,6 +312,7 @@ class Loader(BatchLoader):
         with_captions: bool = False,
         keep_captions: bool = False,
         caption_ids: CaptionRows | None = None,
+        whole_clips: bool = False,
     ):
         if not 0 <= shard_index < shard_count:
             raise ValueError(f"shard {shard_index} of {shard_count}")
@@ -319,6 +332,7 @@ class Loader(BatchLoader):
             with_captions,
             keep_captions,
             caption_ids,
+            whole_clips,
         )
         super().__init__(data, batcher, f"images could not be {'used' if with_captions or caption_ids else 'decoded'}")
 

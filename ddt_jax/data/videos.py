@@ -46,7 +46,20 @@ def prepare(clip: Clip, data: Data, rng: np.random.Generator | None = None) -> n
     Raises:
       BadRecord: too few frames, frames of different sizes, or as `images.prepare`.
     """
-    span, there = (data.frames - 1) * data.frame_step + 1, len(clip)
+    return _read(clip, window(len(clip), data, rng), data, rng)
+
+
+def whole(clip: Clip, data: Data) -> np.ndarray:
+    """All frames of a clip, not flipped and the middle of them cropped: uint8 [F, S, S, 3]. Raises as `prepare`."""
+    there = len(clip)
+    if not there:
+        raise BadRecord("no frames")
+    return _read(clip, range(there), data, None)
+
+
+def window(there: int, data: Data, rng: np.random.Generator | None = None) -> range:
+    """Which of so many frames are taken; arguments as in `prepare`. Raises BadRecord if there are too few."""
+    span = (data.frames - 1) * data.frame_step + 1
     if there < span:
         raise BadRecord(
             f"{there} frames, fewer than the {span} of data.frames={data.frames}, data.frame_step={data.frame_step}"
@@ -54,7 +67,10 @@ def prepare(clip: Clip, data: Data, rng: np.random.Generator | None = None) -> n
     start = (there - span) // 2
     if data.clip_start == "random" and rng is not None:
         start = int(rng.integers(there - span + 1))
-    numbers = range(start, start + span, data.frame_step)
+    return range(start, start + span, data.frame_step)
+
+
+def _read(clip, numbers, data, rng):
     frames = clip.read(numbers, data)
     for number, frame in zip(numbers, frames, strict=True):
         images.check_array(frame, data)

@@ -24,6 +24,7 @@ from ddt_jax.data.loader import Loader
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation import (
     autoencoding,
+    classifying,
     drawing,
     frechet,
     judges,
@@ -92,7 +93,7 @@ class Evaluation:
     """
 
     results: dict[str, Any]
-    report: reconstruction.Report | autoencoding.Report | drawing.Report | retrieval.Report
+    report: reconstruction.Report | autoencoding.Report | drawing.Report | retrieval.Report | classifying.Report
     counterfactuals: np.ndarray | None
     probes: dict[str, dict] | None
     entropies: dict[str, dict] | None
@@ -160,6 +161,10 @@ def evaluate(
             left_out.append("scenes: evaluate.verifier is False")
         probed = _probe_clean(model, params, extra, s, mesh, known, held_out, progress, left_out)
         return Evaluation(report.results | probed | {"left_out": left_out}, report, None, None, None, report.moving())
+    if model.measured == "classes":
+        options = {"mesh": mesh, "progress": progress.update, "first_batch": progress.phase("compiling")}
+        report = reconstruct(model, params, extra, s, held_out, **options)
+        return Evaluation(report.results | {"left_out": left_out}, report, None, None, None)
     found = {}
     if model.retrieves:
         options = {"mesh": mesh, "progress": progress.update, "captions": captions}
@@ -232,7 +237,7 @@ def reconstruct(
     first_batch=contextlib.nullcontext(),  # noqa: B008  it holds no state
     count: int = 0,
     captions: CaptionIds | None = None,
-) -> reconstruction.Report | autoencoding.Report | drawing.Report:
+) -> reconstruction.Report | autoencoding.Report | drawing.Report | retrieval.Report | classifying.Report:
     """The pass over the held-out images alone. Arguments as in `evaluate` and `reconstruction.evaluate_reconstruction`.
 
     Args:
@@ -255,6 +260,9 @@ def reconstruct(
         how = {"mesh": mesh, "count": count, "class_names": loader.source.label_names, "verify": verify}
         with jax.set_mesh(mesh):
             return drawing.evaluate_drawing(model, params, extra, batches(), e, progress=progress, **how)
+    if model.measured == "classes":
+        with jax.set_mesh(mesh):
+            return classifying.evaluate_classes(model, params, extra, batches(), e, mesh=mesh, progress=progress)
     how = {"put": lambda batch: meshes.put_batch(batch, mesh), "judges": judges, "progress": progress}
     with jax.set_mesh(mesh):
         if model.measured != "codes":

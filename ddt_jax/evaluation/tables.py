@@ -76,6 +76,14 @@ def drawing(results: dict[str, Any]) -> str:
     return _lines(lines)
 
 
+def classes(results: dict[str, Any]) -> str:
+    """How often a classifier is right."""
+    lines = [f"Classes of {results['n']:,} images.", "", "| | |", "|---|---:|"]
+    lines += [f"| right | {share(results['accuracy'], results['accuracy_interval'])} |"]
+    lines += [f"| commonest class | {results['accuracy_chance']:.1%} |"]
+    return _lines([*lines, f"| cross-entropy (nats) | {results['cross_entropy']:.3f} |"])
+
+
 def retrieval(results: dict[str, Any]) -> str:
     """How often images and captions find each other."""
     n = results["retrieval_images"]
@@ -93,7 +101,7 @@ def retrieval(results: dict[str, Any]) -> str:
 
 def evaluation(results: dict[str, Any]) -> str:
     """All that `ddt-jax evaluate` found, and what it left out."""
-    firsts = {"psnr_by_tokens": reconstruction, "diffusion": drawing, "psnr": autoencoder}
+    firsts = {"psnr_by_tokens": reconstruction, "diffusion": drawing, "psnr": autoencoder, "accuracy": classes}
     parts = [next((first(results) for name, first in firsts.items() if name in results), "")]
     if "retrieval" in results:
         parts = [part for part in parts if part] + [retrieval(results)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ddt_jax.errors import UserError
-from ddt_jax.settings.acdit import ACDIT_SIZES, ACDiT, acdit_size
+from ddt_jax.settings.acdit import ACDIT_SIZES, ACDiT, ACDiTClassifier, acdit_size
 from ddt_jax.settings.codecs import Autoencoder, IdentityCodec, VAECodec
 from ddt_jax.settings.diffusion import DDPM, RectifiedFlow
 from ddt_jax.settings.multimodal import (
@@ -423,9 +423,17 @@ class Experiment:
     mesh: Mesh = field(default_factory=Mesh)
     data: Data = field(default_factory=Data)
     sequences: Sequences = field(default_factory=Sequences)  # of a multimodal transformer
-    model: DDTTokenizer | SelftokTokenizer | SpatialTokenizer | VAE | LinearTokenizer | ACDiT | SEED | Multimodal = (
-        field(default_factory=DDTTokenizer)
-    )
+    model: (
+        DDTTokenizer
+        | SelftokTokenizer
+        | SpatialTokenizer
+        | VAE
+        | LinearTokenizer
+        | ACDiT
+        | ACDiTClassifier
+        | SEED
+        | Multimodal
+    ) = field(default_factory=DDTTokenizer)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)

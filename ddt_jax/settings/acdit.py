@@ -42,3 +42,29 @@ def acdit_size(name: str) -> dict[str, int]:
     if name not in ACDIT_SIZES:
         raise UserError(f"config: {name!r} is no size of ACDiT; choose from {', '.join(ACDIT_SIZES)}")
     return dict(zip(("depth", "width", "heads"), ACDIT_SIZES[name], strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ACDiTClassifier:
+    """Classes from the clean stream of an ACDiT, all of which is trained. Sizes as those of the run in `init_from`.
+
+    The paper has random erasing and mixup; how much of them is that of masked autoencoders when they are fine-tuned
+    (arXiv 2111.06377 table 9; its code for erasing), without their other means.
+    """
+
+    kind: Literal["acdit_classifier"] = "acdit_classifier"
+    patch_size: int = 1
+    block_size: int = 256
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+    mlp_ratio: int = 4
+    classes: int = 1000
+    rope: Literal["nd", "released"] = "nd"
+    mixup: float = 0.8  # alpha: an image keeps a part drawn from Beta(alpha, alpha), the rest is another's; 0 = none
+    erase: float = 0.25  # share of the images that lose a rectangle
+    label_smoothing: float = 0.1  # share of a label that is given to all classes alike
+    scan_layers: bool = True
+    remat: Literal["none", "full", "dots", "attention", "dots_attention"] = "none"  # see `Transformer`
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    codec: IdentityCodec | VAECodec = field(default_factory=lambda: VAECodec(preset="sd"))

@@ -263,20 +263,31 @@ class ACDiT(base.ImageModel):
             carry = jax.lax.fori_loop(n, total, go_on(n - 1), carry)
         return self._pictures(extra, carry[1])
 
-    def _latent_tokens(self, extra, batch, keys_B):
+    def latents(self, extra, batch, keys_B):
+        """What the codec makes of a batch's images [B, h, w, c], or clips, frame by frame as published [B, T, h, w, c];
+        of kept latents (`data/latents.py`) the same."""
+        name = next(name for name in ("image", "video", "latent_mean") if name in batch)
+        lead = batch[name].shape[:-3]
         if self.frames:
-            video_BTHWC = batch["video"]
-            b, t = video_BTHWC.shape[:2]
-            frames_FHWC = base.to_float(video_BTHWC.reshape(b * t, *video_BTHWC.shape[2:]))
-            keys_F = jax.vmap(lambda key: jax.random.split(key, t))(keys_B).reshape(-1)
-            latents = self.codec.encode(extra.get("codec"), frames_FHWC, keys_F)  # frame by frame, as published
-            return patchify(latents, self.config.patch_size).reshape(b, self.tokens, -1)[:, self._order]
-        if "image" in batch:
-            latents_Bhwc = self.codec.encode(extra.get("codec"), base.to_float(batch["image"]), keys_B)
-        else:  # kept from before
-            kept = (batch[name].astype(jnp.float32) for name in ("latent_mean", "latent_logvar"))
-            latents_Bhwc = self.codec.draw(*kept, keys_B)
-        return patchify(latents_Bhwc, self.config.patch_size)[:, self._order]
+            keys_B = jax.vmap(lambda key: jax.random.split(key, self.frames))(keys_B).reshape(-1)
+
+        def of_each(name):
+            return batch[name].reshape(-1, *batch[name].shape[-3:])
+
+        if name == "latent_mean":
+            kept = (of_each(name).astype(jnp.float32) for name in ("latent_mean", "latent_logvar"))
+            latents = self.codec.draw(*kept, keys_B)
+        else:
+            latents = self.codec.encode(extra.get("codec"), base.to_float(of_each(name)), keys_B)
+        return latents.reshape(*lead, *latents.shape[1:])
+
+    def in_blocks(self, latents):
+        """Tokens of latents as the network takes them, [B, L, P]."""
+        patches = patchify(latents.reshape(-1, *latents.shape[-3:]), self.config.patch_size)
+        return patches.reshape(len(latents), self.tokens, -1)[:, self._order]
+
+    def _latent_tokens(self, extra, batch, keys_B):
+        return self.in_blocks(self.latents(extra, batch, keys_B))
 
     def _pictures(self, extra, tokens_BLP):
         """Images, or clips of however many frames there are tokens of."""

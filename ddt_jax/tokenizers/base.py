@@ -28,9 +28,10 @@ _REGISTRY = {
     "vae": ("ddt_jax.tokenizers.vae", "VAE"),
     "linear": ("ddt_jax.tokenizers.linear", "LinearTokenizer"),
     "acdit": ("ddt_jax.tokenizers.acdit", "ACDiT"),
+    "acdit_classifier": ("ddt_jax.tokenizers.acdit_classifier", "ACDiTClassifier"),
     "seed": ("ddt_jax.tokenizers.seed", "make_seed"),
 }
-_OF_CLIPS = ("acdit",)
+_OF_CLIPS = ("acdit", "acdit_classifier")
 
 
 class ImageModel(abc.ABC):
@@ -39,8 +40,8 @@ class ImageModel(abc.ABC):
     Attributes:
       image_size: height and width of the images.
       frames: of a clip, where it learns clips; 0: images.
-      measured: what an evaluation asks of it: "codes", "reconstruction" without codes, "drawing" from noise, or
-        "retrieval" alone.
+      measured: what an evaluation asks of it: "codes", "reconstruction" without codes, "drawing" from noise,
+        "retrieval" alone, or "classes".
       retrieves: whether it finds captions of images and images of captions.
       loss_weights: weight of each ratio sums[name] / counts[name] that belongs to the loss, a number or a function of
         the optimizer step (int32, traced); other ratios are only logged.
@@ -57,7 +58,7 @@ class ImageModel(abc.ABC):
 
     image_size: int
     frames: int = 0
-    measured: Literal["codes", "reconstruction", "drawing", "retrieval"] = "reconstruction"
+    measured: Literal["codes", "reconstruction", "drawing", "retrieval", "classes"] = "reconstruction"
     retrieves: bool = False
     loss_weights: dict[str, float | Callable]
     cross_example_terms: tuple[str, ...] = ()

@@ -157,6 +157,7 @@ def batch_shapes(s: settings.Experiment, model) -> dict:
         shapes = {name: ((n, *shape), dtype) for name, (shape, dtype) in model.shapes(s.sequences).items()}
     elif s.data.source.startswith("latents:"):
         shape, dtype = latents.layout(model.codec, s.data.image_size)
+        shape = (s.data.frames, *shape) if s.data.frames else shape
         shapes = dict.fromkeys(("latent_mean", "latent_logvar"), ((n, *shape), jnp.dtype(dtype)))
     else:
         picture = (s.data.image_size, s.data.image_size, 3)

@@ -1,12 +1,14 @@
-"""Writes a cache of latents (`data/latents.py`): what a model's frozen codec makes of all images of a source.
+"""Writes a cache of latents (`data/latents.py`): what a model's frozen codec makes of all images of a source, or of all
+frames of its clips.
 
-Legend: B batch, H height, W width; h, w, c height, width and channels of the latent.
+Legend: B batch, F frames, H height, W width; h, w, c height, width and channels of the latent.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -21,6 +23,8 @@ from ddt_jax.nn.codec import VAECodec
 from ddt_jax.tokenizers.base import to_float
 from ddt_jax.training.checksum import checksums
 from ddt_jax.training.progress import Progress
+
+_CLIPS = 4  # read at a time; a clip of 300 frames at 256 px has 59 MB
 
 
 def identity(model, data: settings.Data, params=None) -> dict:
@@ -76,22 +80,26 @@ def write(
 
     Args:
       folder: epath.
-      source: of images.
+      source: of images, or of clips if data.frames says so.
       data: how they are prepared, and how many threads do that.
       model: whose codec it is.
       params: of the codec, on the devices.
       per_shard: records of the source that a shard covers.
       mesh: over whose devices the rows of a batch are spread.
-      batch_size: images at a time.
+      batch_size: images, or frames, at a time.
       stream: where progress is shown.
 
     Returns:
-      "images" of the source, "records" in the folder, "unreadable", "shards", "written" of them in this call.
+      "images" (or clips) of the source, "records" in the folder, "unreadable", "shards", "written" of them in this
+      call.
 
     Raises:
       UserError: if the folder holds other latents or cannot be written, or as the loader.
     """
-    loader = Loader(source, data, batch_size=1, seed=0, shuffle=False, keep_captions=True)
+    clips, at_a_time = data.frames > 0, batch_size
+    if clips:
+        data, at_a_time = replace(data, prefetch=1), _CLIPS
+    loader = Loader(source, data, batch_size=1, seed=0, shuffle=False, keep_captions=True, whole_clips=clips)
     codec, count, (shape, dtype) = model.codec, len(source), layout(model.codec, data.image_size)
     made = identity(model, data, params)
     starts = range(0, count, per_shard)
@@ -102,6 +110,7 @@ def write(
         "shards": len(starts),
         "shape": shape,
         "dtype": dtype,
+        "clips": clips,
         "label_names": source.label_names,
         "identity": made,
         "counts": _counts_before(folder, source, per_shard, made),
@@ -110,11 +119,19 @@ def write(
     done = {start for start in starts if names[start] in index["counts"] and (folder / names[start]).exists()}
     posterior = jax.jit(lambda params, image: codec.posterior(params, to_float(image)))
 
+    def posteriors(frames_FHWC):
+        """Of any number of frames, so many at a time that one program does: [(mean, logvar), ...], on the devices."""
+        for at in range(0, len(frames_FHWC), batch_size):
+            part_BHWC = frames_FHWC[at : at + batch_size]
+            padding = [(0, batch_size - len(part_BHWC)), (0, 0), (0, 0), (0, 0)]
+            yield posterior(params, meshes.put_batch({"image": np.pad(part_BHWC, padding)}, mesh)["image"])
+
     def records(start, tick):
-        with loader.iterate_eval(start, min(start + per_shard, count), batch_size) as batches:
+        with loader.iterate_eval(start, min(start + per_shard, count), at_a_time) as batches:
             ahead = None  # the devices work on one batch while the one before is packed
             for batch in batches:
-                computing = batch, posterior(params, meshes.put_batch({"image": batch["image"]}, mesh)["image"])
+                frames_FHWC, places = _frames(batch)
+                computing = batch, places, [*posteriors(frames_FHWC)]
                 if ahead is not None:
                     yield from _packed(*ahead, index["dtype"])
                     tick()
@@ -122,11 +139,11 @@ def write(
             yield from _packed(*ahead, index["dtype"])
             tick()
 
-    batches = {start: -(-min(per_shard, count - start) // batch_size) for start in starts}
+    batches = {start: -(-min(per_shard, count - start) // at_a_time) for start in starts}
     ticks = sum(batches[start] for start in done)
     try:
         _write_index(folder, index)
-        with Progress(sum(batches.values()), ticks, batch_size, stream=stream) as progress:
+        with Progress(sum(batches.values()), ticks, at_a_time, stream=stream) as progress:
 
             def tick():
                 nonlocal ticks
@@ -163,11 +180,24 @@ def _counts_before(folder, source, per_shard, made) -> dict:
     return before["counts"]
 
 
-def _packed(batch, posterior, dtype):
-    mean, logvar = (np.asarray(x).astype(latents.TYPES[dtype]) for x in jax.device_get(posterior))
-    for row in np.flatnonzero(batch["valid"]):
+def _frames(batch):
+    """All pictures of a batch uint8 [F, H, W, 3], and where among them those of each valid row are."""
+    rows = np.flatnonzero(batch["valid"])
+    if "image" in batch:
+        return batch["image"], {row: row for row in rows}
+    ends = np.cumsum([0, *(len(batch["video"][row]) for row in rows)])
+    places = {row: slice(ends[i], ends[i + 1]) for i, row in enumerate(rows)}
+    return np.concatenate([batch["video"][row] for row in rows]) if places else (), places
+
+
+def _packed(batch, places, posteriors, dtype):
+    if not places:
+        return
+    both = zip(*jax.device_get(posteriors), strict=True)
+    mean, logvar = (np.concatenate(x).astype(latents.TYPES[dtype]) for x in both)
+    for row, place in places.items():
         label, index, caption = int(batch["label"][row]), int(batch["index"][row]), batch["caption"][row]
-        yield latents.pack(mean[row], logvar[row], index=index, label=label, caption=caption)
+        yield latents.pack(mean[place], logvar[place], index=index, label=label, caption=caption)
 
 
 def _write_index(folder, index):

@@ -77,11 +77,28 @@ def test_clips_are_learned_measured_and_drawn_beyond_their_length(tmp_path, caps
         assert why in capsys.readouterr().err
 
 
-def test_it_learns_classes_of_photographs(data_dir, tmp_path):
-    root = tmp_path / "run"
+def test_it_learns_classes_of_photographs_and_to_tell_them_apart(data_dir, tmp_path, capsys):
+    root, classes = tmp_path / "run", tmp_path / "classes"
     small = [x for x in SMALL if "eval_every" not in x] + ["--config.train.steps=5"]
     data = f"parquet:{data_dir}/cifar10/train-0000"
     sources = [f"--config.data.source={data}0-of-00005.parquet", f"--config.data.eval_source={data}4-of-00005.parquet"]
     assert run("train", "--config", "configs/acdit_cifar10.py", "--workdir", root, *small, *sources) == 0
     assert run("evaluate", "--workdir", root) == 0
     assert "scenes: evaluate.verifier is False" in json.loads((root / "results.json").read_text())["left_out"]
+    capsys.readouterr()
+    small = [x for x in small if "solver_steps" not in x]
+    small += ["--config.train.eval_every=5", f"--config.init_from={root}"]
+    assert run("train", "--config", "configs/acdit_cifar10.py:classify", "--workdir", classes, *small, *sources) == 0
+    said = capsys.readouterr().err
+    assert "copied: params/into (1), params/stack (" in said and "fresh: params/head/" in said
+    assert run("evaluate", "--workdir", classes) == 0
+    results = json.loads((classes / "results.json").read_text())
+    assert results["n"] == 24 and 0 <= results["accuracy"] <= 1 and "left_out" in results
+    lines = [json.loads(line) for line in (classes / "metrics.jsonl").read_text().splitlines()]
+    (last,) = (line for line in lines if "eval/accuracy" in line)
+    assert last["eval/accuracy"] == results["accuracy"] and any("cross_entropy" in line for line in lines)
+    capsys.readouterr()
+    nothing = ["generate", "--prompt", "a"], ["reconstruct", root / "samples.png"], ["tokenize", "--to", root / "codes"]
+    for verb, *more in nothing:
+        assert run(verb, "--workdir", classes, *more) == cli.EXIT_USER
+        assert capsys.readouterr().err.count("\n") == 1, verb
