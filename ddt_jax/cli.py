@@ -8,6 +8,7 @@ train.silence_limit seconds without a sign of life.
 """
 
 import argparse
+import functools
 import os
 import sys
 
@@ -434,11 +435,7 @@ _VERBS = {
     "replay": lambda args, overrides: cli_checkpoints.replay(args, overrides, _report),
     "import": _import,
     "export": _export,
-    "plan": lambda args, overrides: cli_scaling.plan(args, overrides, _report),
-    "sweep": lambda args, overrides: cli_scaling.sweep(args, overrides, _report),
-    "fit": lambda args, overrides: cli_scaling.fit(args, overrides, _report),
-    "report": lambda args, overrides: cli_scaling.report(args, overrides, _report),
-    "flags": lambda args, overrides: cli_scaling.flags(args, overrides, _report),
+    **{name: functools.partial(run, report=_report) for name, run in cli_scaling.VERBS.items()},
 }
 
 
@@ -464,10 +461,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         args, overrides = _arguments(sys.argv[1:] if argv is None else argv)
-        if args.verb in (
-            "train",
-            "evaluate",
-        ):  # of a workdir that they write to anyway: a restart compiles nothing anew
+        if args.verb in ("train", "evaluate"):  # which write to their workdir: a restart compiles nothing again
             os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{args.workdir}/compiled")
         return _VERBS[args.verb](args, overrides)
     except UserError as error:

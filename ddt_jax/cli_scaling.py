@@ -143,3 +143,6 @@ def flags(args, overrides, report) -> int:
 def _no_settings(name, overrides) -> None:
     if overrides:
         raise UserError(f"--config.{overrides[0][0]}: {name} takes no settings")
+
+
+VERBS = {"plan": plan, "sweep": sweep, "fit": fit, "report": report, "flags": flags}
