@@ -5,13 +5,16 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from ddt_jax import experiment, settings
+from ddt_jax import mesh as meshes
 from ddt_jax.data.base import open_source
 from ddt_jax.errors import UserError
-from ddt_jax.tokenizers.base import example_keys
+from ddt_jax.tokenizers.base import example_keys, make_tokenizer
 from ddt_jax.training import feed, latents
+from ddt_jax.training.state import unbox
 from tests.tokenizers.acdit_small import SIZE, small
 
 LENGTHS = (3, 9, 2, 6, 4, 7, 5)  # frames; one clip is too short for three, one has exactly as many
@@ -25,7 +28,7 @@ CODEC = settings.VAECodec(
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """(settings of training on the clips, the run on one device, folder of their latents, what the writer said)."""
+    """(settings of training on the clips, model, its codec's parameters, folder of latents, what the writer said)."""
     root, rng = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
     for i, frames in enumerate(LENGTHS):
         folder = root / "clips" / f"class{i % 2}" / f"clip{i}"
@@ -38,21 +41,30 @@ def kept(tmp_path_factory):
         ),
         model=small(patch_size=2, block_size=4, heads=1, classes=2, codec=CODEC),
         train=settings.Train(batch_size=8),
-        evaluate=settings.Evaluate(batch_size=8),  # frames; the first three clips have nine
+        evaluate=settings.Evaluate(batch_size=8),
     )
-    said = experiment.write_latents(s, str(root / "kept"), per_shard=3)
-    return s, experiment.build(s, jax.devices()[:1]), root / "kept", said
+    model = make_tokenizer(s.model, SIZE, 8, 3)
+    params = unbox(jax.jit(model.codec.init, compiler_options=QUICK)(jax.random.key(0)))["codec"]
+    return s, model, params, root / "kept", write(s, model, params, root / "kept")
+
+
+def write(s, model, params, folder):
+    """Four frames at a time: the first three clips have nine."""
+    mesh = meshes.make_mesh(settings.Mesh(), jax.devices()[:1])
+    source = open_source(s.data.source, clips=True)
+    with jax.set_mesh(mesh):
+        return latents.write(epath.Path(folder), source, s.data, model, params, mesh=mesh, batch_size=4, per_shard=3)
 
 
 def loaders(kept, **data):
     """Of the clips and of their latents."""
-    s, _, folder, _ = kept
+    s, _, _, folder, _ = kept
     s = replace(s, data=replace(s.data, **data))
     return [feed.open_images(s, spec) for spec in (s.data.source, f"latents:{folder}")]
 
 
 def test_every_frame_of_every_clip_has_its_latent(kept):
-    s, built, folder, said = kept
+    s, model, params, folder, said = kept
     n = len(LENGTHS)
     assert said == {"images": n, "records": n, "unreadable": 0, "shards": 3, "written": 3}
     source, clips = open_source(f"latents:{folder}", clips=True), open_source(s.data.source, clips=True)
@@ -60,32 +72,33 @@ def test_every_frame_of_every_clip_has_its_latent(kept):
     assert [len(source[i]["latent_mean"]) for i in range(n)] == [LENGTHS[k] for k in order]
     assert [source[i]["label"] for i in range(n)] == [k % 2 for k in order]
     frames = np.stack(clips[1]["video"].read(range(LENGTHS[order[1]]), s.data))[:, 1:-1]
-    posterior = built.model.codec.posterior(built.init_codec(), frames / np.float32(127.5) - 1)
+    encode = jax.jit(model.codec.posterior, compiler_options=QUICK)
+    posterior = encode(params, frames / np.float32(127.5) - 1)
     for name, expected in zip(("latent_mean", "latent_logvar"), posterior, strict=True):
         np.testing.assert_allclose(source[1][name], expected, atol=1e-5)
     with pytest.raises(UserError, match=r"holds clips; set data.frames"):
         open_source(f"latents:{folder}")
-    assert experiment.write_latents(s, str(folder), per_shard=3)["written"] == 0
+    assert write(s, model, params, folder)["written"] == 0
 
 
 @pytest.mark.parametrize("data", [{}, {"frames": 2, "frame_step": 3}, {"clip_start": "middle"}])
 def test_batches_are_those_of_the_clips(kept, data):
-    s, built, _, _ = kept
-    codec = jax.jit(built.model.codec.posterior, compiler_options=QUICK)
+    _, model, params, _, _ = kept
+    encode = jax.jit(model.codec.posterior, compiler_options=QUICK)
     for step in (0, 3):
         of_clips, of_latents = (loader.batch_at(step) for loader in loaders(kept, **data))
         for name in ("index", "label", "slot"):
             np.testing.assert_array_equal(of_clips[name], of_latents[name])
         video = of_clips["video"]
-        mean, logvar = codec(built.init_codec(), video.reshape(-1, SIZE, SIZE, 3) / np.float32(127.5) - 1)
+        mean, logvar = encode(params, video.reshape(-1, SIZE, SIZE, 3) / np.float32(127.5) - 1)
         for name, expected in (("latent_mean", mean), ("latent_logvar", logvar)):
             assert of_latents[name].shape[:2] == video.shape[:2]
             np.testing.assert_allclose(of_latents[name], np.reshape(expected, of_latents[name].shape), atol=1e-5)
 
 
 def test_a_step_learns_from_them_what_it_learns_from_the_clips(kept):
-    s, built, folder, _ = kept
-    model, codec = built.model, {"codec": built.init_codec()}
+    s, model, params, folder, _ = kept
+    codec = {"codec": params}
     batches = [loader.batch_at(0) for loader in loaders(kept)]
     draw = jax.jit(model.draw, compiler_options=QUICK)
     keys = example_keys(jax.random.key(1), batches[0]["slot"])
@@ -95,4 +108,13 @@ def test_a_step_learns_from_them_what_it_learns_from_the_clips(kept):
     s = replace(s, data=replace(s.data, source=f"latents:{folder}"))
     for name, (shape, dtype) in feed.batch_shapes(s, model).items():
         assert name == "stop" or (batches[1][name].shape, batches[1][name].dtype) == (shape, dtype)
-    latents.check(open_source(s.data.source, clips=True), model, s.data, lambda: codec["codec"])
+    latents.check(open_source(s.data.source, clips=True), model, s.data, lambda: params)
+
+
+@pytest.mark.slow
+def test_the_whole_way(kept, tmp_path):
+    s, n = kept[0], len(LENGTHS)
+    said = experiment.write_latents(s, str(tmp_path / "kept"))
+    assert said == {"images": n, "records": n, "unreadable": 0, "shards": 1, "written": 1}
+    s = replace(s, data=replace(s.data, source=f"latents:{tmp_path}/kept"), train=replace(s.train, steps=2))
+    assert experiment.train(s, str(tmp_path / "run"))["finished"]
