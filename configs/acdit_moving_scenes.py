@@ -21,6 +21,9 @@ def get_config(variant="fours"):
     c.data.frames = FRAMES
     c.data.clip_start = "random"
     diffusion = c.model.diffusion
+    if variant != "published":
+        # A token has as many values as a row: the noise, or a velocity with the noise in it, would fill the row alone.
+        diffusion.prediction = "x0"
     c.model = config.defaults(
         settings.ACDiT,
         patch_size=8,
