@@ -5,7 +5,8 @@
     ddt-jax train --config configs/seed_scenes.py:draw --workdir runs/seed/draw --config.init_from=runs/seed/codes
 
 Variants with other arms: "align_bidirectional", whose queries see each other, and "codes_published", the published
-codebook. Sized for 2 CPU cores, 13 minutes for the first two stages; docs/seed.md has what came of them.
+codebook. Sized for 2 CPU cores, 13 minutes for the first two stages and 6 to 8 for the third; docs/seed.md has what
+came of them.
 """
 
 from ddt_jax import config, settings

@@ -35,6 +35,7 @@ _EXPORTS = {
     "llama": "Hugging Face's folder, of imported weights or of a multimodal run",
     "qformer": "of a SEED run: its Q-Former in the names of transformers' BLIP-2",
     "seed-qformer": "the same in the names of SEED's checkpoints",
+    "embeddings": "of a SEED run that learned CLIP's features: what Stable Diffusion draws from, of --codes",
 }
 
 
@@ -212,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("kind", choices=_EXPORTS, help=_choices(_EXPORTS))
     p.add_argument("--to", required=True, dest="file", metavar="PATH", help="what to write")
+    p.add_argument("--codes", default="", metavar="PATH", help="embeddings: folder of tokenize, or generate's --json")
     cli_scaling.add_verbs(verb)
     return parser
 
@@ -416,7 +418,7 @@ def _export(args, overrides) -> int:
 
     if overrides:
         raise UserError(f"--config.{overrides[0][0]}: export writes what the run has and takes no settings")
-    result = exchange.EXPORTS[args.kind](args.workdir, args.file)
+    result = exchange.export(args.kind, args.workdir, args.file, args.codes)
     _report(args, result, result.pop("summary"))
     return 0
 

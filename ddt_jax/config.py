@@ -121,11 +121,23 @@ _FREE += tuple(f"train.{k}" for k in ("silence_limit", "profile_at", "profile_st
 _FREE += ("train.recheck_every", "train.accumulate")  # losses that micro-batches would change are refused when built
 
 # Settings that decide, with the weights, which codes an image gets, or where these weights lie in the state.
-CODES = ("data.image_size", "model.encoder")
-CODES += tuple(f"model.{k}" for k in ("kind", "num_tokens", "patch_size", "width", "heads", "mlp_ratio", "mix"))
-CODES += tuple(f"model.{k}" for k in ("qk_norm", "scan_layers", "codec.kind", "codec.preset", "codec.sizes"))
-ENCODER = CODES = (*CODES, *(f"model.{k}" for k in ("causal", "vision.", "qformer.")))  # of which a codebook is no part
-CODES += tuple(f"model.quantizer.{k}" for k in ("code_dim", "codebook_size", "normalize_input"))
+_CODES = ("data.image_size", "model.encoder")
+_CODES += tuple(f"model.{k}" for k in ("kind", "num_tokens", "patch_size", "width", "heads", "mlp_ratio", "mix"))
+_CODES += tuple(f"model.{k}" for k in ("qk_norm", "scan_layers", "causal", "vision.", "qformer."))
+_CODEBOOK = tuple(f"model.quantizer.{k}" for k in ("code_dim", "codebook_size", "normalize_input"))
+_LATENTS = tuple(f"model.codec.{k}" for k in ("kind", "preset", "sizes"))
+
+
+def decides_codes(kind: str, codebook: bool = True) -> tuple[str, ...]:
+    """Beginnings of the names of settings that decide, with the weights, which codes an image gets, or where these
+    weights lie in the state.
+
+    Args:
+      kind: of the model.
+      codebook: whether those of the codebook are among them.
+    """
+    # SEED reads codes off pixels; its codec is of what its decoder draws.
+    return (*_CODES, *(() if kind == "seed" else _LATENTS), *(_CODEBOOK if codebook else ()))
 
 
 def difference(before: dict, now: dict, prefix: str = "") -> list[str]:

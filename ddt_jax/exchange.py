@@ -18,10 +18,11 @@ from etils import epath
 from ddt_jax import config, experiment, settings
 from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
-from ddt_jax.interop import acdit, blip2, diffusers_vae, layout, llama, sd3, selftok, torch_export
+from ddt_jax.interop import acdit, blip2, diffusers_vae, layout, llama, sd3, selftok, stable_diffusion, torch_export
 from ddt_jax.io import torch_file, weights_folder
 from ddt_jax.multimodal import backbone
 from ddt_jax.training import checkpoint, corpus, weights
+from ddt_jax.training.fingerprint import fingerprint
 from ddt_jax.training.state import TrainState
 
 
@@ -261,6 +262,50 @@ def export_qformer(workdir: str, folder: str, names: str = "huggingface") -> dic
     return _export(workdir, folder, write)
 
 
+def export_embeddings(workdir: str, file: str, codes: str) -> dict[str, Any]:
+    """Writes what Stable Diffusion draws from, of codes of a SEED run: see `interop.stable_diffusion`.
+
+    Args:
+      codes: folder of `ddt-jax tokenize`, or report of `ddt-jax generate --json`.
+
+    Returns:
+      as `export_whole`, and "images", "shape" of the embeddings.
+
+    Raises:
+      UserError: if no Stable Diffusion draws from the run's features, or the codes are another tokenizer's, or the file
+        cannot be written.
+    """
+    stable_diffusion.check(experiment.make_model(experiment.saved_settings(workdir)), workdir)
+    if not codes:
+        raise UserError("export embeddings: needs --codes, a folder of `ddt-jax tokenize` or a report of `generate`")
+
+    def write(built, state, params, about):
+        model, made_by = built.model, fingerprint(built.settings, built.model, params, state.extra, "none")
+        draws = stable_diffusion.check(model, workdir)
+        codes_NK = stable_diffusion.read_codes(codes, made_by, built.settings.model)
+        with jax.set_mesh(built.mesh):
+            made_NMF = stable_diffusion.embed(model, params, state.extra, codes_NK)
+        stable_diffusion.save(file, made_NMF, codes_NK, {"tokenizer": made_by, "for": draws})
+        shape = [*made_NMF.shape]
+        lines = [f"embeddings {' x '.join(map(str, shape))} for {draws}"]
+        return {"tensors": 2, "images": len(codes_NK), "shape": shape, "lines": lines}
+
+    return _export(workdir, file, write)
+
+
+def export(kind: str, workdir: str, path: str, codes: str = "") -> dict[str, Any]:
+    """What `ddt-jax export` does: a function of EXPORTS. codes: only for those that are made of codes.
+
+    Raises:
+      UserError: as the function, or for codes that it does not take.
+    """
+    if kind in CODE_EXPORTS:
+        return CODE_EXPORTS[kind](workdir, path, codes)
+    if codes:
+        raise UserError(f"export {kind}: takes no --codes, only {', '.join(CODE_EXPORTS)} does; leave it out")
+    return EXPORTS[kind](workdir, path)
+
+
 # What the command line offers; its texts are in cli.py, which imports nothing heavy.
 IMPORTS = {
     "selftok": Importer(functools.partial(import_whole, selftok.FORMAT), released_settings),
@@ -271,6 +316,7 @@ WEIGHT_IMPORTS = {"llama": import_llama}  # whose settings come with them
 EXPORTS = {form.kind: functools.partial(export_whole, form) for form in (selftok.FORMAT, acdit.FORMAT)}
 EXPORTS |= {"vae": export_vae, "torch": export_torch, "llama": export_llama}
 EXPORTS |= {"qformer": export_qformer, "seed-qformer": functools.partial(export_qformer, names="seed")}
+CODE_EXPORTS = {"embeddings": export_embeddings}
 
 
 def _on_one_device(s: settings.Experiment) -> experiment.Built:

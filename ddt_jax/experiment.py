@@ -19,13 +19,13 @@ from etils import epath
 from ddt_jax import config, monitoring, settings
 from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
-from ddt_jax.interop import blip2, diffusers_vae, hf_vision
+from ddt_jax.interop import blip2, diffusers_vae, hf_clip, hf_vision
 from ddt_jax.io import atomic, weights_folder
 from ddt_jax.multimodal.code_embedding import VECTORS
 from ddt_jax.multimodal.model import Multimodal, make_multimodal
 from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
-from ddt_jax.tokenizers.seed import VISION
+from ddt_jax.tokenizers.seed import TARGET, VISION
 from ddt_jax.training import checkpoint, corpus, latents, loop, warm_start, writers
 from ddt_jax.training import feed as feeds
 from ddt_jax.training import optimizer as optimizers
@@ -67,6 +67,8 @@ class Built:
             found[LPIPS] = image_loss.read_lpips()
         if folder := getattr(self.model, "vision_weights", ""):
             found[VISION] = hf_vision.read(folder, self.settings.model.vision, self.settings.data.image_size)
+        if getattr(self.model, "target_weights", ""):
+            found[TARGET] = hf_clip.read_target(self.settings.model.clip)
         if isinstance(self.model, Multimodal) and self.settings.model.image.code_vectors:
             found[VECTORS] = corpus.code_vectors(self.settings)
         return found

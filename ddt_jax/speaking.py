@@ -129,10 +129,12 @@ class Drawn(NamedTuple):
     Attributes:
       pictures: uint8 [N, H, W, 3], grey where the answer is no image.
       valid: bool [N], whether it is one; always with the constraint, see `settings.Evaluate.free_images`.
+      answers: what documents hold of each picture: of a run on codes int32 [N, K].
     """
 
     pictures: np.ndarray
     valid: np.ndarray
+    answers: np.ndarray
 
     def labels(self, texts: Sequence[str]) -> list[str]:
         """Texts for the pictures, which also say what is none."""
@@ -156,7 +158,7 @@ class Speaker:
         valid = self.eyes.are_images(answers)
         drawn = self.eyes.blank(len(answers))
         drawn[valid] = self.eyes.decode(answers[valid], np.asarray(seeds)[valid])
-        return Drawn(drawn, valid)
+        return Drawn(drawn, valid, answers)
 
     def say(self, given: Sequence[documents.Document], seeds: Sequence[int], done=None) -> list[str]:
         """Texts that answer documents; see `Answerer.texts`."""
@@ -232,7 +234,9 @@ def generate(
 
     Returns:
       "drawn": what was asked for, in the order of the pictures, "no_image": how many answers are none, "captions": file
-      → text, "told": of each text to go on with what came, texts and numbers of pictures, "written".
+      → text, "told": of each text to go on with what came, texts and numbers of pictures, "written"; of a run on codes
+      also "codes" of each picture, in the order of its sequences, None where the answer is no image, and "tokenizer",
+      the fingerprint of what makes them.
 
     Raises:
       UserError: there is nothing to do, or a file or text cannot be used.
@@ -283,6 +287,10 @@ def generate(
         path = out or str(epath.Path(workdir) / "generated.png")
         written = pictures.save_png(pictures.grid(np.stack(shown), labels), path)
         result |= {"no_image": int((~drawn.valid).sum()), "written": str(written)}
+    image = speaker.built.settings.model.image
+    if image.kind == "codes":
+        codes = [row.tolist() if valid else None for row, valid in zip(drawn.answers, drawn.valid, strict=True)]
+        result |= {"tokenizer": image.tokenizer, "codes": codes}
     return result
 
 

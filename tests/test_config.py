@@ -114,18 +114,21 @@ def test_difference_ignores_what_a_run_may_change():
 
 def test_settings_that_decide_codes_exist():
     models = settings.DDTTokenizer(codec=settings.VAECodec()), settings.SelftokTokenizer(), settings.SEED()
-    names, groups = [], ("quantizer", "codec", "vision", "qformer")
+    names, groups, decisive = [], ("quantizer", "codec", "vision", "qformer"), set()
     for model in models:
         tree = config.dump(settings.Experiment(model=model))
         names += config.difference(tree, {"data": {}, "model": dict.fromkeys(groups, {})})
-    assert [code for code in config.CODES if not any(name.startswith(code) for name in names)] == []
+        decisive |= {*config.decides_codes(model.kind)}
+    assert [code for code in decisive if not any(name.startswith(code) for name in names)] == []
+    assert {c.rsplit(".", 1)[0] for c in decisive - {*config.decides_codes("seed")}} == {"model.codec"}
+    assert all("quantizer" in c for c in {*config.decides_codes("ddt")} - {*config.decides_codes("ddt", False)})
 
 
 def test_the_renderer_of_scenes_is_for_the_codes_of_their_tokenizer():
     file = str(ROOT / "configs" / "ddt_scenes.py")
     first, second = (config.dump(config.load(f"{file}:{variant}")) for variant in ("tokenizer", "renderer"))
     changed = config.difference(first, second)
-    assert "model.stage" in changed and not [name for name in changed if name.startswith(config.CODES)]
+    assert "model.stage" in changed and not [name for name in changed if name.startswith(config.decides_codes("ddt"))]
     with pytest.raises(UserError, match="'rendrer' is no variant of ddt_scenes"):
         config.load(f"{file}:rendrer")
 
@@ -151,7 +154,9 @@ def test_stages_of_seed_go_on_with_what_stands():
     first = load("seed_scenes.py:align")
     for variant in ("codes", "codes_published", "draw"):
         changed = config.difference(first, load(f"seed_scenes.py:{variant}"))
-        assert "model.stage" in changed and not [name for name in changed if name.startswith(config.CODES)]
+        assert "model.stage" in changed and not [
+            name for name in changed if name.startswith(config.decides_codes("seed"))
+        ]
     assert config.difference(first, load("seed_scenes.py:align_bidirectional")) == ["model.causal", "name"]
     describe, joint = load("seed_opt.py:describe"), load("seed_opt.py:joint")
     assert config.difference(describe, joint) == ["init_from", "name", "sequences.sources"]

@@ -16,12 +16,10 @@ import numpy as np
 from PIL import Image
 
 from ddt_jax import mesh as meshes
-from ddt_jax.errors import UserError
 from ddt_jax.evaluation import judges
 from ddt_jax.nn.clip import Clip, Sizes
+from ddt_jax.tokenizers.caption_ids import MarkedIds
 from ddt_jax.tokenizers.text import TextTokenizer
-
-_BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 class ClipScore:
@@ -39,14 +37,9 @@ class ClipScore:
 
     def __init__(self, sizes: Sizes, params, tokenizer: TextTokenizer, batch: int, mesh):
         meshes.check_batch(batch, mesh, "evaluate.batch_size")
-        if not {"BOS", "EOS"} <= tokenizer.special.keys():
-            raise UserError(f"evaluate: the text tokenizer in evaluate.clip_folder has no {_BEGIN} or no {_END}")
-        if tokenizer.vocab_size > sizes.vocab_size:
-            raise UserError(
-                f"evaluate: the text tokenizer in evaluate.clip_folder has {tokenizer.vocab_size:,} ids, its model "
-                f"{sizes.vocab_size:,}; fetch both from one place"
-            )
-        self._sizes, self._tokenizer, self._batch, self._mesh = sizes, tokenizer, batch, mesh
+        name = "evaluate: the text tokenizer in evaluate.clip_folder"
+        self._captions = MarkedIds(tokenizer, sizes.length, sizes.vocab_size, name)
+        self._sizes, self._batch, self._mesh = sizes, batch, mesh
         self._params = judges.everywhere(params, mesh)
         self._cosine = jax.jit(self._judge)
         self._total, self._seen = 0.0, 0
@@ -80,9 +73,7 @@ class ClipScore:
 
     def ids(self, caption: str) -> np.ndarray:
         """int32 [n] of a caption between its marks; what is too long is cut, as CLIP was trained."""
-        special = self._tokenizer.special
-        text = self._tokenizer.encode(caption)[: self._sizes.length - 2]
-        return np.array([special["BOS"], *text, special["EOS"]], np.int32)
+        return self._captions.marked(caption)
 
     def prepared(self, picture: np.ndarray) -> np.ndarray:
         """As CLIP sees it, uint8 [S, S, 3]: the shorter side becomes S (bicubic), the middle stays."""

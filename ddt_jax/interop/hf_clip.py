@@ -76,19 +76,54 @@ def read(folder, sizes: clip.Sizes):
     Raises:
       UserError: if there is no such model, or its arrays are missing or of other sizes.
     """
-    found, side = weights_folder.load(folder), sizes.image_size
-    one = jax.ShapeDtypeStruct((1,), "int32")
-    inputs = jax.ShapeDtypeStruct((1, side, side, 3), "float32"), jax.ShapeDtypeStruct((1, 1), "int32"), one
-    abstract = split(jax.eval_shape(clip.Clip(sizes).init, jax.random.key(0), *inputs)["params"])[0]
-    table = {f"vision/{ours}": row for ours, row in hf_vision.table(sizes.vision, "vision_model.").items()}
+    inputs = _pixels(sizes.image_size), _ids(1), jax.ShapeDtypeStruct((1,), "int32")
+    table = {f"image/{ours}": row for ours, row in _image(sizes.vision).items()}
     table |= {f"text/{ours}": row for ours, row in _text(sizes).items()}
-    for part, theirs in (("vision", "visual"), ("text", "text")):
-        table |= hf_layers.layer(f"{part}_projection", f"{theirs}_projection", bias=False)
+    table |= hf_layers.layer("text_projection", "text_projection", bias=False)
+    return _read(folder, clip.Clip(sizes), inputs, table)
+
+
+def read_target(c: settings.CLIPText | settings.CLIPImage):
+    """The parameters of `nn.clip.Text` or `Image`, NumPy float32, of the folder c.weights.
+
+    Raises:
+      UserError: as `read_sizes` and `read`, or the model in the folder has other sizes.
+    """
+    sizes = read_sizes(c.weights)
+    if isinstance(c, settings.CLIPText):
+        theirs = replace(c, gelu=sizes.gelu, **{name: getattr(sizes, name) for name in _SIZES.values()})
+    else:
+        layout = {"scan_layers": c.vision.scan_layers, "remat": c.vision.remat}
+        theirs = replace(c, vision=replace(sizes.vision, **layout), image_size=sizes.image_size, width=sizes.features)
+    if differing := config.difference(config.dump(c), config.dump(theirs)):
+        named = ", ".join(f"model.clip.{name}" for name in differing)
+        raise UserError(f"config: {c.weights} has other sizes than are set: {named}; set them as there")
+    if isinstance(c, settings.CLIPText):
+        return _read(c.weights, clip.Text(c), (_ids(c.length),), _text(c))
+    return _read(c.weights, clip.Image(c.vision, c.width), (_pixels(c.image_size),), _image(c.vision))
+
+
+def _read(folder, module, inputs, table: hf_layers.Table):
+    found = weights_folder.load(folder)
+    abstract = split(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])[0]
     shapes = {name: leaf.shape for name, leaf in weights.unrolled_arrays(abstract).items()}
     return weights.restore(hf_layers.to_ours(table, shapes, found, f"clip: {folder}"), abstract)
 
 
-def _text(sizes: clip.Sizes) -> hf_layers.Table:
+def _pixels(side: int):
+    return jax.ShapeDtypeStruct((1, side, side, 3), "float32")
+
+
+def _ids(length: int):
+    return jax.ShapeDtypeStruct((1, length), "int32")
+
+
+def _image(vision: settings.ViT) -> hf_layers.Table:
+    table = {f"vision/{ours}": row for ours, row in hf_vision.table(vision, "vision_model.").items()}
+    return table | hf_layers.layer("projection", "visual_projection", bias=False)
+
+
+def _text(sizes: clip.Sizes | settings.CLIPText) -> hf_layers.Table:
     names = "text_model.embeddings"
     table = {
         "embed": (f"{names}.token_embedding.weight", "plain"),

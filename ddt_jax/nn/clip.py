@@ -5,6 +5,7 @@ Legend: B batch, L ids of a caption, D width of the text, F features.
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -35,20 +36,37 @@ class Sizes:
 
 
 class Text(nn.Module):
-    """Causal rows; a caption is the row of its end."""
+    """Causal rows of captions, int32 [B, L], behind the last norm."""
 
-    sizes: Sizes
+    sizes: Sizes | settings.CLIPText
+    dtype: Any = None
 
     @nn.compact
-    def __call__(self, ids_BL, end_B):
+    def __call__(self, ids_BL, end_B=None):
+        """[B, D] of the rows end_B, int32 [B], of which a caption is that of its end; None: all, [B, L, D]."""
         s = self.sizes
         table = declare(nn.initializers.normal(0.02), ("vocab", "embed"), decay=False)
         x_BLD = jnp.asarray(self.param("embed", table, (s.vocab_size, s.width)))[ids_BL]
         x_BLD = x_BLD + embeddings.learned(self, "positions", s.length, s.width)[: ids_BL.shape[1]]
-        make = functools.partial(vit.Block, s.heads, s.mlp_width, gelu=s.gelu, epsilon=s.norm_epsilon)
+        options = {"gelu": s.gelu, "epsilon": s.norm_epsilon, "dtype": self.dtype}
+        make = functools.partial(vit.Block, s.heads, s.mlp_width, **options)
         x_BLD = blocks.Stack(make, s.depth, name="blocks")(x_BLD, spans.causal(ids_BL.shape[1]))
-        end_BD = jnp.take_along_axis(x_BLD, end_B[:, None, None], axis=1)[:, 0]
-        return layers.LayerNorm(epsilon=s.norm_epsilon, name="norm")(end_BD)
+        if end_B is not None:
+            x_BLD = jnp.take_along_axis(x_BLD, end_B[:, None, None], axis=1)[:, 0]
+        return layers.LayerNorm(epsilon=s.norm_epsilon, name="norm")(x_BLD)
+
+
+class Image(nn.Module):
+    """Pictures [B, S, S, 3] in [-1, 1] → [B, F], as long as they come. features: F."""
+
+    config: settings.ViT
+    features: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images_BHWC):
+        seen_BD = vit.ViT(self.config, self.dtype, name="vision")(images_BHWC)[:, 0]
+        return projection(self.features, "projection", self.dtype)(seen_BD)
 
 
 class Clip(nn.Module):
@@ -61,11 +79,12 @@ class Clip(nn.Module):
 
     @nn.compact
     def __call__(self, images_BHWC, ids_BL, end_B):
-        def features(name, x_BD):
-            project = layers.Dense((self.sizes.features,), ("embed", None), use_bias=False, name=name)
-            y_BF = project(x_BD)
-            return y_BF / jnp.linalg.norm(y_BF, axis=-1, keepdims=True)
+        s = self.sizes
+        seen_BF = Image(s.vision, s.features, name="image")(images_BHWC)
+        read_BF = projection(s.features, "text_projection")(Text(s, name="text")(ids_BL, end_B))
+        return tuple(x_BF / jnp.linalg.norm(x_BF, axis=-1, keepdims=True) for x_BF in (seen_BF, read_BF))
 
-        seen_BD = vit.ViT(self.sizes.vision, name="vision")(images_BHWC)[:, 0]
-        read_BD = Text(self.sizes, name="text")(ids_BL, end_B)
-        return features("vision_projection", seen_BD), features("text_projection", read_BD)
+
+def projection(features: int, name: str, dtype=None) -> layers.Dense:
+    """The last map of either network."""
+    return layers.Dense((features,), ("embed", None), use_bias=False, dtype=dtype, name=name)

@@ -7,12 +7,11 @@ import abc
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.nn import autoencoder, layers
-from ddt_jax.nn.params import is_box
+from ddt_jax.nn.params import missing
 
 
 class LatentCodec(abc.ABC):
@@ -112,12 +111,10 @@ class VAECodec(LatentCodec):
         self._network = autoencoder.Autoencoder(self.sizes, layers.compute_dtype(config.dtype))
 
     def init(self, rng):
-        """Random parameters; NaN where they come from a file, so that a run that never got them can't go unnoticed."""
+        """Random parameters, or `params.missing` ones where they come from a file."""
         if not self.weights:
             return {"codec": autoencoder.init(self.sizes, rng)}
-        abstract = jax.eval_shape(lambda: autoencoder.init(self.sizes, rng))
-        missing = lambda b: b.replace(value=jnp.full(b.value.shape, jnp.nan, b.value.dtype))  # noqa: E731
-        return {"codec": jax.tree.map(missing, abstract, is_leaf=is_box)}
+        return {"codec": missing(jax.eval_shape(lambda: autoencoder.init(self.sizes, rng)))}
 
     def encode(self, params, images_BHWC, keys_B=None):
         return self.draw(*self.posterior(params, images_BHWC), keys_B)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import flax
 import jax
+import jax.numpy as jnp
 from flax.core import meta
 
 LAYERS = "layers"  # logical name of the axis that nn.scan adds
@@ -94,6 +95,17 @@ def in_group(boxed, group: str):
 
     def one(box):
         return box.replace(declaration=replace(box.declaration, group=group, matrix=None))
+
+    return jax.tree.map(one, boxed, is_leaf=is_box)
+
+
+def missing(boxed):
+    """A boxed tree, abstract or not, with NaN for its values: of what a file will hold, so that a run that never got it
+    can't go unnoticed.
+    """
+
+    def one(box):
+        return box.replace(value=jnp.full(box.value.shape, jnp.nan, box.value.dtype))
 
     return jax.tree.map(one, boxed, is_leaf=is_box)
 

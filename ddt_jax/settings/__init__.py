@@ -34,6 +34,8 @@ from ddt_jax.settings.seed import (
     NO_TOKEN,
     SEED,
     VIT_SIZES,
+    CLIPImage,
+    CLIPText,
     Contrast,
     FlowHead,
     QFormer,

@@ -1,6 +1,6 @@
 """SEED: a causal, semantic image tokenizer (arXiv 2307.08041, 2310.01218), trained in stages."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ddt_jax.errors import UserError
@@ -104,6 +104,37 @@ class Contrast:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CLIPText:
+    """CLIP's text encoder as what features are learned from: all rows of an image's caption behind the last norm. The
+    defaults are those of ViT-L/14, 77 x 768, which Stable Diffusion 1 draws from.
+    """
+
+    kind: Literal["text"] = "text"
+    weights: str = ""  # folder of a whole CLIP in Hugging Face's format, with its tokenizer.json
+    vocab_size: int = 49408
+    length: int = 77
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+    mlp_width: int = 3072
+    gelu: Literal["exact", "tanh", "quick"] = "quick"
+    norm_epsilon: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPImage:
+    """CLIP's image encoder as what features are learned from: an image's one vector in the space of captions, as long
+    as it comes. The defaults are those of ViT-H/14 by LAION, 1 x 1024, which Stable Diffusion 2.1 unCLIP draws from.
+    """
+
+    kind: Literal["image"] = "image"
+    weights: str = ""  # folder of a whole CLIP in Hugging Face's format
+    vision: ViT = field(default_factory=lambda: replace(vit("H", "clip", 14), final_norm=True, gelu="exact"))
+    image_size: int = 224  # to which images are resized
+    width: int = 1024  # of the vector
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlowHead:
     """The decoder that draws: a DiT whose patches see the features as extra keys and values."""
 
@@ -145,7 +176,9 @@ class SEED:
     )
     embedding_depth: int = 4  # blocks between codes and the Q-Former's outputs, and between codes and features
     embedding_weight: float = 2.0  # of 1 - cosine between the Q-Former's outputs and what codes give
-    features: Literal["patches", "pooled"] = "patches"  # what is drawn from: each row of the vision transformer or one
+    # What is drawn from: each row of the vision transformer, their mean, or what `clip` gives.
+    features: Literal["patches", "pooled", "clip"] = "patches"
+    clip: CLIPText | CLIPImage = field(default_factory=CLIPText)  # features="clip": published targets of features
     features_depth: int = 4  # layers of the Reverse Q-Former
     features_weight: float = 0.5  # of its squared error
     draw: FlowHead = field(default_factory=FlowHead)

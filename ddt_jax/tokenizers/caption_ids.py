@@ -7,6 +7,7 @@ import numpy as np
 
 from ddt_jax import settings
 from ddt_jax.data.base import BadRecord
+from ddt_jax.errors import UserError
 from ddt_jax.tokenizers.text import TextTokenizer
 
 
@@ -36,6 +37,46 @@ class CaptionIds(_Table):
 
     def rows(self, n: int) -> np.ndarray:
         return np.full((n, self.length), settings.NO_TOKEN, np.int32)
+
+
+@dataclass(frozen=True)
+class MarkedIds(_Table):
+    """Ids as CLIP's text encoder reads them: int32, between its marks, that of the end again in all places behind it;
+    longer captions are cut.
+
+    Attributes:
+      text: CLIP's text tokenizer.
+      length: places.
+      vocab_size: ids that the encoder knows.
+      name: what an error calls the tokenizer.
+
+    Raises:
+      UserError: the tokenizer is not CLIP's, or not that of this encoder.
+    """
+
+    text: TextTokenizer
+    length: int
+    vocab_size: int
+    name: str
+
+    def __post_init__(self):
+        if not {"BOS", "EOS"} <= self.text.special.keys():
+            raise UserError(f"{self.name} has no <|startoftext|> or no <|endoftext|>")
+        if (found := self.text.vocab_size) > self.vocab_size:
+            raise UserError(f"{self.name} has {found:,} ids, its model {self.vocab_size:,}; fetch both from one place")
+
+    def marked(self, caption: str) -> np.ndarray:
+        """[n] up to the mark of the end."""
+        special = self.text.special
+        return np.array([special["BOS"], *self.text.encode(caption)[: self.length - 2], special["EOS"]], np.int32)
+
+    def row(self, caption: str) -> np.ndarray:
+        (ids,), found = self.rows(1), self.marked(caption)
+        ids[: len(found)] = found
+        return ids
+
+    def rows(self, n: int) -> np.ndarray:
+        return np.full((n, self.length), self.text.special["EOS"], np.int32)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Three stages, each a run of its own; from the second on, what the runs before have learned stands. First a causal
 Q-Former reads an image as N vectors, of which the last is brought together with the image's caption (`Aligner`). Then
 a codebook is put behind it: from codes the N vectors are made again, by cosine, and features to draw from, by squared
-error to those of the frozen vision transformer. Last, a flow decoder draws from these features (`SEED`). The published
+error to what `seed_targets` says of the image. Last, a flow decoder draws from these features (`SEED`). The published
 decoder is Stable Diffusion, which draws from features of its own text or image encoder; here it is trained.
 
 Nothing here drops out, so what stands gives the same in every step.
@@ -27,10 +27,12 @@ from ddt_jax.nn import blocks, contrast, embeddings, layers, qformer, spans, tex
 from ddt_jax.nn.codec import make_codec
 from ddt_jax.nn.flow_head import FlowHead
 from ddt_jax.nn.images import patchify, unpatchify
-from ddt_jax.nn.params import in_group, is_box
+from ddt_jax.nn.params import in_group, missing
 from ddt_jax.nn.quantize import unit
 from ddt_jax.tokenizers import base
 from ddt_jax.tokenizers.seed_codes import CODEBOOK, make_codes
+from ddt_jax.tokenizers.seed_targets import TARGET as TARGET
+from ddt_jax.tokenizers.seed_targets import make_target
 
 VISION = "vision"  # of the parameters; of `extra` where it comes from a file
 _ALIGNED = ("qformer", "image_head", "text", "text_head", "contrast")
@@ -149,9 +151,7 @@ class Aligner(base.ImageModel):
             params[name] = module.init(jax.random.fold_in(rng, number), *examples[name])["params"]
         extra = {}
         if self.vision_weights:
-            # NaN until its file is read, so that a run that never got it can't go unnoticed.
-            missing = lambda box: box.replace(value=jnp.full_like(box.value, jnp.nan))  # noqa: E731
-            extra[VISION] = jax.tree.map(missing, params.pop(VISION), is_leaf=is_box)
+            extra[VISION] = missing(params.pop(VISION))
         return params, extra
 
     def loss_fn(self, params, extra, batch, rng):
@@ -209,7 +209,8 @@ class SEED(Aligner, base.ImageTokenizer):
 
     Attributes:
       draws: whether there is a decoder; in stage "codes" there is none yet.
-      num_features: M.
+      target: what features are learned from.
+      target_weights: folder of a CLIP that is, which `extra` holds while they are learned; "" elsewhere.
     """
 
     measured = "codes"
@@ -219,17 +220,20 @@ class SEED(Aligner, base.ImageTokenizer):
     def __init__(self, config: settings.SEED, image_size: int, batch_size: int):
         super().__init__(config, image_size, batch_size)
         c = self.config
-        self.caption_length = 0  # captions were read in the first stage
+        self.target = make_target(c, self._rows)
+        learns = c.stage == "codes"
+        # Captions were read in the first stage; features may be learned from others' reading of them.
+        self.caption_length = self.target.caption_length if learns else 0
+        self.target_weights = c.clip.weights if learns and c.features == "clip" else ""
         self.num_tokens, self.codebook_size = c.num_tokens, c.quantizer.codebook_size
         self.draws = c.stage == "draw"
-        self.num_features = self._rows if c.features == "patches" else 1
         self.codes = make_codes(c, batch_size)
         d, w = c.quantizer.code_dim, c.qformer.width
         self._modules |= {
             "down": Bottleneck(w, d, self._dtype),
             "up": Bottleneck(d, w, self._dtype),
             "embedding": TokenBlocks(c.qformer, c.embedding_depth, self._dtype),
-            "features": Features(c, self.num_features, c.vision.width, self._dtype),
+            "features": Features(c, *self.target.shape, self._dtype),
         }
         before = _ALIGNED if self.vision_weights else (VISION, *_ALIGNED)
         self.inherited = tuple(f"params/{name}" for name in before)
@@ -268,7 +272,7 @@ class SEED(Aligner, base.ImageTokenizer):
             "features": (tokens_1NW, seen),
         }
         if self.draws:
-            features = jnp.zeros((1, self.num_features, c.vision.width))
+            features = jnp.zeros((1, *self.target.shape))
             patches = jnp.zeros((1, self._patches, self._values))
             found["draw"] = (patches, jnp.zeros((1,)), features, jnp.ones((1,), bool))
         return found
@@ -278,8 +282,7 @@ class SEED(Aligner, base.ImageTokenizer):
         codes_key, codec_key = jax.random.split(jax.random.fold_in(rng, len(self._modules)))
         more_params, more_extra = self.codes.init(codes_key)
         params, extra = params | more_params, extra | more_extra
-        if self.draws:
-            extra |= self.codec.init(codec_key)
+        extra |= self.codec.init(codec_key) if self.draws else self.target.init()
         stands = [name for name in params if f"params/{name}" in self.inherited]
         return params | {name: in_group(params[name], "frozen") for name in stands}, extra
 
@@ -294,22 +297,19 @@ class SEED(Aligner, base.ImageTokenizer):
         params = {k: jax.lax.stop_gradient(v) if f"params/{k}" in self.inherited else v for k, v in params.items()}
         if self.draws:
             return self._drawing_loss(params, extra, batch, rng)
-        rows_BTD = self.image_rows(params, extra, base.to_float(batch["image"]))
+        images_BHWC = base.to_float(batch["image"])
+        rows_BTD = self.image_rows(params, extra, images_BHWC)
         made_BNW = self.causal_embeddings(params, rows_BTD)
         z_BNd = self._apply(params, "down", made_BNW)
         quantized, loss, count, stats = self.codes.quantize(params, extra, z_BNd, batch["slot"], rng)
         tokens_BNW = self._apply(params, "up", quantized)
         cosine_BN = jnp.sum(unit(self._made_again(params, tokens_BNW)) * unit(made_BNW), axis=-1)
         features_BMF = self._features(params, tokens_BNW)
-        error = jnp.square(features_BMF.astype(jnp.float32) - self.target(rows_BTD))
+        target_BMF = self.target(extra, rows_BTD, images_BHWC, batch.get("caption_ids"))
+        error = jnp.square(features_BMF.astype(jnp.float32) - target_BMF)
         sums = {"commitment": loss, "embedding": jnp.sum(1 - cosine_BN), "features": jnp.sum(error)}
         counts = {"commitment": count, "embedding": jnp.float32(cosine_BN.size), "features": jnp.float32(error.size)}
         return sums, counts, stats
-
-    def target(self, rows_BTD):
-        """What features are learned from: those of the vision transformer, [B, M, F] in fp32."""
-        rows_BTD = rows_BTD.astype(jnp.float32)
-        return rows_BTD if self.config.features == "patches" else jnp.mean(rows_BTD, axis=1, keepdims=True)
 
     def update_extra(self, extra, stats, rng):
         del rng  # the candidates for revival were drawn in loss_fn

@@ -13,7 +13,7 @@ from ddt_jax import settings
 from ddt_jax.data.base import BadRecord, Source, open_source
 from ddt_jax.errors import UserError
 from ddt_jax.tokenizers import text as texts
-from ddt_jax.tokenizers.caption_ids import CaptionIds
+from ddt_jax.tokenizers.caption_ids import CaptionIds, MarkedIds
 
 _FOLDER = "text"
 _TEXTS = 5_000  # of which a text tokenizer is made
@@ -48,6 +48,19 @@ def resolve(s: settings.Experiment, workdir: str = "") -> CaptionIds:
             "set it to as many"
         )
     return CaptionIds(found, c.length)
+
+
+def of_clip(s: settings.Experiment) -> MarkedIds | None:
+    """What reads captions for the features that model.stage="codes" learns; None where it learns them without.
+
+    Raises:
+      UserError: the text tokenizer is missing, or not that of model.clip.
+    """
+    c = s.model.clip
+    if s.model.stage != "codes" or s.model.features != "clip" or not isinstance(c, settings.CLIPText):
+        return None
+    name = "config: the text tokenizer in model.clip.weights"
+    return MarkedIds(texts.open_text_tokenizer(c.weights), c.length, c.vocab_size, name)
 
 
 def save(workdir, captions: CaptionIds) -> None:

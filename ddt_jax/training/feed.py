@@ -107,9 +107,11 @@ def open_feed(s: settings.Experiment, workdir: str) -> Feed:
 
 
 def _seed_feed(s: settings.Experiment, workdir: str) -> ImageFeed:
-    """Only the first stage reads captions; the others keep what reads them, for evaluation."""
+    """The first stage reads captions, and the second where CLIP's text encoder says what images are drawn from. All
+    keep what reads them for evaluation.
+    """
     ids = captions.resolve(s, workdir)
-    loader = open_images(s, s.data.source, caption_ids=ids if s.model.stage == "align" else None)
+    loader = open_images(s, s.data.source, caption_ids=ids if s.model.stage == "align" else captions.of_clip(s))
     if getattr(loader.source, "arrays", None):
         raise UserError(
             f"config: model.kind='seed' reads images, and data.source={s.data.source} has none; name theirs"

@@ -24,7 +24,8 @@ def fingerprint(s: settings.Experiment, model, params, extra, order: str) -> str
     if model.code_parts:
         parts = tuple(f"{part}/" for part in model.code_parts)
         named = {name: leaf for name, leaf in named.items() if f"{name}/".startswith(parts)}
-    decisive = {k: v for k, v in _flat(config.dump(s)) if k.startswith((*config.CODES, "model.dtype"))}
+    names = (*config.decides_codes(s.model.kind), "model.dtype")
+    decisive = {k: v for k, v in _flat(config.dump(s)) if k.startswith(names)}
     what = {"settings": decisive, "order": order, "arrays": checkpoint.digest(named)}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 

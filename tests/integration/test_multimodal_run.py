@@ -75,6 +75,8 @@ def test_it_learns_and_is_evaluated_and_draws(root, trained, capsys, monkeypatch
     assert run("generate", "--workdir", trained, *more, *out) == 0
     said = json.loads((root / "g.json").read_text())
     assert len(said["drawn"]) == 4 and list(said["captions"]) == [str(root / "a.png")]
+    plan = json.loads((root / "codes" / "train" / "index.json").read_text())["plan"]
+    assert said["tokenizer"] == plan["tokenizer"] and np.shape(said["codes"]) == (4, plan["num_tokens"])
     first = (root / "g.png").read_bytes()
     assert run("generate", "--workdir", trained, *more, *out) == 0 and (root / "g.png").read_bytes() == first
 

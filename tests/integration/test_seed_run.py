@@ -2,6 +2,7 @@
 a transformer that reads these codes describes and draws.
 """
 
+import json
 from dataclasses import replace
 
 import jax
@@ -11,8 +12,9 @@ import pytest
 from ddt_jax import config, exchange, experiment, judging, settings, speaking, tokenize
 from ddt_jax.data.codes import CodesSource
 from ddt_jax.errors import UserError
-from ddt_jax.io import weights_folder
+from ddt_jax.io import safetensors_file, weights_folder
 from ddt_jax.multimodal import documents
+from ddt_jax.training import warm_start
 
 pytestmark = pytest.mark.slow
 SMALL = settings.SEED(
@@ -26,6 +28,7 @@ SMALL = settings.SEED(
     features_depth=1,
     draw=settings.FlowHead(patch_size=16, depth=1, width=8, heads=1, diffusion=settings.RectifiedFlow(solver_steps=1)),
 )
+VAE = settings.Autoencoder(block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_groups=4)
 TRAIN = settings.Train(steps=2, batch_size=8, tensorboard=False)
 EVALUATE = settings.Evaluate(images=40, batch_size=40, pictures=2, probe_images=32, counterfactuals=0, visible=(1.0,))
 
@@ -79,12 +82,70 @@ def test_a_qformer_is_exported_and_begun_with(root, tmp_path):
     names = {"qformer": "qformer.layernorm.weight", "seed-qformer": "Qformer.bert.embeddings.LayerNorm.weight"}
     trained = experiment.weights(experiment.restore(str(root / "align"))[1])["qformer"]
     for kind, name in names.items():
-        exchange.EXPORTS[kind](str(root / "align"), str(tmp_path / kind))
+        exchange.export(kind, str(root / "align"), str(tmp_path / kind))
         assert name in weights_folder.load(tmp_path / kind)
         begun = experiment.build(replace(of("align"), model=replace(SMALL, qformer_weights=str(tmp_path / kind))))
         jax.tree.map(np.testing.assert_array_equal, begun.starting_weights()["qformer"], trained)
     started = begun.init()
     jax.tree.map(np.testing.assert_array_equal, (started.params["qformer"], started.ema["qformer"]), (trained, trained))
+
+
+def clip_folder(folder):
+    """A CLIP's text encoder in Hugging Face's format, random and thin but for its 77 rows of 768, and its tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    common = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    text = common | {"hidden_size": 768, "intermediate_size": 8, "vocab_size": 258, "max_position_embeddings": 77}
+    vision = common | {"hidden_size": 8, "intermediate_size": 8, "image_size": 16, "patch_size": 16}
+    sizes = {"model_type": "clip", "projection_dim": 4, "text_config": text, "vision_config": vision}
+    layer = "encoder.layers.0"
+    shapes = {"embeddings.token_embedding.weight": (258, 768), "embeddings.position_embedding.weight": (77, 768)}
+    maps = {f"self_attn.{x}_proj": (768, 768) for x in ("q", "k", "v", "out")}
+    for name, shape in (maps | {"mlp.fc1": (8, 768), "mlp.fc2": (768, 8)}).items():
+        shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+    for name in (f"{layer}.layer_norm1", f"{layer}.layer_norm2", "final_layer_norm"):
+        shapes |= {f"{name}.weight": (768,), f"{name}.bias": (768,)}
+    rng = np.random.default_rng(0)
+    arrays = {f"text_model.{name}": 0.1 * rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    folder.mkdir()
+    weights_folder.save(folder, arrays)
+    (folder / "config.json").write_text(json.dumps(sizes))
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate(alphabet)} | {"<|startoftext|>": 256, "<|endoftext|>": 257}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    model.save(str(folder / "tokenizer.json"))
+    return settings.CLIPText(vocab_size=258, depth=1, heads=1, mlp_width=8, weights=str(folder))
+
+
+def test_features_of_clip_are_learned_and_exported_for_stable_diffusion(root, tmp_path):
+    clip = clip_folder(tmp_path / "clip")
+    s = of("codes", root / "align")
+    s = replace(s, model=replace(s.model, features="clip", clip=clip))
+    run, codes, file = (str(tmp_path / name) for name in ("run", "codes", "e.safetensors"))
+    experiment.train(s, run)
+    tokenize.tokenize(run, codes, records=3)
+    result = exchange.export("embeddings", run, file, codes)
+    assert result["shape"] == [3, 77, 768] and "embeddings 3 x 77 x 768 for Stable Diffusion 1" in result["summary"]
+    found = safetensors_file.load(file)
+    assert found["embeddings"].shape == (3, 77, 768) and np.isfinite(found["embeddings"]).all()
+    np.testing.assert_array_equal(found["codes"], np.concatenate([CodesSource(codes)[i]["codes"] for i in range(3)]))
+
+    # What stands of it is drawn from without CLIP, on latents of a codec that codes know nothing of.
+    vae = settings.VAECodec(preset="custom", sizes=VAE, random_weights=True)
+    of_draw = replace(s.model, stage="draw", clip=replace(clip, weights=""), codec=vae)
+    of_draw = replace(of_draw, draw=replace(SMALL.draw, patch_size=8))
+    built = experiment.build(replace(s, model=of_draw, init_from=run), jax.devices()[:1])
+    begin = warm_start.find(built.settings, built.model, built.mesh, built.abstract, experiment.make_model)
+    assert {"/".join(name.split("/")[:2]) for name in begin.plan.left} == {"extra/target"}
+    assert {"/".join(name.split("/")[:2]) for name in begin.plan.fresh} == {"params/draw", "extra/codec"}
+
+    with pytest.raises(UserError, match="has model.features='patches', of its own vision transformer"):
+        exchange.export("embeddings", str(root / "draw"), file, codes)
+    with pytest.raises(UserError, match="export embeddings: needs --codes"):
+        exchange.export("embeddings", run, file)
+    with pytest.raises(UserError, match="export qformer: takes no --codes, only embeddings does"):
+        exchange.export("qformer", run, file, codes)
 
 
 def test_a_transformer_on_these_codes_describes_and_draws(root):

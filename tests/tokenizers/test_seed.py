@@ -27,6 +27,7 @@ ALIGN = settings.SEED(
 )
 CODES, DRAW = replace(ALIGN, stage="codes"), replace(ALIGN, stage="draw")
 LEGACY = replace(CODES, recipe="l2-legacy")
+VAE = settings.Autoencoder(block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_groups=4)
 UNDERSTANDS = {"vision", "qformer", "image_head", "text", "text_head", "contrast"}
 
 
@@ -193,8 +194,34 @@ def test_terms_of_the_second_stage_by_hand(published):
 def test_pooled_features_are_the_mean_of_an_image():
     model = make_tokenizer(replace(CODES, features="pooled"), SIZE, B)
     rows = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
-    np.testing.assert_allclose(model.target(rows), rows.mean(1, keepdims=True), atol=1e-6)
-    assert model.num_features == 1
+    np.testing.assert_allclose(model.target({}, rows, None, None), rows.mean(1, keepdims=True), atol=1e-6)
+    assert model.target.shape == (1, 8)
+
+
+def test_features_are_learned_from_clip_and_drawn_from_without_it():
+    """By shapes alone; `tests/interop/test_hf_clip_target.py` has the numbers."""
+    text = settings.CLIPText(vocab_size=22, length=7, depth=1, width=10, heads=2, mlp_width=12, weights="there")
+    learned = make_tokenizer(replace(CODES, features="clip", clip=text), SIZE, B)
+    boxed, extra = jax.eval_shape(learned.init, jax.random.key(0))
+    assert "target" in extra and "target" not in boxed and learned.caption_length == 7
+    batch = batch_of() | {"caption_ids": np.zeros((B, 7), np.int32)}
+    params, state = (split(tree)[0] for tree in (boxed, {"target": extra["target"]}))
+    sums, counts, _ = jax.eval_shape(learned.loss_fn, params, extra | state, batch, jax.random.key(1))
+    assert sums.keys() == learned.loss_weights.keys() == {"commitment", "embedding", "features"}
+
+    vae = settings.VAECodec(preset="custom", sizes=VAE, random_weights=True)
+    config = replace(DRAW, features="clip", clip=replace(text, weights=""), codec=vae)
+    drawing = make_tokenizer(replace(config, draw=replace(DRAW.draw, patch_size=2)), SIZE, B)
+    assert not drawing.caption_length and not drawing.target_weights and drawing.cross_example_terms == ()
+    boxed, extra = jax.eval_shape(drawing.init, jax.random.key(0))
+    assert extra.keys() == {"codebook", "codec"} and boxed["features"]["head"]["kernel"].value.shape == (12, 10)
+    assert "extra/codec" not in drawing.code_parts + drawing.inherited
+    params, codec = split(boxed)[0], split(extra["codec"])[0]
+    codes, extra = jnp.zeros((B, N), jnp.int32), extra | {"codec": codec}
+    assert jax.eval_shape(drawing.features, params, extra, codes).shape == (B, 7, 10)
+    assert jax.eval_shape(drawing.decode, params, extra, codes, jax.random.key(0)).shape == (B, SIZE, SIZE, 3)
+    flow = jax.eval_shape(drawing.loss_fn, params, extra, batch_of(), jax.random.key(1))[0]
+    assert flow.keys() == drawing.loss_weights.keys() == {"flow"}
 
 
 @pytest.mark.slow
