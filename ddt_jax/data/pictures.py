@@ -44,7 +44,8 @@ class PictureRecords:
     num_codes = 0
 
     def __init__(self, spec: str, data: Data, records: int = 0):
-        self.source = open_source(spec, image_size=data.image_size, cache_dir=data.cache_dir)
+        options = {"image_size": data.image_size, "cache_dir": data.cache_dir, "retry_seconds": data.retry_seconds}
+        self.source = open_source(spec, **options)
         if getattr(self.source, "arrays", None):
             raise UserError(f"data: {spec} holds no images, which sequences are made of; name those it was made of")
         if not 0 <= records <= len(self.source):
