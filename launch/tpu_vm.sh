@@ -5,9 +5,10 @@
 #   gcloud compute tpus tpu-vm ssh NAME --zone ZONE --worker=all \
 #       --command 'cd ddt_jax && . .venv/bin/activate && launch/tpu_vm.sh CONFIG gs://BUCKET/RUN [--config.a.b=value ...]'
 #
-# Code 75 means that the run was asked to stop and has saved; the same command goes on.
+# Code 75 means that the run was asked to stop and has saved; the same command goes on. --config.train.maintenance=gce also
+# asks the cloud whether the worker will be taken away: for those that it takes without a signal.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,8p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,9p' "$0"; exit 2; }
 config=$1 workdir=$2
 shift 2
 
