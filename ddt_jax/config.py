@@ -112,12 +112,13 @@ _FREE = (
     "data.cache_dir",
     "data.eval_source",
     "data.max_bad_fraction",
+    "data.retry_seconds",
     "sequences.eval_sources",
     "sequences.tokenizer",
 )
 _FREE += tuple(f"train.{k}" for k in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_every"))
 _FREE += tuple(f"train.{k}" for k in ("tensorboard", "wandb", "max_bad_steps", "keep_best", "best_metric", "best_is"))
-_FREE += tuple(f"train.{k}" for k in ("silence_limit", "profile_at", "profile_steps"))
+_FREE += tuple(f"train.{k}" for k in ("maintenance", "silence_limit", "profile_at", "profile_steps"))
 _FREE += ("train.recheck_every", "train.accumulate")  # losses that micro-batches would change are refused when built
 
 # Settings that decide, with the weights, which codes an image gets, or where these weights lie in the state.
@@ -300,6 +301,7 @@ def _check(e: settings.Experiment):
         "evaluate.probe_images": e.evaluate.probe_images,
         "evaluate.counterfactuals": e.evaluate.counterfactuals,
         "data.frames": d.frames,
+        "data.retry_seconds": d.retry_seconds,
     }.items():
         need(value >= 0, f"{key} must not be negative, got {value}")
     for key, s in {"text_to_image": e.evaluate.text_to_image, "image_to_text": e.evaluate.image_to_text}.items():

@@ -32,6 +32,7 @@ from ddt_jax.training import optimizer as optimizers
 from ddt_jax.training import weights as weights_lib
 from ddt_jax.training.bad_batches import BadBatches
 from ddt_jax.training.fingerprint import fingerprint
+from ddt_jax.training.notices import Notices
 from ddt_jax.training.progress import Progress
 from ddt_jax.training.recheck import Recheck
 from ddt_jax.training.state import TrainState, abstract_state, init_state
@@ -212,6 +213,7 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
             keep_bad=BadBatches(root, s.seed).keep,
             record=steps.put if steps else loop.Watch.record,
             recheck=Recheck(built.pure_step, built.shardings, built.mesh) if s.train.recheck_every else None,
+            notices=Notices() if s.train.maintenance == "gce" else None,
         )
         writer.truncate_after(start)  # an earlier try may have come further than its last checkpoint
         batches = loader.iterate(start, s.train.steps)

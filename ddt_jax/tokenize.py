@@ -59,7 +59,9 @@ def tokenize(
     if not isinstance(model, ImageTokenizer):
         raise UserError(f"tokenize: {workdir} is a run of kind {s.model.kind}, which makes no codes; train a tokenizer")
     spec = source or s.data.source
-    images = open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir)
+    images = open_source(
+        spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir, retry_seconds=s.data.retry_seconds
+    )
     written = _written_order(model, order)
     reversed_ = written != model.token_order
     weights = experiment.weights(state)

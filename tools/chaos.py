@@ -2,8 +2,9 @@
 
     python tools/chaos.py --injections 50                       one process, all faults in turn
     python tools/chaos.py --injections 50 --processes 2 --config configs/smoke.py:linear --faults kill,kill_in_save
-    python tools/chaos.py --injections 24 --processes 2 --flips 200 --nan --name chaos_faults
-                                                                also bits of a checkpoint, and NaN in the data
+    python tools/chaos.py --injections 24 --processes 2 --flips 200 --nan --sources --name chaos_faults
+                                                                also bits of a checkpoint, and NaN in the data, and
+                                                                data sources that are slow or away
 
 Prints a table of faults and outcomes and writes docs/soak/NAME.json as tools/soak.py does. What each fault is, and what
 must come of it: tools/chaos_faults.py. All starts share a compilation cache.
@@ -23,6 +24,8 @@ import soak  # noqa: E402
 import soak_runs as programs  # noqa: E402
 from chaos_data import flipped_bits, nan_batches  # noqa: E402
 from chaos_faults import FAULTS, Job  # noqa: E402
+from chaos_sources import gates as source_gates  # noqa: E402
+from chaos_sources import source_faults  # noqa: E402
 from soak_gates import at_least, at_most, note  # noqa: E402
 
 STEPS, EVERY = 120, 10
@@ -77,6 +80,14 @@ def chaos(options, folder: Path) -> dict:
             at_least("NaN batches: steps skipped", results["nan"]["skipped"], 1),
             at_most("NaN batches: losses not finite in the log", results["nan"]["bad_losses"], 0),
         ]
+    if options.sources:
+
+        def on_shards(config, workdir, more):
+            changed = {"config": str(config), "overrides": [*options.overrides, *more]}
+            return command(argparse.Namespace(**vars(options) | changed), workdir)
+
+        results["sources"] = source_faults(folder / "sources", on_shards, env, rng)
+        gates += source_gates(results["sources"])
     if options.flips:
         results["flips"] = flipped_bits(folder / "undisturbed", options.flips, rng)
         gates.append(at_most("flipped bits after which other values were restored", results["flips"]["silent"], 0))
@@ -114,6 +125,10 @@ def table(rows: list[dict], results: dict) -> str:
         lines.append(f"| {fault} | {len(of)} | {same} of {len(of)} | {max(row['lost'] for row in of)} |")
     if nan := results.get("nan"):
         lines.append(f"| NaN in the data | {nan['skipped']} steps | all were skipped, {nan['kept']} batches kept | 0 |")
+    if sources := results.get("sources"):
+        what = f"{sources['slow']} reads slow, {sources['failed']} failed"
+        ends = f"{sources['same_end'] + sources['same_end_later']} of 2"
+        lines.append(f"| data source slow, away, dead | {what} | {ends} | {sources['lost']} |")
     if flips := results.get("flips"):
         found = f"{flips['detected']} found, {flips['harmless']} harmless, {flips['silent']} silent"
         lines.append(f"| bit flip, looked for | {flips['injected']} | {found} | |")
@@ -129,6 +144,7 @@ def parse(argv=None):
     parser.add_argument("--in-save", type=int, default=0, metavar="N", help="at least N must cut off a save")
     parser.add_argument("--flips", type=int, default=0, help="bits flipped in one checkpoint besides (default: none)")
     parser.add_argument("--nan", action="store_true", help="also a run on latents of which some are NaN")
+    parser.add_argument("--sources", action="store_true", help="also runs on data sources that are slow, away or dead")
     parser.add_argument("--seed", type=int, default=0, help="of the run and of the faults")
     parser.add_argument("--name", default="chaos", help="of the record (default: chaos)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak", metavar="DIR", help="where the record goes")

@@ -117,7 +117,7 @@ def _after(happens: Callable[[], bool], seconds: float) -> Callable[[], bool]:
     return reached
 
 
-def _new_steps(job: Job) -> Callable[[], int]:
+def new_steps(job: Job) -> Callable[[], int]:
     """() → the last step that the start to come has logged; 0 before it has logged any."""
     path = job.workdir / "metrics.jsonl"
     before = path.stat().st_mtime_ns if path.exists() else 0
@@ -130,7 +130,7 @@ def _read_back(job: Job) -> set[int]:
 
 def kill(job, rng):
     """SIGKILL to all processes after a random step."""
-    step, logged = max(job.checkpoints(), default=0) + rng.randint(1, 25), _new_steps(job)
+    step, logged = max(job.checkpoints(), default=0) + rng.randint(1, 25), new_steps(job)
     return (
         job.row(f"killed after step {step}")
         if _killed(job, _after(lambda: logged() >= step, rng.random() / 5))
@@ -140,7 +140,7 @@ def kill(job, rng):
 
 def _strike(job, rng, send: signal.Signals, code: int | None, what: str):
     """Sends a signal to one of the processes after a random step; all of them must then end by themselves."""
-    step, logged, struck = max(job.checkpoints(), default=0) + rng.randint(1, 25), _new_steps(job), []
+    step, logged, struck = max(job.checkpoints(), default=0) + rng.randint(1, 25), new_steps(job), []
 
     def hangs():
         if not struck and logged() >= step and (there := job.processes()):
@@ -173,7 +173,7 @@ def stop_one(job, rng):
 
 def kill_in_save(job, rng):
     """SIGKILL while a checkpoint is being written."""
-    delay, logged = rng.random() / 20, _new_steps(job)  # what an earlier kill has left does not count
+    delay, logged = rng.random() / 20, new_steps(job)  # what an earlier kill has left does not count
     writing = lambda: logged() > 0 and bool(job.half_written())  # noqa: E731
     return job.row(f"killed {delay * 1000:.0f} ms into a save") if _killed(job, _after(writing, delay)) else None
 
@@ -251,7 +251,7 @@ def compile_cache(job, rng):
         return None
     entries = {p: p.read_bytes() for p in Path(job.env["JAX_COMPILATION_CACHE_DIR"]).glob("*") if p.is_file()}
     row["what"] = f"{len(entries)} entries of the compilation cache cut"
-    logged = _new_steps(job)
+    logged = new_steps(job)
     try:
         for path, content in entries.items():
             path.write_bytes(content[: len(content) // 2])

@@ -4,6 +4,7 @@ A record is a msgpack map: `image` (encoded bytes, or the raw pixels of uint8 [H
 they are known `caption` (text) and `label` (integer). Other keys come back under `meta`.
 """
 
+import os
 import shutil
 import sys
 import threading
@@ -12,7 +13,9 @@ import numpy as np
 
 from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord, Record
+from ddt_jax.data.patience import Patience, is_passing
 from ddt_jax.errors import UserError
+from ddt_jax.settings import Data
 
 
 def pack(record) -> bytes:
@@ -76,17 +79,21 @@ class ArrayRecordSource:
       UserError: no file, or one that is not ArrayRecord.
     """
 
-    def __init__(self, pattern: str, *, cache_dir: str = ""):
+    def __init__(self, pattern: str, *, cache_dir: str = "", retry_seconds: float = Data.retry_seconds):
         self.name = f"arrayrecord:{pattern}"
-        self._names = files.match_files(pattern)
-        self._paths = [path if files.is_local(path) else _local_copy(path, cache_dir) for path in self._names]
+        self._patience = Patience(self.name, retry_seconds)
+        self._names = self._patience.opening(lambda: files.match_files(pattern))
+        self._paths = [self._local(path, cache_dir) for path in self._names]
         self.label_names = files.class_names_beside(self._names[0])
         self._open_process_state()
         self._by_file = files.ByFile(self.counts())
 
     def counts(self) -> list[int]:
         """How many records each file holds."""
-        return [self._reader(i).num_records() for i in range(len(self._paths))]
+        return [self._patience.opening(lambda i=i: self._reader(i).num_records()) for i in range(len(self._paths))]
+
+    def _local(self, path, cache_dir):
+        return path if files.is_local(path) else self._patience.opening(lambda: _local_copy(path, cache_dir))
 
     def _open_process_state(self):
         self._lock = threading.Lock()
@@ -110,13 +117,19 @@ class ArrayRecordSource:
         return unpack(self.read(index))
 
     def read(self, index) -> bytes:
-        """A record as it was written. Raises BadRecord."""
+        """A record as it was written. Raises BadRecord, and UserError as `Patience.record`."""
         file, row = self._by_file.locate(index)
-        try:
-            with self._lock:
+        return self._patience.record(lambda: self._read(file, row), self.describe(index))
+
+    def _read(self, file, row):
+        with self._lock:
+            try:
                 return self._reader(file).read([row])[0]
-        except (RuntimeError, ValueError, IndexError, UserError) as error:  # the last: its file has gone meanwhile
-            raise BadRecord(f"corrupt record ({str(error).splitlines()[0]})") from None
+            except (RuntimeError, ValueError, IndexError, UserError) as error:  # the last: its file has gone meanwhile
+                if is_passing(error):
+                    self._readers.pop(file, None)  # its handle may be stale
+                    raise
+                raise BadRecord(f"corrupt record ({str(error).splitlines()[0]})") from None
 
     def _reader(self, file):
         reader = self._readers.get(file)
@@ -126,9 +139,22 @@ class ArrayRecordSource:
             # Read-ahead is for streaming; here every read is a jump.
             reader = ArrayRecordReader(self._paths[file], options="readahead_buffer_size:0")
             if not reader.ok():  # it raises nothing and says that there are no records
+                _look_at_both_ends(self._paths[file])
                 raise UserError(f"data: {self._names[file]} is cut off, damaged or not an ArrayRecord file")
             self._readers[file] = reader
         return reader
+
+
+def _look_at_both_ends(path):
+    """The library does not say why it cannot open a file. Raises OSError if the way to it fails, and passes on else."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.read(1)
+    except OSError as error:
+        if is_passing(error):
+            raise
 
 
 def _local_copy(path, cache_dir):

@@ -9,6 +9,7 @@ import re
 from typing import Any, Protocol, TypedDict
 
 from ddt_jax.errors import UserError
+from ddt_jax.settings import Data
 
 
 class BadRecord(Exception):  # noqa: N818  not an error of the program: the record is counted and redrawn
@@ -149,7 +150,14 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     return kind, rest, options
 
 
-def open_source(spec: str, *, image_size: int = 32, cache_dir: str = "", clips: bool = False) -> Source:
+def open_source(
+    spec: str,
+    *,
+    image_size: int = 32,
+    cache_dir: str = "",
+    clips: bool = False,
+    retry_seconds: float = Data.retry_seconds,
+) -> Source:
     """Opens a source.
 
     Args:
@@ -158,6 +166,7 @@ def open_source(spec: str, *, image_size: int = 32, cache_dir: str = "", clips: 
       image_size: side of the pictures that embedded sources draw.
       cache_dir: where offset indices and local copies live; "" = $XDG_CACHE_HOME/ddt_jax.
       clips: whether its records are to hold clips, or images.
+      retry_seconds: for how long what fails in a way that passes is read again (`data.patience`).
 
     Raises:
       UserError: the spec is wrong, nothing matches it, it holds the other of the two, or the data lack what it needs.
@@ -174,27 +183,27 @@ def open_source(spec: str, *, image_size: int = 32, cache_dir: str = "", clips: 
         case "parquet":
             from ddt_jax.data.parquet import ParquetSource
 
-            source = ParquetSource(rest, **options)
+            source = ParquetSource(rest, **options, retry_seconds=retry_seconds)
         case "webdataset":
             from ddt_jax.data.webdataset import WebDatasetSource
 
-            source = WebDatasetSource(rest, cache_dir=cache_dir)
+            source = WebDatasetSource(rest, cache_dir=cache_dir, retry_seconds=retry_seconds)
         case "folder":
             from ddt_jax.data.folder import FolderSource
 
-            source = FolderSource(rest)
+            source = FolderSource(rest, retry_seconds=retry_seconds)
         case "tfds":
             from ddt_jax.data.tfds import TfdsSource
 
-            source = TfdsSource(rest, **options)
+            source = TfdsSource(rest, **options, retry_seconds=retry_seconds)
         case "arrayrecord":
             from ddt_jax.data.array_record import ArrayRecordSource
 
-            source = ArrayRecordSource(rest, cache_dir=cache_dir)
+            source = ArrayRecordSource(rest, cache_dir=cache_dir, retry_seconds=retry_seconds)
         case "latents":
             from ddt_jax.data.latents import LatentsSource
 
-            source = LatentsSource(rest, cache_dir=cache_dir)
+            source = LatentsSource(rest, cache_dir=cache_dir, retry_seconds=retry_seconds)
         case "digits":
             from ddt_jax.data.digits import DigitsSource
 
@@ -210,7 +219,7 @@ def open_source(spec: str, *, image_size: int = 32, cache_dir: str = "", clips: 
         case "video":
             from ddt_jax.data.video_folder import VideoFolderSource
 
-            source = VideoFolderSource(rest)
+            source = VideoFolderSource(rest, retry_seconds=retry_seconds)
         case "moving_scenes":
             from ddt_jax.data.moving_scenes import MovingScenesSource
 

@@ -24,6 +24,7 @@ from ddt_jax.data import files
 from ddt_jax.data.array_record import ArrayRecordSource, write_array_record
 from ddt_jax.data.base import BadRecord, Source
 from ddt_jax.data.images import prepare
+from ddt_jax.data.patience import Patience
 from ddt_jax.data.pictures import encoded_images, fields_of
 from ddt_jax.errors import UserError
 from ddt_jax.io import atomic, json_object
@@ -198,11 +199,11 @@ class CodesSource(ArrayRecordSource):
       UserError: there is no such folder, or it is not complete.
     """
 
-    def __init__(self, folder: str, *, cache_dir: str = ""):
+    def __init__(self, folder: str, *, cache_dir: str = "", retry_seconds: float = Data.retry_seconds):
         folder = files.expand(str(folder)).removeprefix("codes:").rstrip("/")
         self.folder = folder
-        self.plan, self.shards = _read_index(folder)
-        super().__init__(f"{folder}/shard-*.array_record", cache_dir=cache_dir)
+        self.plan, self.shards = Patience(f"codes:{folder}", retry_seconds).opening(lambda: _read_index(folder))
+        super().__init__(f"{folder}/shard-*.array_record", cache_dir=cache_dir, retry_seconds=retry_seconds)
         self.name = f"codes:{folder}"
         found = dict(zip((name.rsplit("/", 1)[-1] for name in self._names), self.counts(), strict=True))
         for shard in self.shards:

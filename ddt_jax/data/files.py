@@ -18,7 +18,10 @@ from ddt_jax.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "pnm", "tif", "tiff")
 MAX_OPEN_FILES = 256  # per process; the usual limit of a shell is 1024
+# What is larger is no record of anything and must not be held in memory.
 MAX_TEXT_BYTES = 1 << 20
+MAX_IMAGE_BYTES = 1 << 30
+MAX_VIDEO_BYTES = 1 << 32
 
 
 def expand(spec: str) -> str:
@@ -137,7 +140,7 @@ class Handles:
         return (Handles, ())  # handles belong to a process
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`; fewer only at the end of the file. Raises OSError."""
+        """`size` bytes from `offset`; fewer only at the end of the file. Raises OSError, or what a store raises."""
         with self._lock:
             handle = self._open.get(path)
             if handle is None:
@@ -148,10 +151,14 @@ class Handles:
                     self._open.popitem(last=False)[1].close()
             else:
                 self._open.move_to_end(path)
-            if is_local(path):
-                return os.pread(handle.fileno(), size, offset)
-            handle.seek(offset)
-            return handle.read(size)
+            try:
+                if is_local(path):
+                    return os.pread(handle.fileno(), size, offset)
+                handle.seek(offset)
+                return handle.read(size)
+            except Exception:  # a handle that went stale stays so: the next try opens another
+                self._open.pop(path).close()
+                raise
 
     def close(self):
         with self._lock:

@@ -4,10 +4,13 @@
 """
 
 import os
+import stat
 
 from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord, Record
+from ddt_jax.data.patience import Patience, is_passing
 from ddt_jax.errors import UserError
+from ddt_jax.settings import Data
 
 
 class Files:
@@ -18,38 +21,43 @@ class Files:
 
     Args:
       extensions: of those that are listed, in lower case.
+      patience: of the source.
 
     Raises:
       UserError: the folder does not exist.
     """
 
-    def __init__(self, folder: str, extensions: tuple[str, ...]):
+    def __init__(self, folder: str, extensions: tuple[str, ...], patience: Patience):
         self._root = folder.rstrip("/") or "/"
+        self._patience = patience
         try:
-            if not files.path_of(self._root).is_dir():
-                raise UserError(f"data: {folder} is not a folder{files.nearest_folder(self._root)}")
-            local = files.is_local(self._root)
-            names = _walk_local(self._root) if local else _walk(files.path_of(self._root), extensions)
-            self.names = sorted(name for name in names if extension(name) in extensions)
+            self.names = patience.opening(lambda: self._list(folder, extensions))
         except ImportError as error:
             raise files.remote_error(folder, error) from None
         self._captions = {name for name in self.names if extension(name) == "txt"}
 
-    def read(self, name: str) -> bytes:
-        """Raises BadRecord."""
-        try:
-            path = f"{self._root}/{name}"
-            with open(path, "rb") if files.is_local(path) else files.path_of(path).open("rb") as file:
-                return file.read()
-        except FileNotFoundError:
-            raise BadRecord("the file is gone") from None
-        except PermissionError:
-            raise BadRecord("no permission to read it") from None
+    def _list(self, folder, extensions):
+        if not files.path_of(self._root).is_dir():
+            raise UserError(f"data: {folder} is not a folder{files.nearest_folder(self._root)}")
+        local = files.is_local(self._root)
+        names = _walk_local(self._root) if local else _walk(files.path_of(self._root), extensions)
+        return sorted(name for name in names if extension(name) in extensions)
+
+    def read(self, name: str, limit: int = files.MAX_IMAGE_BYTES) -> bytes:
+        """A file's content.
+
+        Args:
+          limit: of its bytes.
+
+        Raises:
+          BadRecord: it is gone, may not be read, is no file, or is larger; and UserError as `Patience.record`.
+        """
+        return self._patience.record(lambda: _content(f"{self._root}/{name}", limit), name)
 
     def caption(self, stem: str) -> str:
         """What STEM.txt says, "" where there is none. Raises BadRecord."""
         name = f"{stem}.txt"
-        return files.read_text(self.read(name), "caption") if name in self._captions else ""
+        return files.read_text(self.read(name, files.MAX_TEXT_BYTES), "caption") if name in self._captions else ""
 
 
 def classes(names: list[str]) -> tuple[tuple[str, ...] | None, list[int]]:
@@ -69,9 +77,9 @@ class FolderSource:
       UserError: the folder does not exist or holds no image.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, *, retry_seconds: float = Data.retry_seconds):
         self.name = f"folder:{folder}"
-        self._files = Files(folder, (*files.IMAGE_EXTENSIONS, "txt"))
+        self._files = Files(folder, (*files.IMAGE_EXTENSIONS, "txt"), Patience(self.name, retry_seconds))
         self._images = [name for name in self._files.names if extension(name) in files.IMAGE_EXTENSIONS]
         if not self._images:
             raise UserError(f"data: {folder} holds no images ({', '.join(files.IMAGE_EXTENSIONS)})")
@@ -97,8 +105,42 @@ def extension(name):
     return name.rpartition(".")[2].lower()
 
 
+def _content(path, limit):
+    try:
+        if files.is_local(path):
+            found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+                raise BadRecord("it is no file")
+            _check_size(found.st_size, limit)
+            with open(path, "rb") as file:
+                return file.read()
+        with files.path_of(path).open("rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise BadRecord("the file is gone") from None
+    except PermissionError:
+        raise BadRecord("no permission to read it") from None
+    except OSError as error:
+        if is_passing(error):
+            raise
+        raise BadRecord(f"it cannot be read ({error.strerror or error})") from None
+    _check_size(len(data), limit)
+    return data
+
+
+def _check_size(size, limit):
+    if size > limit:
+        raise BadRecord(f"more than {limit:,} bytes")
+
+
+def _raise_passing(error):
+    """For os.walk: it leaves out a folder that it cannot list, which would give the data another order."""
+    if is_passing(error):
+        raise error
+
+
 def _walk_local(root):
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_raise_passing):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
         for name in names:

@@ -17,6 +17,7 @@ from ddt_jax.data.array_record import ArrayRecordSource
 from ddt_jax.data.base import BadRecord, Record
 from ddt_jax.errors import UserError
 from ddt_jax.io import json_object
+from ddt_jax.settings import Data
 
 INDEX = "latents.json"
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -122,7 +123,7 @@ class LatentsSource:
       UserError: if the folder holds no latents, or not all of them yet.
     """
 
-    def __init__(self, folder: str, *, cache_dir: str = ""):
+    def __init__(self, folder: str, *, cache_dir: str = "", retry_seconds: float = Data.retry_seconds):
         self.name = f"latents:{folder}"
         index = read_index(folder)
         if index is None:
@@ -137,7 +138,8 @@ class LatentsSource:
         self.identity, self.origin, self.clips = index["identity"], index["source"], index.get("clips", False)
         self._shape, self._type = tuple(index["shape"]), TYPES[index["dtype"]]
         self.arrays = {name: (self._shape, self._type) for name in ("latent_mean", "latent_logvar")}
-        self._records = ArrayRecordSource(f"{folder.rstrip('/')}/latents-*.arrayrecord", cache_dir=cache_dir)
+        shards = f"{folder.rstrip('/')}/latents-*.arrayrecord"
+        self._records = ArrayRecordSource(shards, cache_dir=cache_dir, retry_seconds=retry_seconds)
         total = sum(index["counts"].values())
         if len(self._records) != total:
             raise UserError(

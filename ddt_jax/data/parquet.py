@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord, Record
+from ddt_jax.data.patience import Patience, is_passing
 from ddt_jax.errors import UserError
 from ddt_jax.io import json_object
+from ddt_jax.settings import Data
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 CAPTION_NAMES = ("caption", "text", "prompt", "description")
@@ -105,15 +107,25 @@ class ParquetSource:
     """
 
     def __init__(
-        self, pattern: str, *, image=None, caption=None, label=None, cache_mb: str = "1024", images: bool = True
+        self,
+        pattern: str,
+        *,
+        image=None,
+        caption=None,
+        label=None,
+        cache_mb: str = "1024",
+        images: bool = True,
+        retry_seconds: float = Data.retry_seconds,
     ):
         if not cache_mb.isdigit():
             raise UserError(f"data: cache_mb={cache_mb} is not a number of MiB")
         self.name = f"parquet:{pattern}"
-        self._paths = files.match_files(pattern)
+        self._patience = Patience(self.name, retry_seconds)
+        self._paths = self._patience.opening(lambda: files.match_files(pattern))
         self._budget = int(cache_mb) << 20
         with ThreadPoolExecutor(16) as pool:  # footers of a remote set are many small round trips
-            footers = list(pool.map(_footer, self._paths))
+            read = lambda path: self._patience.opening(lambda: _footer(path))  # noqa: E731
+            footers = list(pool.map(read, self._paths))
         self._columns = None
         for path, (_, schema) in zip(self._paths, footers, strict=True):
             columns = find_columns(schema, path.rsplit("/", 1)[-1], image, caption, label, images=images)
@@ -156,7 +168,8 @@ class ParquetSource:
         file, row = self._by_file.locate(index)
         group, row = self._groups[file].locate(row)
         try:
-            image, caption, label = (column and column[row].as_py() for column in self._group(file, group))
+            columns = self._group(file, group, self.describe(index))
+            image, caption, label = (column and column[row].as_py() for column in columns)
         except (ValueError, IndexError) as error:  # a text that is not UTF-8, or fewer rows than the footer says
             raise BadRecord(f"corrupt row ({str(error).splitlines()[0]})") from None
         if image is None and self._columns.image:
@@ -168,19 +181,34 @@ class ParquetSource:
             record["label"] = label
         return record
 
-    def _group(self, file, group):
+    def _group(self, file, group, where):
         """Columns (image, caption, label) of a row group; None for one that the files lack."""
+        with self._lock:
+            found = self._kept(file, group)
+        return found or self._patience.record(lambda: self._read(file, group), where)
+
+    def _kept(self, file, group):
+        entry = self._cache.get((file, group))
+        if entry is None:
+            return None
+        self._cache.move_to_end((file, group))
+        return entry[0]
+
+    def _read(self, file, group):
         import pyarrow as pa
 
         with self._lock:
-            entry = self._cache.get((file, group))
-            if entry is not None:
-                self._cache.move_to_end((file, group))
-                return entry[0]
+            if found := self._kept(file, group):  # another thread has read it meanwhile
+                return found
             columns = self._columns
             try:
                 table = self._reader(file).read_row_group(group, columns=columns.to_read(), use_threads=False)
-            except (OSError, pa.ArrowException) as error:  # OSError: pyarrow's word for a page that does not decode
+            except Exception as error:
+                if is_passing(error):
+                    self._readers.pop(file, None)  # its handle may be stale
+                    raise
+                if not isinstance(error, OSError | pa.ArrowException):  # OSError: its word for a page it can't decode
+                    raise
                 raise BadRecord(f"corrupt row group ({str(error).splitlines()[0]})") from None
             names = (columns.image, columns.caption, columns.label)
             found = [table.column(name).combine_chunks() if name else None for name in names]
@@ -207,7 +235,7 @@ def _open(path):
     import pyarrow.parquet as pq
 
     if files.is_local(path):
-        return pq.ParquetFile(path, memory_map=True)
+        return pq.ParquetFile(path)  # not mapped: a file that is cut off meanwhile would end the process (SIGBUS)
     return pq.ParquetFile(files.path_of(path).open("rb"))
 
 
@@ -220,4 +248,6 @@ def _footer(path):
             metadata = file.metadata
             return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], file.schema_arrow
     except (pa.ArrowException, OSError) as error:
+        if is_passing(error):
+            raise
         raise UserError(f"data: {path} is not a readable Parquet file ({str(error).splitlines()[0]})") from None

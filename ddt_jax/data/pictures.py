@@ -51,7 +51,8 @@ class PictureRecords:
     num_codes = 0
 
     def __init__(self, spec: str, data: Data, records: int = 0):
-        self.source = open_source(spec, image_size=data.image_size, cache_dir=data.cache_dir)
+        options = {"image_size": data.image_size, "cache_dir": data.cache_dir, "retry_seconds": data.retry_seconds}
+        self.source = open_source(spec, **options)
         self.content = (data.image_size, data.image_size, 3), np.dtype(np.uint8)
         self.are_latents = isinstance(self.source, LatentsSource)
         if self.are_latents:

@@ -11,7 +11,9 @@ import numpy as np
 from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord, Record, did_you_mean
 from ddt_jax.data.parquet import CAPTION_NAMES, LABEL_NAMES
+from ddt_jax.data.patience import Patience, is_passing
 from ddt_jax.errors import UserError
+from ddt_jax.settings import Data
 
 
 class TfdsSource:
@@ -21,11 +23,21 @@ class TfdsSource:
       UserError: the set is not there, is in another file format, or has no image feature.
     """
 
-    def __init__(self, spec: str, *, data_dir: str | None = None, image=None, caption=None, label=None):
+    def __init__(
+        self,
+        spec: str,
+        *,
+        data_dir: str | None = None,
+        image=None,
+        caption=None,
+        label=None,
+        retry_seconds: float = Data.retry_seconds,
+    ):
         self._set, _, self._split = spec.rpartition("/")
         if not self._set:
             raise UserError(f"data: tfds:{spec} names no split; write tfds:{spec}/train")
         self.name = f"tfds:{spec}"
+        self._patience = Patience(self.name, retry_seconds)
         self._data_dir = os.path.expanduser(data_dir) if data_dir else None
         try:
             builder = self._builder()
@@ -108,11 +120,17 @@ class TfdsSource:
     def describe(self, index):
         return f"{self._set}/{self._split} example {index}"
 
-    def __getitem__(self, index) -> Record:
+    def _read(self, index):
         try:
-            example = self._source()[index]
+            return self._source()[index]
         except (RuntimeError, ValueError) as error:
+            if is_passing(error):
+                self.__dict__.pop("_opened", None)  # its handles may be stale
+                raise
             raise BadRecord(f"corrupt example ({str(error).splitlines()[0]})") from None
+
+    def __getitem__(self, index) -> Record:
+        example = self._patience.record(lambda: self._read(index), self.describe(index))
         image = example[self._image]
         if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 1:
             image = np.repeat(image, 3, axis=2)

@@ -7,7 +7,9 @@ lies in a subfolder, the first subfolder is its class.
 
 from ddt_jax.data import files, folder, images, videos
 from ddt_jax.data.base import BadRecord, Record
+from ddt_jax.data.patience import Patience
 from ddt_jax.errors import UserError
+from ddt_jax.settings import Data
 
 
 class VideoFolderSource:
@@ -19,9 +21,10 @@ class VideoFolderSource:
 
     clips = True
 
-    def __init__(self, root: str):
+    def __init__(self, root: str, *, retry_seconds: float = Data.retry_seconds):
         self.name = f"video:{root}"
-        self._files = folder.Files(root, (*files.IMAGE_EXTENSIONS, *videos.ANIMATIONS, *videos.VIDEOS, "txt"))
+        wanted = (*files.IMAGE_EXTENSIONS, *videos.ANIMATIONS, *videos.VIDEOS, "txt")
+        self._files = folder.Files(root, wanted, Patience(self.name, retry_seconds))
         found = {}  # path of a clip → its frames, or None where it is a file
         by_folder: dict[str, list[str]] = {}
         for name in self._files.names:
@@ -56,7 +59,7 @@ class VideoFolderSource:
         if frames is not None:
             clip = videos.Frames(frames, self._files.read)
         elif folder.extension(name) in videos.VIDEOS:
-            clip = videos.Video(self._files.read(name))
+            clip = videos.Video(self._files.read(name, files.MAX_VIDEO_BYTES))
         else:
             clip = videos.Animation(self._files.read(name))
         record = Record(video=clip)

@@ -15,8 +15,10 @@ import numpy as np
 
 from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord, Record
+from ddt_jax.data.patience import Patience, is_passing
 from ddt_jax.errors import UserError
 from ddt_jax.io import json_object
+from ddt_jax.settings import Data
 
 VERSION = 1
 PARTS = ("image", "txt", "cls", "json")
@@ -34,12 +36,17 @@ class WebDatasetSource:
       UserError: no shard, a compressed or damaged one, or no image in them.
     """
 
-    def __init__(self, pattern: str, *, cache_dir: str = ""):
+    def __init__(self, pattern: str, *, cache_dir: str = "", retry_seconds: float = Data.retry_seconds):
         self.name = f"webdataset:{pattern}"
-        self._paths = files.match_files(pattern)
+        self._patience = Patience(self.name, retry_seconds)
+        self._paths = self._patience.opening(lambda: files.match_files(pattern))
         for path in self._paths:
-            _refuse_compressed(path)
-        shards = [_load_or_build(path, cache_dir, i, len(self._paths)) for i, path in enumerate(self._paths)]
+            self._patience.opening(lambda path=path: _refuse_compressed(path))
+
+        def shard(i, path):
+            return self._patience.opening(lambda: _load_or_build(path, cache_dir, i, len(self._paths)))
+
+        shards = [shard(i, path) for i, path in enumerate(self._paths)]
         self._keys = [keys for keys, _, _ in shards]
         self._offsets = [offsets for _, offsets, _ in shards]
         self._by_file = files.ByFile([len(offsets) for offsets in self._offsets])
@@ -78,10 +85,12 @@ class WebDatasetSource:
         offset, size = (int(x) for x in self._offsets[shard][row, PARTS.index(part)])
         if offset < 0:
             return None
-        if part != "image" and size > files.MAX_TEXT_BYTES:
-            raise BadRecord(f".{part} of {size} bytes")
+        if size > (files.MAX_IMAGE_BYTES if part == "image" else files.MAX_TEXT_BYTES):
+            raise BadRecord(f"{part if part == 'image' else f'.{part}'} of {size} bytes")
+        path = self._paths[shard]
         try:
-            data = self._handles.read(self._paths[shard], offset, size)
+            where = f"{path.rsplit('/', 1)[-1]} at byte {offset}"
+            data = self._patience.record(lambda: self._handles.read(path, offset, size), where)
         except OSError as error:
             raise BadRecord(f"shard cannot be read ({error.strerror or error})") from None
         if len(data) != size:
@@ -181,6 +190,8 @@ def build_index(path: str, title: str = "indexing "):
                         ignored[reason] = ignored.get(reason, 0) + 1
                 end = tar.offset
         except (tarfile.TarError, ValueError, OverflowError, OSError, EOFError, RecursionError, MemoryError) as error:
+            if is_passing(error):
+                raise
             raise UserError(f"data: {path} is damaged or cut off ({error}); fetch it again") from None
         # tarfile takes a header that it cannot read for the end of the archive.
         file.seek(end)

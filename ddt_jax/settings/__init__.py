@@ -70,6 +70,7 @@ class Data:
     min_image_size: int = 0  # smaller images count as bad
     max_pixels: int = 178_956_970  # larger ones are refused before decoding (a decompression bomb)
     max_bad_fraction: float = 0.001
+    retry_seconds: float = 120.0  # for so long a read that fails in a way that passes is tried again; 0 = never
     threads: int = 2
     workers: int = 0  # processes; 0 = threads of this process only
     prefetch: int = 8  # batches ready ahead of the step
@@ -386,6 +387,7 @@ class Train:
     keep_best: int = 0  # also so many with the best best_metric, of those that have one
     best_metric: str = "loss"  # a figure of the log: the last one written up to the save, as `eval/psnr`
     best_is: Literal["lowest", "highest"] = "lowest"
+    maintenance: Literal["signal", "gce"] = "signal"  # gce: also ask the metadata server of the machine
     recheck_every: int = 0  # steps between two that are done twice, on rotated devices, for equal bits; 0 = none
     silence_limit: float = 0.0  # seconds without a sign of life after which a process ends, with code 77; 0 = none
     profile_at: int = 0  # step at which a profile begins; 0 = none, but for SIGUSR1

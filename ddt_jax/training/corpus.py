@@ -94,9 +94,9 @@ def _place(part: Part) -> tuple:
 def open_records(s: settings.Experiment, part: Part) -> Records:
     """A part's records. Raises UserError if they cannot be opened."""
     if part.kind == "codes":
-        return CodesSource(part.folder, cache_dir=s.data.cache_dir)
+        return CodesSource(part.folder, cache_dir=s.data.cache_dir, retry_seconds=s.data.retry_seconds)
     if part.kind == "texts":
-        return TextRecords(part.source, s.data.cache_dir, part.records)
+        return TextRecords(part.source, s.data.cache_dir, part.records, s.data.retry_seconds)
     return PictureRecords(part.source, s.data, part.records)
 
 

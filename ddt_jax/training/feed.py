@@ -142,7 +142,13 @@ def open_images(s: settings.Experiment, spec: str, batch_size: int = 0, caption_
     if length := getattr(s.model, "caption_bytes", 0):
         caption_ids = CaptionBytes(length)
     return Loader(
-        open_source(spec, image_size=s.data.image_size, cache_dir=s.data.cache_dir, clips=s.data.frames > 0),
+        open_source(
+            spec,
+            image_size=s.data.image_size,
+            cache_dir=s.data.cache_dir,
+            clips=s.data.frames > 0,
+            retry_seconds=s.data.retry_seconds,
+        ),
         s.data,
         batch_size=batch_size or s.train.batch_size,
         seed=s.seed,

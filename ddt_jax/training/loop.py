@@ -19,6 +19,7 @@ from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.training.checkpoint import Checkpoints
+from ddt_jax.training.notices import Notices
 from ddt_jax.training.profiling import Profiler
 from ddt_jax.training.progress import Progress
 from ddt_jax.training.recheck import Recheck
@@ -53,6 +54,7 @@ class Watch:
       saved: takes the step of every checkpoint that has been begun.
       profiler: takes profiles of some steps.
       recheck: repeats every `train.recheck_every`th step.
+      notices: of the cloud, that this machine will be taken away.
     """
 
     keep_bad: Callable[[int, dict], str] = lambda step, batch: ""
@@ -61,22 +63,28 @@ class Watch:
     saved: Callable[[int], None] = lambda step: None
     profiler: Profiler | None = None
     recheck: Recheck | None = None
+    notices: Notices | None = None
 
 
 @dataclass
 class StopRequest:
-    """Set by SIGINT and SIGTERM. All hosts learn of it through the step itself, so they stop after the same one."""
+    """Set by SIGINT and SIGTERM, or a notice of the cloud.
+
+    All hosts learn of it through the step itself, so they stop after the same one.
+    """
 
     event: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
     def listening(self, note: Callable[[str], None]):
         """Catches the signals; the second one ends the process at once."""
+        caught = []  # a signal that follows a notice is the first one
 
         def handle(number, frame):
-            if self.event.is_set():
+            if caught:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
+            caught.append(number)
             self.event.set()
             note(f"{signal.Signals(number).name}: saving after this step; once more to quit at once")
 
@@ -121,7 +129,8 @@ def train(
     done = int(state.step)
     stop, log, pending, asked = StopRequest(), _Log(train, writer, progress, watch), deque(), False
     profiler = watch.profiler or Profiler()
-    with stop.listening(progress.note), profiler.listening(progress):
+    noticed = watch.notices.listening(stop.event, progress.note) if watch.notices else nullcontext()
+    with stop.listening(progress.note), noticed, profiler.listening(progress):
         while done < train.steps and not asked:
             checkpoints.check()
             with progress.waiting(hidden=lambda: not state.step.is_ready()):  # noqa: B023 - called at once

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -47,6 +48,45 @@ while step < 120:
         (kept / str(step) / "files.json").write_text("{}")
 (workdir / "steps.f32").write_bytes(b"same")
 (workdir / "digest").write_text("other" if "WRONG" in os.environ and again else "same")
+"""
+
+
+# Each of its steps adds one record to a sum, read as training reads it.
+READER = """
+import hashlib, json, pathlib, re, sys, time
+from ddt_jax.data.base import BadRecord, open_source
+from ddt_jax.errors import UserError
+value = lambda name: sys.argv[sys.argv.index(name) + 1]
+workdir = pathlib.Path(value("--workdir"))
+kept, log = workdir / "checkpoints", workdir / "metrics.jsonl"
+kept.mkdir(parents=True, exist_ok=True)
+config = pathlib.Path(value("--config")).read_text()
+spec, cache = (re.search(f"c.data.{name} = '(.*)'", config)[1] for name in ("source", "cache_dir"))
+seconds = [float(a.partition("=")[2]) for a in sys.argv if a.startswith("--config.data.retry_seconds=")]
+source = open_source(spec, cache_dir=cache, retry_seconds=[*seconds, 60.0][0])
+step, found = 0, "nothing"
+if there := [int(p.name) for p in kept.iterdir()]:
+    step = max(there)
+    found = (kept / str(step) / "data").read_text()
+    print(f"goes on from step {step:,} of 120 in {workdir}", file=sys.stderr, flush=True)
+log.write_text("".join(json.dumps({"step": i + 1}) + "\\n" for i in range(step)))
+while step < 120:
+    try:
+        image = source[step * 7 % len(source)]["image"]
+    except BadRecord:
+        continue
+    except UserError as error:
+        print(f"ddt-jax: {error}", file=sys.stderr)
+        sys.exit(2)
+    step, found = step + 1, hashlib.sha256(found.encode() + image).hexdigest()
+    time.sleep(0.005)
+    with log.open("a") as file:
+        file.write(json.dumps({"step": step}) + "\\n")
+    if step % 10 == 0:
+        (kept / str(step)).mkdir()
+        (kept / str(step) / "data").write_text(found)
+(workdir / "steps.f32").write_bytes(b"same")
+(workdir / "digest").write_text(found)
 """
 
 
@@ -112,3 +152,31 @@ def test_kills_that_cut_off_no_save_miss_their_gate(chaos, tmp_path):
     assert chaos.main(arguments) == 1
     gates = json.loads((tmp_path / "other.json").read_text())["gates"]
     assert [gate["passed"] for gate in gates] == [True, True, True, True, False]
+
+
+@pytest.mark.slow
+def test_sources_that_are_slow_or_away_change_nothing_and_dead_ones_end_in_a_line(chaos, tmp_path, monkeypatch):
+    sources = importlib.import_module("chaos_sources")
+    monkeypatch.setattr(sources, "_AWAY_SECONDS", 1.0)
+    monkeypatch.setattr(sources, "_PATIENCE", "--config.data.retry_seconds=0.5")
+    (tmp_path / "reader.py").write_text(READER)
+
+    def command(config, workdir, more):
+        where = ["train", "--config", str(config), "--workdir", str(workdir)]
+        return [sys.executable, str(tmp_path / "reader.py"), *where, *more]
+
+    monkeypatch.setattr(sources.programs, "digest", lambda workdir: (workdir / "digest").read_text())
+    found = sources.source_faults(tmp_path / "sources", command, {}, random.Random(0))
+    assert [gate["gate"] for gate in sources.gates(found) if not gate["passed"]] == []
+    assert found["slow"] > 10 and found["failed"] >= 3 and found["told"] >= 1 and found["code"] == 2
+    assert "ddt-jax: data: webdataset:" in found["line"] and "gives errors only, for 0.5 s" in found["line"]
+
+
+def test_gates_of_sources_see_what_did_not_end_well(chaos):
+    sources = importlib.import_module("chaos_sources")
+    good = {"slow": 1, "failed": 1, "told": 1, "same_end": True, "same_end_later": True, "code": 2, "complaints": 0}
+    good |= {"line": "ddt-jax: data: x gives errors only", "lost": 0}
+    assert all(gate["passed"] for gate in sources.gates(good))
+    bad = {"slow": 0, "failed": 0, "told": 0, "same_end": False, "same_end_later": False, "code": 1, "complaints": 1}
+    for name, value in (bad | {"line": "", "lost": 10}).items():
+        assert sum(not gate["passed"] for gate in sources.gates(good | {name: value})) == 1, name

@@ -15,6 +15,7 @@ from ddt_jax import experiment, settings
 from ddt_jax.errors import UserError
 from ddt_jax.training import loop
 from ddt_jax.training.checkpoint import Checkpoints
+from ddt_jax.training.notices import Notices
 from ddt_jax.training.profiling import Profiler
 from ddt_jax.training.progress import Progress
 
@@ -115,6 +116,21 @@ def test_a_signal_saves_and_the_next_run_ends_like_an_undisturbed_one(built, tmp
     undisturbed = run(built, tmp_path / "b")[0]
     assert finished
     jax.tree.map(np.testing.assert_array_equal, state, undisturbed)
+
+
+def test_a_notice_of_the_cloud_saves_like_a_signal(built, tmp_path):
+    notices, seen = Notices(lambda name: "TRUE" if seen else "NONE", every=0.001), []
+
+    def before(step):
+        if step == 5:
+            seen.append(step)
+            time.sleep(0.2)  # for the thread that asks
+
+    state, finished, _, steps, out = run(
+        built, tmp_path, data=batches(before=before), watch=loop.Watch(notices=notices)
+    )
+    assert not finished and 5 < int(state.step) < 10 and steps[-1] == int(state.step)
+    assert "preempted=TRUE" in out
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
