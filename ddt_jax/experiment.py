@@ -170,8 +170,7 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
       "finished" (else it was asked to stop, and has saved), "step", "train_seconds".
 
     Raises:
-      UserError: if the workdir holds another run, the settings do not tell how to train the model, or whatever data,
-        mesh and checkpoints raise.
+      UserError: if the workdir holds another run, settings cannot train the model, or as data, mesh and checkpoints.
     """
     begun = time.perf_counter()
     if not isinstance(s.model, settings.Multimodal):  # whose sizes its data decides
@@ -179,8 +178,7 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
     feed = feeds.open_feed(s, workdir)
     s, loader = feed.settings, feed.loader
     built, tree = build(s), config.dump(s)
-    first = jax.process_index() == 0
-    root = epath.Path(workdir)
+    first, root = jax.process_index() == 0, epath.Path(workdir)
     new = not (root / "config.json").exists()
     note = to_stderr if first else lambda line: None
     if new:
@@ -188,6 +186,7 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
         check_tokenizer(s, note)
     wanted = lambda: (built.frozen_weights(), built.starting_weights(), _first_stage(built))  # noqa: E731
     claim(root, tree, wanted, note if force else None)
+    feeds.check_records(root, feed, note if force else None)
     if new and first:
         feed.save(root)
     points = checkpoint.Checkpoints(workdir, s.train, note)

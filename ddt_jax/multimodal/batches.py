@@ -120,6 +120,11 @@ class RowBatcher:
         return int(source), int(rank)
 
     @property
+    def records(self) -> tuple[tuple[str, int], ...]:
+        """(name, how many documents it has) of each source."""
+        return tuple((source.name, len(source)) for source in self._sources)
+
+    @property
     def blocks(self) -> tuple[int, ...]:
         """Of each source, documents that are packed together: their order is the seed's up to that."""
         return tuple(stream.packing.block for stream in self._streams)

@@ -1,19 +1,24 @@
 """What a run trains on, behind one interface: images or latents for a tokenizer, packed rows for a transformer."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from ddt_jax import settings
 from ddt_jax.data.base import open_source
 from ddt_jax.data.loader import BatchLoader, Loader
 from ddt_jax.errors import UserError
+from ddt_jax.io import atomic, json_object
 from ddt_jax.tokenizers.caption_ids import CaptionBytes, CaptionIds
 from ddt_jax.training import captions, corpus, latents
 from ddt_jax.training.tokenizer_step import STOP
+
+_RECORDS = "data.json"  # in a workdir
 
 
 class Feed(Protocol):
@@ -23,11 +28,13 @@ class Feed(Protocol):
       settings: of the run, with what the data decides filled in.
       loader: makes this process's part of each batch.
       description: what and how much there is, for the opening lines.
+      records: (source, how many records it has), of all that it is trained on. The order of rows follows from them.
     """
 
     settings: settings.Experiment
     loader: BatchLoader
     description: str
+    records: tuple[tuple[str, int], ...]
 
     def check(self, model, codec_params: Callable[[], Any]) -> None:
         """Raises UserError if the data was made for another model. codec_params: makes the arrays of its codec."""
@@ -46,6 +53,10 @@ class ImageFeed:
     def description(self):
         return f"{len(self.loader.source):,} images from {self.loader.source.name}"
 
+    @property
+    def records(self):
+        return ((self.loader.source.name, len(self.loader.source)),)
+
     def check(self, model, codec_params):
         name = self.settings.data.source
         if model.image_loss and name.startswith("latents:"):
@@ -55,6 +66,7 @@ class ImageFeed:
             _check_labels(self.loader, model.classes)
 
     def save(self, workdir):
+        _remember_records(workdir, self)
         if self.captions is not None:
             captions.save(workdir, self.captions)
 
@@ -71,6 +83,10 @@ class RowFeed:
         names = (part.folder if part.kind == "codes" else part.source for part in q.sources)
         return f"rows of {q.context:,} positions from {', '.join(names)}"
 
+    @property
+    def records(self):
+        return self.loader.batcher.records
+
     def check(self, model, codec_params):
         q = self.settings.sequences
         for part in (*q.sources, *q.eval_sources):
@@ -80,7 +96,38 @@ class RowFeed:
         self.loader.batch_at(0)  # raises what is wrong with documents, before a run begins
 
     def save(self, workdir):
+        _remember_records(workdir, self)
         corpus.save(workdir, self.corpus)
+
+
+def _remember_records(workdir, feed):
+    atomic.write_text(epath.Path(workdir) / _RECORDS, json.dumps({"records": feed.records}, indent=2) + "\n")
+
+
+def check_records(workdir, feed: Feed, note: Callable[[str], None] | None = None) -> None:
+    """Whether a run that goes on finds as much to learn from as when it was begun; what it learns next depends on it.
+
+    Args:
+      note: told what has changed, in place of the error: it goes on with what there is now.
+
+    Raises:
+      UserError: records have gone, or others have come.
+    """
+    path = epath.Path(workdir) / _RECORDS
+    if not path.exists():  # a run of an earlier version
+        return
+    try:
+        before = [(str(name), int(count)) for name, count in json_object.loads(path.read_text())["records"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"data: {path} is damaged ({error}); remove it to go on with the data that is there") from error
+    for (_, count), (name, now) in zip(before, feed.records, strict=False):
+        if count != now:
+            text = f"data: {name} had {count:,} records when the run was begun and has {now:,} now; the rest of the run"
+            if note is None:
+                raise UserError(f"{text} would see other rows; bring its files back, or go on with --force")
+            note(f"{text} sees other rows")
+    if note is not None and jax.process_index() == 0:
+        _remember_records(workdir, feed)
 
 
 def _check_labels(loader: Loader, classes: int) -> None:

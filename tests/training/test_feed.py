@@ -1,6 +1,7 @@
 """What a model that is told labels asks of its data, before a run begins."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -57,3 +58,28 @@ def test_images_without_labels_are_refused(tmp_path):
     check(0, f"folder:{tmp_path}")
     with pytest.raises(UserError, match="have no labels; set model.classes=0"):
         check(4, f"folder:{tmp_path}")
+
+
+def test_a_run_that_goes_on_finds_as_much_to_learn_from_as_when_it_began(tmp_path):
+    """Rows are drawn from numbers of records: with other records they would come in another order, unseen."""
+
+    class Source(list):
+        name = "tars"
+
+    def of(count):
+        return feed.ImageFeed(RUN, SimpleNamespace(source=Source(range(count))))
+
+    feed.check_records(tmp_path, of(5))  # of an earlier version, which kept nothing
+    of(1000).save(tmp_path)
+    feed.check_records(tmp_path, of(1000))
+    with pytest.raises(UserError, match="tars had 1,000 records when the run was begun and has 950 now; .* --force"):
+        feed.check_records(tmp_path, of(950))
+    notes = []
+    feed.check_records(tmp_path, of(950), notes.append)
+    assert notes == [
+        "data: tars had 1,000 records when the run was begun and has 950 now; the rest of the run sees other rows"
+    ]
+    feed.check_records(tmp_path, of(950))  # which is what it goes on with
+    (tmp_path / "data.json").write_text("[]")
+    with pytest.raises(UserError, match="data.json is damaged .*; remove it to go on"):
+        feed.check_records(tmp_path, of(950))
