@@ -36,6 +36,7 @@ def get_config(variant="fours"):
         codec=settings.IdentityCodec(),
     )
     c.model.diffusion = diffusion
+    c.model.places = variant != "published"
     c.train.batch_size = 8
     c.evaluate.images = 256
     c.evaluate.batch_size = 32

@@ -3,7 +3,7 @@
 Images are told how many objects they show. Variants: "quarters", "dit" (one block, which is a DiT), "fours" (16 blocks
 of four tokens), "tokens" (64 blocks of one token), "captions" (quarters, told captions in the place of counts),
 "published" (quarters, DDPM with linear β that predicts the noise). All others learn the velocity of a flow, near noise
-more often, as `transfusion_scenes.py`: that is where what an image is told is decided.
+more often, with tokens that know their places, as `transfusion_scenes.py`.
 """
 
 from ddt_jax import config, settings
@@ -28,6 +28,7 @@ def get_config(variant="quarters"):
         caption_bytes=192 if variant == "captions" else 0,  # the longest has 181
         codec=settings.IdentityCodec(),
     )
+    c.model.places = variant != "published"
     published = settings.DDPM(schedule="linear", solver="dpmpp_2m", solver_steps=25, clip=1.0)
     flow = settings.RectifiedFlow(shift=3.0, solver="dpmpp_2m", solver_steps=25, clip=1.0)
     c.model.diffusion = config.dump(published if variant == "published" else flow)

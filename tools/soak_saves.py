@@ -9,9 +9,9 @@ from pathlib import Path
 import soak_runs as programs
 from soak_gates import at_least, at_most, note, quiet
 
-TIMED = "configs/quickstart.py"
+TIMED = "configs/acdit_scenes.py"  # a third of a second a step: what a save costs does not depend on that
 SMALL = "configs/smoke.py"  # of the many saves
-STEPS, TURNS = 100, 8  # steps between two saves that the cost is a share of; pairs of turns
+STEPS, TURNS = 100, 5  # steps between two saves that the cost is a share of; pairs of turns
 EVERY, SAVES = 2, 220  # steps between the many saves, and how many
 SETTLED, LAST = 20, 20  # saves before memory is looked at, and over how many it is looked at, both times
 

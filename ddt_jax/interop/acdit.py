@@ -31,6 +31,8 @@ def layout(model: settings.ACDiT, tree) -> list[Tensor]:
             f"acdit: model.classes={model.classes}, model.caption_bytes={model.caption_bytes}: published files have "
             "classes and no captions; set them to their number and to 0"
         )
+    if model.places:
+        raise UserError("acdit: model.places=True: published files have no vectors of places; set it to False")
     table, ours = _Table(tree), Place("params")
     table.pair("t_embedder.mlp", ours / "time", "0", "2")
     table.reshaped("y_embedder.embedding_table.weight", (model.classes + 1, model.width), ours / "label")

@@ -100,6 +100,8 @@ class Network(nn.Module):
         c, dtype = self.config, compute_dtype(self.config.dtype)
         self.into = Dense((c.width,), ("patch", "embed"), use_bias=False, dtype=dtype)
         self.time = TimeEmbedding(c.width, dtype, sinusoids=_SINUSOIDS)
+        if c.places:
+            self.place = learned(self, "place", self.side**2 * (self.frames or 1), c.width)
         if c.classes:
             self.labels = learned(self, "label", c.classes + 1, c.width)  # the last one: no label
         if c.caption_bytes:
@@ -121,7 +123,7 @@ class Network(nn.Module):
           [B, L, P], at least fp32.
         """
         blocks = t_BN.shape[1]
-        x_BSD = self.into(jnp.concatenate([clean_BLP, noised_BLP.astype(clean_BLP.dtype)], axis=1))
+        x_BSD = self._rows(jnp.concatenate([clean_BLP, noised_BLP.astype(clean_BLP.dtype)], axis=1))
         rotation = [jnp.concatenate([table, table]) for table in self._rotation(x_BSD.dtype)]
         condition_BND = self._condition(t_BN, self.told(label_B, text_BZ))
         visible = spans.skip_causal(blocks, self.config.block_size)
@@ -156,7 +158,7 @@ class Network(nn.Module):
         before, own = jnp.reshape(number * self.config.block_size, (1, 1)), jnp.full((1, 1), beside.slots)
         visible = spans.Spans(jnp.zeros_like(before), before, own, own + self.config.block_size)
         condition_B1D = self._condition(t_B[:, None], told_BD)
-        x_BRD = self.into(noised_BRP)
+        x_BRD = self._rows(noised_BRP, number * self.config.block_size)
         rotation = self._rotation(x_BRD.dtype, number * self.config.block_size, x_BRD.shape[1])
         h_BRD, _ = self._run(x_BRD, beside, condition_B1D, rotation, visible)
         return self._predicted(h_BRD, condition_B1D)
@@ -178,17 +180,27 @@ class Network(nn.Module):
         end_S = (np.arange(s + r) // r + 1) * r
         visible = spans.Spans(jnp.zeros((1, 1), jnp.int32), start + jnp.asarray(end_S[None], jnp.int32))
         condition_B1D = self._condition(t_B[:, None], told_BD)
-        x_BSD = self.into(jnp.concatenate([clean_BSP, noised_BRP.astype(clean_BSP.dtype)], axis=1))
+        x_BSD = self._rows(jnp.concatenate([clean_BSP, noised_BRP.astype(clean_BSP.dtype)], axis=1), start)
         rotation = self._rotation(x_BSD.dtype, start, s + r)
         h_BSD, cache = self._run(x_BSD, cache.replace(length=start), condition_B1D, rotation, visible)
         return self._predicted(h_BSD[:, s:], condition_B1D), cache.replace(length=start + s)
 
     def clean_rows(self, clean_BLP):
         """What the layers make of clean tokens [B, L, D], each block beside those before it."""
-        x_BLD, r = self.into(clean_BLP), self.config.block_size
+        x_BLD, r = self._rows(clean_BLP), self.config.block_size
         end_1L = (np.arange(x_BLD.shape[1], dtype=np.int32) // r + 1)[None] * r
         visible = spans.Spans(np.zeros((1, 1), np.int32), end_1L, reach=r - 1)
         return self._run(x_BLD, None, None, self._rotation(x_BLD.dtype), visible)[0]
+
+    def _rows(self, tokens_BSP, start=None):
+        """Tokens as rows [B, S, D]: all of an image or a clip, once or twice, or some from `start` on."""
+        x_BSD = self.into(tokens_BSP)
+        if not self.config.places:
+            return x_BSD
+        place_LD, rows = jnp.asarray(self.place).astype(x_BSD.dtype), x_BSD.shape[1]
+        if start is not None:
+            return x_BSD + jax.lax.dynamic_slice_in_dim(place_LD, start, rows)
+        return x_BSD + jnp.tile(place_LD, (rows // len(place_LD), 1))
 
     def _run(self, x_BSD, cache, condition_BND, rotation, visible):
         first = jnp.int32(0) if self.config.scan_layers else 0

@@ -27,6 +27,7 @@ class ACDiT:
     caption_depth: int = 2  # blocks of the encoder of captions
     label_drop: float = 0.1  # share of the images that are learned without label and caption, which guidance needs
     rope: Literal["nd", "released"] = "nd"  # released: what the published checkpoints were trained with, no rotation
+    places: bool = False  # a learned vector of its place is added to each token: rotations say distances alone
     guidance: float = 1.5  # g: u + g (c - u) of what is predicted without and with label and caption; 1 = none
     scan_layers: bool = True
     remat: Literal["none", "full", "dots", "attention", "dots_attention"] = "none"  # see `Transformer`
@@ -61,6 +62,7 @@ class ACDiTClassifier:
     mlp_ratio: int = 4
     classes: int = 1000
     rope: Literal["nd", "released"] = "nd"
+    places: bool = False
     mixup: float = 0.8  # alpha: an image keeps a part drawn from Beta(alpha, alpha), the rest is another's; 0 = none
     erase: float = 0.25  # share of the images that lose a rectangle
     label_smoothing: float = 0.1  # share of a label that is given to all classes alike

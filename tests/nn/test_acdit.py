@@ -14,7 +14,7 @@ from ddt_jax.nn.params import split
 
 B, SIDE, P, CLASSES = 2, 4, 6, 5
 TOKENS = SIDE * SIDE
-CONFIG = settings.ACDiT(depth=2, width=32, heads=2, block_size=4, classes=CLASSES, scan_layers=False)
+CONFIG = settings.ACDiT(depth=2, width=32, heads=2, block_size=4, classes=CLASSES, scan_layers=False, places=True)
 QUICK = {"xla_backend_optimization_level": 0}
 
 
@@ -90,6 +90,17 @@ def test_labels_reach_noised_blocks_only():
     own = {name: value for name, value in params.items() if name != "label"}
     a, b = (forward(free)(own, clean, noised, t, x) for x in (label, label[::-1].copy()))
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_rotations_say_how_far_tokens_are_from_each_other_and_places_where_they_are(places):
+    """Among equal tokens nobody can tell by distances which one it is."""
+    module = network(block_size=TOKENS, places=places)
+    params, (clean, noised, t, label) = parameters(module), inputs(module)
+    equal = np.broadcast_to(noised[:, :1], noised.shape)
+    found = np.asarray(forward(module)(params, clean, equal, t, label))
+    spread = np.abs(found - found[:, :1]).max()
+    assert spread > 0.1 if places else spread < 1e-4
 
 
 def test_a_fresh_network_predicts_zero():
