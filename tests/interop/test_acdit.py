@@ -118,7 +118,7 @@ def test_a_checkpoint_becomes_a_run_and_a_file_again(tmp_path):
     shape = {"depth": DEPTH, "width": WIDTH, "heads": HEADS, "block_size": 4, "classes": CLASSES, "rope": "released"}
     sizes = [f"--config.model.{name}={value}" for name, value in (shape | {"patch_size": 1}).items()]
     data = ["--config.data.image_size=4", "--config.train.batch_size=2"]
-    config = ["--config", "configs/acdit_scenes.py", *sizes, *data]
+    config = ["--config", "configs/acdit_scenes.py:published", *sizes, *data]
     workdir = str(tmp_path / "run")
     read = ["import", "acdit", "--from", str(tmp_path / "theirs.pt"), "--workdir", workdir, *config]
     assert cli.main(read) == 0

@@ -100,7 +100,7 @@ def test_rotations_say_how_far_tokens_are_from_each_other_and_places_where_they_
     equal = np.broadcast_to(noised[:, :1], noised.shape)
     found = np.asarray(forward(module)(params, clean, equal, t, label))
     spread = np.abs(found - found[:, :1]).max()
-    assert spread > 0.1 if places else spread < 1e-4
+    assert spread > 0.01 if places else spread < 1e-5, spread
 
 
 def test_a_fresh_network_predicts_zero():
@@ -125,7 +125,7 @@ def test_clean_and_noised_tokens_share_all_weights_but_the_modulation():
         both = jnp.concatenate([x, x], axis=1)
         rotation = [jnp.concatenate([table, table]) for table in m._rotation(jnp.float32)]
         visible = acdit.spans.skip_causal(1, TOKENS)
-        return m._run(m.into(both), None, m._condition(t, m.told(label)), rotation, visible)[0]
+        return m._run(m._rows(both), None, m._condition(t, m.told(label)), rotation, visible)[0]
 
     run = jax.jit(lambda p: module.apply({"params": p}, clean, method=rows), compiler_options=QUICK)
     out = np.asarray(run(params))
@@ -220,7 +220,7 @@ def test_clean_rows_alone_are_those_beside_noised_ones():
         np.testing.assert_array_equal(moved_N, np.arange(4) >= j)
 
     def beside(m):
-        both = m.into(jnp.concatenate([clean, noised], axis=1))
+        both = m._rows(jnp.concatenate([clean, noised], axis=1))
         rotation = [jnp.concatenate([table, table]) for table in m._rotation(jnp.float32)]
         condition = m._condition(t, m.told(label))
         return m._run(both, None, condition, rotation, acdit.spans.skip_causal(4, 4))[0][:, :TOKENS]
