@@ -81,8 +81,8 @@ def plan(options) -> int:
     arms, total, base = [], 0.0, 0.0
     for name, path in given.items():
         s = config.load(path)
-        stages = tuple(tokenizers[name].split(",")) if name in tokenizers else ()
-        *earlier, first = [config.load(stage) for stage in stages] or [None]
+        stages = tuple(stage_of(text) for text in tokenizers[name].split(",")) if name in tokenizers else ()
+        *earlier, first = [config.load(*stage) for stage in stages] or [None]
         planned = ledger.plan(s, first, options.records, earlier)
         if not arms:
             total = planned.total(options.steps or s.train.steps)
@@ -108,6 +108,14 @@ def plan(options) -> int:
     how = {"rates": lists["rates"], "guidances": lists["guidances"], "base": base}
     print("\n".join(compare_plan.commands(arms, options.to, seeds=list(range(options.seeds)), **how)))
     return 0
+
+
+def stage_of(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """CONFIG or CONFIG@STEPS as a config and overrides. Raises UserError."""
+    path, at, steps = text.partition("@")
+    if at and not (steps.isdigit() and int(steps)):
+        raise UserError(f"compare: --tokenizer {text}: {steps or 'nothing'} is no number of steps; write CONFIG@STEPS")
+    return path, (("train.steps", steps),) if at else ()
 
 
 def number(text: str, what: str) -> float:
@@ -137,7 +145,7 @@ def parse(argv):
             "--tokenizer",
             action="append",
             default=[],
-            metavar="NAME=CONFIG,...",
+            metavar="NAME=CONFIG[@STEPS],...",
             help="of an arm of codes; its stages, in turn",
         )
         parser.add_argument("--to", required=True, metavar="DIR", help="where the runs are to go")

@@ -12,7 +12,8 @@ class Arm:
     Attributes:
       config: of the transformer, FILE.py:VARIANT.
       steps: that cost what all arms may cost.
-      tokenizer: configs of its image tokenizer's stages, each begins with the one before; () = images are not codes.
+      tokenizer: (config, overrides) of its image tokenizer's stages, each begins with the one before; () = images are
+        not codes.
       workdir: of the tokenizer, where the transformer's config expects it.
       folders: (source, records, folder of codes) of each part that the transformer reads.
       rate: the learning rate that was chosen; 0 = not yet.
@@ -21,7 +22,7 @@ class Arm:
     name: str
     config: str
     steps: int
-    tokenizer: tuple[str, ...] = ()
+    tokenizer: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
     workdir: str = ""
     folders: tuple[tuple[str, int, str], ...] = field(default=())
     rate: float = 0.0
@@ -57,9 +58,10 @@ def _grid(arm, to, rates, seed, base):
     if arm.tokenizer:
         yield f"# {arm.name}: what it reads"
         begun = ()
-        for number, stage in enumerate(arm.tokenizer, 1):
+        for number, (stage, changed) in enumerate(arm.tokenizer, 1):
             workdir = arm.workdir if number == len(arm.tokenizer) else f"{arm.workdir}_stage{number}"
-            yield _line("ddt-jax", "train", "--config", stage, "--workdir", workdir, *begun)
+            flags = [f"--config.{name}={value}" for name, value in changed]
+            yield _line("ddt-jax", "train", "--config", stage, "--workdir", workdir, *flags, *begun)
             begun = (f"--config.init_from={workdir}",)
         for source, records, folder in arm.folders:
             more = ("--source", source, "--records", records)

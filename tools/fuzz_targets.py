@@ -154,7 +154,8 @@ def _latents_seeds(folder):
     from etils import epath
 
     latents.write_shard(epath.Path(folder / "latents") / latents.shard_name(0, 1), packed)
-    index = {"identity": {"codec": "x"}, "shape": [2, 2, 4], "dtype": "float32", "shards": 1, "counts": {"0": 2}}
+    index = {"identity": {"codec": "x"}, "source": "x", "shape": [2, 2, 4], "dtype": "float32", "shards": 1}
+    index["counts"] = {"0": 2}
     (folder / "latents" / latents.INDEX).write_text(json.dumps(index))
     return packed
 

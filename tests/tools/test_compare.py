@@ -76,18 +76,19 @@ def test_a_plan_has_a_grid_of_equal_cost_and_then_seeds_and_a_sweep(compare, cap
 def test_stages_of_a_tokenizer_are_trained_in_turn_and_all_of_them_are_paid(compare, capsys, tmp_path):
     """SEED's three, each begins with the one before; codes are made by the last."""
     seed = f"{ROOT}/configs/seed_scenes.py"
-    stages = [f"{seed}:{stage}" for stage in ("align", "codes", "draw")]
+    stages = [f"{seed}:align@400", f"{seed}:codes", f"{seed}:draw"]
     arms = ["--arm", f"seed={CONFIG}:seed:{tmp_path}", "--tokenizer", f"seed={','.join(stages)}"]
     assert compare.main(["plan", *arms, "--to", str(tmp_path), "--records", "1000", "--held-out", "50"]) == 0
     out = capsys.readouterr().out
     trained = [line for line in lines_of(out) if line[1] == "train"][:3]
     for line in trained:
         cli._arguments(line[1:])
-    assert [line[3] for line in trained] == stages
+    assert [line[3] for line in trained] == [stage.partition("@")[0] for stage in stages]
+    assert [overrides_of(line).get("train.steps") for line in trained] == ["400", None, None]
     workdirs = [line[5] for line in trained]
     assert [overrides_of(line).get("init_from") for line in trained] == [None, *workdirs[:2]]
     assert lines_of(out)[3][3] == workdirs[2] == str(tmp_path / "tokenizer")
-    *earlier, draw = map(config.load, stages)
+    *earlier, draw = [config.load(*compare.stage_of(stage)) for stage in stages]
     transformer = config.load(f"{CONFIG}:seed:{tmp_path}")
     paid = ledger.plan(transformer, draw, 1000, earlier).before["tokenizer"]
     alone = [stage.train.steps * ledger.step_flops(stage) for stage in (*earlier, draw)]
@@ -102,6 +103,10 @@ def test_stages_of_a_tokenizer_are_trained_in_turn_and_all_of_them_are_paid(comp
         (["plan", *ARMS[:2], "--to", "x"], "comparison_scenes_codes reads codes; give --tokenizer ARM=CONFIG"),
         (["plan", *ARMS, "--tokenizer", "b=c", "--to", "x"], "there is no such --arm; there are codes, denoised"),
         (["plan", *ARMS, "--chosen", "codes=fast", "--to", "x"], "--chosen codes=fast is not a number above 0"),
+        (
+            ["plan", *ARMS[:2], "--tokenizer", f"codes={TOKENIZER}@x", "--to", "x"],
+            "x is no number of steps; write CONFIG@",
+        ),
         (["plan", *ARMS, "--rates", "1,-1", "--to", "x"], "--rates=-1 is not a number above 0"),
         (["plan", *ARMS, "--seeds", "0", "--to", "x"], "must be at least 1"),
         (["plan", "--arm", f"a={ROOT}/configs/smoke.py", "--to", "x"], "name configs of transformers"),
