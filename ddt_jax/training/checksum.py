@@ -54,10 +54,11 @@ def checksums(tree) -> dict[str, str]:
     """
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        # Fetched one by one: many small programs with collectives in flight at once can wait for each other on CPUs.
-        value = np.asarray(jax.device_get(_array_checksum(leaf)), np.uint32)
-        found[jax.tree_util.keystr(path, simple=True, separator="/")] = as_hex(value)
-    return found
+        sums = found[jax.tree_util.keystr(path, simple=True, separator="/")] = _array_checksum(leaf)
+        # Many small programs with collectives in flight at once can wait for each other on CPUs.
+        if len(sums.sharding.device_set) > 1 and jax.default_backend() == "cpu":
+            sums.block_until_ready()
+    return {name: as_hex(value) for name, value in jax.device_get(found).items()}
 
 
 def as_hex(sums) -> str:

@@ -113,7 +113,7 @@ class ReadBack:
         index, count = self._index, self._count
         stored, step = job.stored, job.stored.folder.name
         mine = {
-            "sums": {name: job.stored.sums(name, blocks).tolist() for name, blocks in job.parts.items()},
+            "sums": {name: sums.tolist() for name, sums in job.stored.sums_of(job.parts).items()},
             "files": stored.hashes(index, count),
         }
         names = [stored.folder / f"{READ_BACK}{i}.json" for i in range(count)]

@@ -7,6 +7,7 @@ the checkpoint has been read back (`training/readback.py`).
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,9 @@ from ddt_jax.training.checksum import as_hex, part_sums
 LIST = "files.json"
 READ_BACK = "readback."  # files of hosts that have read their part; they last until the list is written
 _CHUNK = 1 << 22  # bytes hashed at once
+_NODES = 1 << 26  # bytes of the database's own nodes that are kept: without them every array is looked up from the root
+_OPENING = 64  # arrays that are opened at once
+_AHEAD = 1 << 26  # bytes that are read while earlier ones are summed up; a larger block is read alone
 
 
 class Damaged(Exception):
@@ -37,6 +41,7 @@ class Stored:
         self.folder = epath.Path(folder)
         self._names = None
         self._stores = {}
+        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _NODES}})
 
     def meta(self) -> dict:
         """What was saved beside the arrays: format, step, checksums, metrics, config. Raises Damaged."""
@@ -53,16 +58,21 @@ class Stored:
 
     def open(self, name: str):
         """The TensorStore of an array. Raises Damaged."""
+        if name not in self._stores:
+            opening = self._opening(name)
+            with _damage(name):
+                self._stores[name] = opening.result()
+        return self._stores[name]
+
+    def _opening(self, name):
+        """The future of an array's TensorStore. Raises Damaged."""
         if name not in self._paths():
             raise Damaged(f"{name} is missing")
-        if name not in self._stores:
-            base = f"{self.folder}/state/"
-            base = base if "://" in base else f"file://{base}"
-            kvstore = {"driver": "ocdbt", "base": base, "path": f"{self._paths()[name]}/"}
-            spec = {"driver": "zarr", "kvstore": kvstore}
-            with _damage(name):
-                self._stores[name] = tensorstore.open(spec, open=True, read=True).result()
-        return self._stores[name]
+        base = f"{self.folder}/state/"
+        base = base if "://" in base else f"file://{base}"
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{self._paths()[name]}/"}
+        with _damage(name):
+            return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True, context=self._context)
 
     def read(self, name: str, where: tuple[slice, ...] = ()) -> np.ndarray:
         """An array, or the block of it that slices with bounds select. Raises Damaged."""
@@ -77,12 +87,39 @@ class Stored:
         for at in np.ndindex(*(-(-n // c) for n, c in zip(store.shape, chunk, strict=True))):
             yield tuple(slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(at, chunk, store.shape, strict=True))
 
-    def sums(self, name: str, blocks) -> np.ndarray:
-        """What blocks, given by slices, add to the checksum of their array. uint32 [2]. Raises Damaged."""
-        total, shape = np.zeros(2, np.uint32), self.open(name).shape
-        for where in blocks:
-            total += part_sums(self.read(name, where), tuple(s.start for s in where), shape)
-        return total
+    def sums_of(self, parts: dict[str, list]) -> dict[str, np.ndarray]:
+        """What blocks of arrays, given by slices, add to the checksums of these, uint32 [2] each. Some are read while
+        others are summed up. Raises Damaged.
+        """
+        names, reading, ahead = list(parts), deque(), 0
+        totals = {name: np.zeros(2, np.uint32) for name in names}
+
+        def finish():
+            name, where, future = reading.popleft()
+            with _damage(name):
+                block = np.asarray(future.result())
+            totals[name] += part_sums(block, tuple(s.start for s in where), self._stores[name].shape)
+            return block.nbytes
+
+        for first in range(0, len(names), _OPENING):
+            some = names[first : first + _OPENING]
+            opening = {name: self._opening(name) for name in some if name not in self._stores}
+            for name, future in opening.items():
+                with _damage(name):
+                    self._stores[name] = future.result()
+            for name in some:
+                store = self._stores[name]
+                for where in parts[name]:
+                    with _damage(name):
+                        view = store[where]
+                    size = view.size * store.dtype.numpy_dtype.itemsize
+                    while reading and ahead + size > _AHEAD:
+                        ahead -= finish()
+                    reading.append((name, where, view.read()))
+                    ahead += size
+        while reading:
+            finish()
+        return totals
 
     def array_problems(self) -> list[str]:
         """Which arrays are not those that were saved; reads all of them. Raises Damaged where that cannot be told."""
@@ -91,7 +128,7 @@ class Stored:
             return [f"{name} is missing" for name in different]
         for name, value in saved.items():
             try:
-                same = as_hex(self.sums(name, self.blocks(name))) == value
+                same = as_hex(self.sums_of({name: list(self.blocks(name))})[name]) == value
             except Damaged as error:
                 found.append(str(error))
             else:
