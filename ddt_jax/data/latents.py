@@ -6,6 +6,7 @@ posterior as raw bytes, the record's `index` in the source, and its `caption` an
 it holds all frames one after another, so that one folder serves any `data.frames`, `frame_step` and `clip_start`.
 """
 
+import math
 import os
 import tempfile
 
@@ -20,6 +21,9 @@ from ddt_jax.io import json_object
 from ddt_jax.settings import Data
 
 INDEX = "latents.json"
+_MOST = (
+    1 << 26
+)  # values of a latent: an index that speaks of more is damaged, and room for them is made before any is read
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -88,7 +92,9 @@ def _is_index(found: dict) -> bool:
         isinstance(found.get("identity"), dict)
         and isinstance(found.get("source"), str)
         and isinstance(shape, list)
+        and len(shape) == 3
         and all(type(n) is int and n > 0 for n in shape)
+        and math.prod(shape) <= _MOST
         and found.get("dtype") in [*TYPES]
         and type(found.get("shards")) is int
         and type(found.get("clips", False)) is bool

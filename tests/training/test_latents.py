@@ -213,8 +213,9 @@ def test_the_weights_count_only_once_they_are_known(kept):
 def test_what_is_no_folder_of_latents_is_said_so(kept, tmp_path):
     with pytest.raises(UserError, match="has no latents.json; write it with"):
         open_source(f"latents:{tmp_path}")
-    right = {"identity": {}, "source": "x", "shape": [2], "dtype": "float32", "shards": 1, "counts": {"0": 1}}
-    for wrong in ({"shape": []}, right | {"dtype": []}, right | {"counts": {"0": "1"}}, right | {"shape": None}):
+    right = {"identity": {}, "source": "x", "shape": [2, 2, 2], "dtype": "float32", "shards": 1, "counts": {"0": 1}}
+    wrong_shapes = [right | {"shape": shape} for shape in (None, [2], [50_000_000, 2, 4])]
+    for wrong in ({"shape": []}, right | {"dtype": []}, right | {"counts": {"0": "1"}}, *wrong_shapes):
         (tmp_path / "latents.json").write_text(json.dumps(wrong))
         with pytest.raises(UserError, match="cannot be read as the index"):
             open_source(f"latents:{tmp_path}")
