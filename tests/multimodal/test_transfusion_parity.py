@@ -84,7 +84,7 @@ class Toy(DiffusionMultimodal):
     def draw(self, extra, batch, rng):
         return self.latents(extra, batch["image_content"]), self.noise, self.levels
 
-    def forward(self, params, extra, batch, x_BIHWC, t_BI, dropout_keys_B=None):
+    def forward(self, params, extra, batch, x_BIHWC, t_BI, dropout_keys_B=None, clean_BIHWC=None):
         b, i = t_BI.shape
         images = ImageRows(batch["image_start"], self.form.rows)
         rows_BIRD = x_BIHWC.reshape(b, i, self.form.rows, 3) @ params["in"].T + params["in_bias"]
