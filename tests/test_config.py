@@ -112,6 +112,12 @@ def test_difference_ignores_what_a_run_may_change():
     assert config.difference(before, before) == []
 
 
+def test_a_key_with_a_line_in_it_is_refused_in_one_line():
+    with pytest.raises(UserError, match="is not a setting") as error:
+        config.from_dict({"two\nlines": 1})
+    assert "\n" not in str(error.value)
+
+
 def test_settings_that_decide_codes_exist():
     models = settings.DDTTokenizer(codec=settings.VAECodec()), settings.SelftokTokenizer(), settings.SEED()
     names, groups, decisive = [], ("quantizer", "codec", "vision", "qformer"), set()
