@@ -76,7 +76,7 @@ class SentencePiece(TextTokenizer):
             if not data:  # the package takes nothing for a model that will be loaded later
                 raise TypeError
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, UnicodeDecodeError):  # the last one: of bytes that its own message quotes
             raise UserError("text: this is not a sentencepiece model") from None
         self.vocab_size = self._model.vocab_size()
         ids = {"BOS": self._model.bos_id(), "EOS": self._model.eos_id(), "PAD": self._model.pad_id()}

@@ -84,6 +84,17 @@ def test_training_gives_the_same_model_each_time_and_writes_it(tmp_path):
     assert train_sentencepiece(CAPTIONS, 10_000).vocab_size < 600  # as many as there are words
 
 
+def test_a_model_with_pieces_that_are_no_text_is_none(tmp_path):
+    """The package complains of a piece that is there twice, and its complaint cannot be decoded."""
+    data = train_sentencepiece(CAPTIONS, 300).data
+    for letter in (b"e", b"r"):
+        assert b"\n\x01" + letter in data
+        data = data.replace(b"\n\x01" + letter, b"\n\x01\x80")
+    (tmp_path / "twice.model").write_bytes(data)
+    with pytest.raises(UserError, match="not a sentencepiece model.*twice"):
+        open_text_tokenizer(tmp_path / "twice.model")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
