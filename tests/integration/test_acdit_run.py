@@ -90,7 +90,7 @@ def test_it_learns_classes_of_photographs_and_to_tell_them_apart(data_dir, tmp_p
     small += ["--config.train.eval_every=3", f"--config.init_from={root}"]
     assert run("train", "--config", "configs/acdit_cifar10.py:classify", "--workdir", classes, *small, *sources) == 0
     said = capsys.readouterr().err
-    assert "copied: params/into (1), params/stack (" in said and "fresh: params/head/" in said
+    assert "copied: params/into (1), params/place (1), params/stack (" in said and "fresh: params/head/" in said
     assert run("evaluate", "--workdir", classes) == 0
     results = json.loads((classes / "results.json").read_text())
     assert results["n"] == 24 and 0 <= results["accuracy"] <= 1 and "left_out" in results
