@@ -207,7 +207,8 @@ class ParquetSource:
                 if is_passing(error):
                     self._readers.pop(file, None)  # its handle may be stale
                     raise
-                if not isinstance(error, OSError | pa.ArrowException):  # OSError: its word for a page it can't decode
+                # OSError: its word for a page it can't decode; UnicodeDecodeError: of a name, where a file has changed.
+                if not isinstance(error, OSError | pa.ArrowException | UnicodeDecodeError):
                     raise
                 raise BadRecord(f"corrupt row group ({str(error).splitlines()[0]})") from None
             names = (columns.image, columns.caption, columns.label)
@@ -247,7 +248,7 @@ def _footer(path):
         with _open(path) as file:
             metadata = file.metadata
             return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], file.schema_arrow
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last one: a column's name that is no text
         if is_passing(error):
             raise
         raise UserError(f"data: {path} is not a readable Parquet file ({str(error).splitlines()[0]})") from None

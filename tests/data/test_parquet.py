@@ -120,6 +120,14 @@ def test_rows_without_bytes_are_bad_and_shift_nothing(tmp_path, encode):
     assert source[2] == {"image": encode()}
 
 
+def test_a_column_whose_name_is_no_text_is_one_line(tmp_path):
+    write(tmp_path / "a.parquet", {"image": [b"x"]})
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data.replace(b"image", b"\x80mage"))
+    with pytest.raises(UserError, match="a.parquet is not a readable Parquet file"):
+        open_source(f"parquet:{tmp_path}/a.parquet")
+
+
 def test_a_damaged_row_group_is_bad_and_others_are_not(tmp_path):
     noise = np.random.default_rng(0).bytes
     images = [noise(4000) for _ in range(8)]
