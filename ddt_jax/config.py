@@ -187,8 +187,7 @@ def _nearest(word, known):
 def _unknown(dotted, group, prefix):
     keys = list(group) if isinstance(group, dict) else []
     known = [f"{prefix}.{k}" if prefix else k for k in keys]
-    shown = dotted if dotted.isprintable() else repr(dotted)  # keys of a file may hold anything; a message is one line
-    return UserError(f"config: {shown} is not a setting{_nearest(dotted, known)}")
+    return UserError(f"config: {dotted} is not a setting{_nearest(dotted, known)}")
 
 
 def _parse(kind, value, path):

@@ -4,5 +4,9 @@
 class UserError(Exception):
     """Something the user can mend: one line with the thing, the value and the way out.
 
-    The CLI prints it and exits with 2.
+    The CLI prints it and exits with 2. What files say and messages quote, a key, a name, may hold line breaks and
+    control characters: these are shown by their escapes.
     """
+
+    def __init__(self, text: str = ""):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
