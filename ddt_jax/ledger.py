@@ -185,7 +185,9 @@ def parameters(s: settings.Experiment) -> float:
 
 def _bare(s):
     """The settings less what decides neither the step nor the parameters."""
-    bare = replace(s.sequences, sources=(), eval_sources=(), tokenizer="")
+    # Of the sources, what decides the step: whether it has to make latents itself.
+    sources = (settings.Pictures(source="latents:"),) if s.sequences.latents else ()
+    bare = replace(s.sequences, sources=sources, eval_sources=(), tokenizer="")
     rate = replace(s.optimizer, lr=1.0)
     long = replace(s.train, steps=1_000_000)
     return replace(s, name="", seed=0, init_from="", mesh=settings.Mesh(), sequences=bare, optimizer=rate, train=long)
@@ -246,8 +248,10 @@ def _beneath_of(s, codecs, cost: dict[str, float], name: str) -> list[str]:
         if operations:
             cost[name or own] = cost.get(name or own, 0.0) + operations
         uncounted += more
-    if not isinstance(s.model, settings.Multimodal) and s.data.source.startswith("latents:"):
-        uncounted.append(f"{s.name} learned from {s.data.source}: making these latents is not counted")
+    of_rows = isinstance(s.model, settings.Multimodal)
+    for source in [part.source for part in s.sequences.latents] if of_rows else [s.data.source]:
+        if source.startswith("latents:"):
+            uncounted.append(f"{s.name} learned from {source}: making these latents is not counted")
     return uncounted
 
 

@@ -279,3 +279,19 @@ def test_sizes_that_data_decide_come_from_the_tokenizers_run(root):
     nowhere = replace(s, sequences=replace(s.sequences, tokenizer=str(root / "none")))
     with pytest.raises(UserError, match="holds no run"):
         ledger.sized(nowhere)
+
+
+def test_a_transformer_on_latents_is_not_charged_for_making_them_in_its_steps():
+    """Who made them, and at what cost, is not known, and is said."""
+    sizes = settings.Autoencoder(block_out_channels=(4, 4), layers_per_block=1, latent_channels=2, norm_groups=2)
+    codec = settings.VAECodec(preset="custom", random_weights=True, sizes=sizes)
+    transformer = settings.Transformer(vocab_size=300, width=16, depth=1, heads=1, kv_heads=1, mlp_width=16)
+    model = settings.Multimodal(transformer=transformer, image=settings.DiffusionImages(codec=codec))
+    found = {}
+    for source in ("scenes:train", "latents:DIR"):
+        q = settings.Sequences(context=64, images=1, sources=(settings.Pictures(source=source),))
+        s = settings.Experiment(model=model, data=settings.Data(image_size=8), sequences=q)
+        found[source] = ledger.plan(s)
+    images, latents = found.values()
+    assert latents.step < images.step and images.uncounted == ()
+    assert latents.uncounted == ("experiment learned from latents:DIR: making these latents is not counted",)

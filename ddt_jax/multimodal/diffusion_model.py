@@ -86,8 +86,7 @@ class DiffusionMultimodal(RowModel):
 
     def shapes(self, q):
         images = q.images or q.context // (self.form.rows + 2)
-        kept = any(part.kind == "pictures" and part.source.startswith("latents:") for part in q.sources)
-        content = self.form_of_latents() if kept else self.form
+        content = self.form_of_latents() if q.latents else self.form
         of_images = {
             "image_start": ((images,), jnp.int32),
             "image_learn": ((images,), jnp.bool_),

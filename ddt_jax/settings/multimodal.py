@@ -178,6 +178,11 @@ class Sequences:
     eval_sources: tuple[CodesFolder | Pictures | Texts, ...] = ()  # held-out ones, of the same tokenizers
     tokenizer: str = ""  # workdir of the image tokenizer, which draws what is generated
 
+    @property
+    def latents(self) -> tuple[Pictures, ...]:
+        """Those of `sources` that hold kept latents in place of images."""
+        return tuple(p for p in self.sources if p.kind == "pictures" and p.source.startswith("latents:"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:

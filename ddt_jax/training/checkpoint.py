@@ -61,13 +61,14 @@ class Checkpoints:
         self._quiet = ExitStack()  # a save that fails does so in the background, at any moment
         if not read_only:
             self._clean_up()
-            self._quiet.enter_context(_quiet_orbax())
         with _quiet_orbax(), self._storage_errors():
             # Orbax would remove old checkpoints as soon as a new one is written; here it must be read back first.
             options = ocp.CheckpointManagerOptions(
                 enable_async_checkpointing=not read_only, create=not read_only, read_only=read_only
             )
             self._manager = ocp.CheckpointManager(self._directory, options=options)
+        if not read_only:
+            self._quiet.enter_context(_quiet_orbax())
 
     def save(self, state: TrainState, config: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts to save a state; errors of an earlier save that failed in the background surface here.
