@@ -4,6 +4,7 @@
     python tools/soak.py whole_way                `make quickstart`, against its gates
     python tools/soak.py edits                    configs/llama_edits.py, from its tokenizer on
     python tools/soak.py spatial_codes            configs/llama_spatial_scenes.py, from its tokenizer on
+    python tools/soak.py seed_codes               configs/seed_llama_scenes.py, from its tokenizer's stages on
     python tools/soak.py scenes                   configs/ddt_scenes.py, then its renderer, against the gates
     python tools/soak.py spatial                  configs/spatial_scenes.py, at the bits of configs/ddt_scenes.py
     python tools/soak.py transfusion              configs/transfusion_scenes.py and three variants; --arms linear is one
@@ -40,7 +41,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import soak_runs as programs  # noqa: E402
 from soak_acdit import acdit_blocks, acdit_clips  # noqa: E402
 from soak_cifar10 import cifar10, cifar10_device  # noqa: E402
-from soak_codes import edits, spatial_codes, whole_way  # noqa: E402
+from soak_codes import edits, seed_codes, spatial_codes, whole_way  # noqa: E402
 from soak_gates import note  # noqa: E402
 from soak_kill import kill  # noqa: E402
 from soak_saves import saves  # noqa: E402
@@ -53,6 +54,7 @@ MEASUREMENTS: dict[str, Callable] = {
     "whole_way": whole_way,
     "edits": edits,
     "spatial_codes": spatial_codes,
+    "seed_codes": seed_codes,
     "scenes": scenes,
     "spatial": spatial,
     "transfusion": transfusion,
@@ -84,7 +86,10 @@ def parse(argv=None):
         "--arms", default="", metavar="NAME,NAME", help="transfusion, acdit_blocks, acdit_clips: variants"
     )
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="WORKDIR", help="whole_way, edits, spatial_codes: this one, trained before"
+        "--tokenizer",
+        type=Path,
+        metavar="WORKDIR",
+        help="whole_way, edits, spatial_codes: this one, trained before; seed_codes: its stage codes",
     )
     parser.add_argument("--kills", type=int, default=50, help="kill: how many (default: 50)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak", metavar="DIR", help="where NAME.json goes")

@@ -1,4 +1,4 @@
-"""Measurements of transformers on codes of scenes: the whole way of `make quickstart`, edits, and spatial codes.
+"""Measurements of transformers on codes of scenes: the whole way of `make quickstart`, edits, spatial and SEED codes.
 
 Each takes the options of the command line and a folder for its runs, and returns its part of the record. With
 `--tokenizer WORKDIR` a tokenizer that was trained before stands in for the measurement's own; the record says which.
@@ -10,6 +10,7 @@ import soak_runs as programs
 from soak_gates import at_least, at_most, note, quiet
 
 CODES = {"codes/train": ("scenes:train", 160_000), "codes/heldout": ("scenes:heldout", 2048)}
+SEED_CODES = {"train_codes": CODES["codes/train"], "heldout_codes": CODES["codes/heldout"]}
 EDITS = {"edits/train": ("scenes_edits:train", 80_000), "edits/heldout": ("scenes_edits:heldout", 2048)}
 
 
@@ -42,6 +43,38 @@ def spatial_codes(options, folder: Path) -> dict:
     return _record(options, "configs/llama_spatial_scenes.py", seen, spoken, _sound(spoken, outcomes))
 
 
+def seed_codes(options, folder: Path) -> dict:
+    """configs/seed_llama_scenes.py, with the decoder that draws. How good it is gets reported, not judged."""
+    seed, stages, outcomes = options.seeds[0], {}, []
+    if options.tokenizer:
+        (folder / "codes").symlink_to(options.tokenizer.resolve(), target_is_directory=True)
+        stages["codes"] = {"digest": programs.digest(folder / "codes")}
+    order = ("draw",) if options.tokenizer else ("align", "codes", "draw")
+    begins_with = {"codes": "align", "draw": "codes"}
+    for stage in order:
+        before = begins_with.get(stage)
+        also = (f"--config.init_from={folder / before}",) if before else ()
+        config = f"configs/seed_scenes.py:{stage}"
+        stages[stage], more = programs.train_and_evaluate(config, folder / stage, seed, options, also=also)
+        outcomes += more
+    outcomes += _codes_of(folder / "codes", folder, SEED_CODES)
+    config = f"configs/seed_llama_scenes.py:{folder}"
+    spoken, more = programs.train_and_evaluate(config, folder / "transformer", seed, options)
+    outcomes += more
+    return _record(options, "configs/seed_llama_scenes.py", stages, spoken, _sound(spoken, outcomes))
+
+
+def _codes_of(tokenizer: Path, folder: Path, sources: dict) -> list:
+    """Outcomes of writing the codes of sources into folders of their names."""
+    outcomes = []
+    for to, (source, records) in sources.items():
+        note(f"codes of {source}")
+        what = ("--to", str(folder / to), "--source", source, "--records", str(records))
+        tokenize = programs.command("tokenize", "--workdir", str(tokenizer), *what)
+        outcomes.append(programs.must(programs.run(tokenize), "tokenize"))
+    return outcomes
+
+
 def _trained(options, folder: Path, tokenizer_config: str, sources: dict, config: str):
     """Figures of a tokenizer (of a given one its digest) and of the transformer on its codes, and all outcomes."""
     seed, tokenizer = options.seeds[0], folder / "tokenizer"
@@ -51,11 +84,7 @@ def _trained(options, folder: Path, tokenizer_config: str, sources: dict, config
     else:
         without = ("--config.evaluate.probe_images=0",)
         seen, outcomes = programs.train_and_evaluate(tokenizer_config, tokenizer, seed, options, to_evaluate=without)
-    for to, (source, records) in sources.items():
-        note(f"codes of {source}")
-        what = ("--to", str(folder / to), "--source", source, "--records", str(records))
-        tokenize = programs.command("tokenize", "--workdir", str(tokenizer), *what)
-        outcomes.append(programs.must(programs.run(tokenize), "tokenize"))
+    outcomes += _codes_of(tokenizer, folder, sources)
     spoken, more = programs.train_and_evaluate(config, folder / "transformer", seed, options)
     return seen, spoken, outcomes + more
 

@@ -277,6 +277,31 @@ def test_what_causality_costs_is_paired_over_seeds(soak, tmp_path, monkeypatch):
     assert soak.main(["seed_causal", *out]) == 1  # one seed
 
 
+def test_a_language_model_on_seed_codes_reads_what_one_stage_writes_and_another_draws(soak, tmp_path, monkeypatch):
+    trained, written = [], []
+
+    def train_and_evaluate(config, workdir, seed, options, also=()):
+        trained.append((Path(config.split(":")[0]).name, workdir.name, *(text.rpartition("/")[2] for text in also)))
+        return {"prompts": 256}, []
+
+    def run(args):
+        if "tokenize" in args:
+            written.append(tuple(Path(args[args.index(name) + 1]).name for name in ("--workdir", "--to")))
+        return soak.programs.Outcome(0, "a digest", 1.0, [], 0, 0)
+
+    monkeypatch.setattr(soak.programs, "train_and_evaluate", train_and_evaluate)
+    monkeypatch.setattr(soak.programs, "run", run)
+    assert soak.main(["seed_codes", "--out", str(tmp_path)]) == 0
+    stage = "seed_scenes.py"
+    rest = [(stage, "draw", "codes"), ("seed_llama_scenes.py", "transformer")]
+    assert trained == [(stage, "align"), (stage, "codes", "align"), *rest]
+    assert written == [("codes", "train_codes"), ("codes", "heldout_codes")]
+    trained.clear()
+    assert soak.main(["seed_codes", "--tokenizer", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert trained == rest
+    assert json.loads((tmp_path / "seed_codes.json").read_text())["results"]["tokenizer"]["codes"]["digest"] == "digest"
+
+
 def test_both_tokenizers_of_scenes_have_the_same_bits_and_pictures():
     from ddt_jax import config
 
