@@ -34,7 +34,6 @@ def get_config(variant="align"):
     c.model.contrast.width = 64
     c.model.contrast.label_smoothing = 0.0  # captions of other images are wrong, not a little right
     c.model.quantizer.codebook_size, c.model.quantizer.code_dim = 512, 16
-    c.model.quantizer.revive_below = 0.15  # of 31 in the gallery, if all codes were used alike
     c.model.embedding_depth = c.model.features_depth = 2
     c.model.draw.width, c.model.draw.depth = 96, 3
     c.optimizer.lr = 4e-3
