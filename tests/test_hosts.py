@@ -3,6 +3,8 @@
 import socket
 import sys
 import urllib.error
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,6 +125,7 @@ def test_every_process_of_several_slices_has_a_number_of_its_own():
 
 def test_a_port_that_is_taken_and_a_peer_that_does_not_come_are_told_apart(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", None)  # before anything of JAX
+    hosts.join()
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
@@ -132,3 +135,21 @@ def test_a_port_that_is_taken_and_a_peer_that_does_not_come_are_told_apart(monke
     assert not isinstance(taken.value, peers.Missing)
     with pytest.raises(peers.Missing, match="process 1 of 2 could not join"):
         hosts.join(here, 2, 1, join_timeout=0)
+
+
+def test_jax_looks_for_nothing_by_itself(monkeypatch):
+    """It would hide all GPUs but one from a task of SLURM, and take SIGTERM from the loop."""
+    given, settings = {}, {}
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    jax = SimpleNamespace(
+        config=SimpleNamespace(jax_platforms="", update=settings.__setitem__),
+        distributed=SimpleNamespace(initialize=lambda *place, **how: given.update(how, place=place)),
+    )
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    monkeypatch.setattr(peers, "losses_end_us", nullcontext)
+    monkeypatch.setattr(hosts, "_await_coordinator", lambda *arguments: None)
+    hosts.join("slurm", join_timeout=9, peer_timeout=7)
+    assert given.pop("place") == ("node7:20012", 2, 1)
+    assert given["cluster_detection_method"] == "deactivate" and given["heartbeat_timeout_seconds"] == 7
+    assert given["initialization_timeout"] > 9 and settings == {"jax_enable_preemption_service": False}
