@@ -3,8 +3,8 @@ imported before a verb needs it.
 
 Exit codes: 0 done; 1 a bug of ours (with a traceback); 2 something the user can mend (one line); 3 a checkpoint is
 damaged, or a step that was replayed gives other numbers; 75 the run was asked to stop, has saved, and goes on with the
-same command; 76 another process of the run has ended, and all of them go on with the same command; 77 the same, after
-train.silence_limit seconds without a sign of life.
+same command; 76 another process of the run has ended or has not come, and all of them go on with the same command; 77
+the same, after train.silence_limit seconds without a sign of life.
 """
 
 import argparse
@@ -12,11 +12,10 @@ import functools
 import os
 import sys
 
-from ddt_jax import cli_checkpoints, cli_scaling, host_memory
+from ddt_jax import cli_checkpoints, cli_scaling, host_memory, hosts, peers
 from ddt_jax.errors import UserError
 
 EXIT_USER = 2
-EXIT_ALONE = 76
 
 _CONFIG_HELP = "config file, FILE.py or FILE.py:VARIANT; change single settings with --config.NAME.NAME=VALUE"
 _WORKDIR_HELP = "directory of the run: its config, log, checkpoints and results"
@@ -54,17 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         if report:
             p.add_argument("--json", metavar="PATH", help="also write the report to this file, as JSON")
         if processes:
-            p.add_argument(
-                "--coordinator",
-                default="",
-                metavar="HOST:PORT",
-                help="address of process 0, for a run of several processes",
-            )
-            p.add_argument("--num-processes", type=int, default=0, metavar="N", help="how many processes the run has")
-            p.add_argument("--process-id", type=int, default=-1, metavar="I", help="which of them this is, from 0")
-            p.add_argument(
-                "--join-timeout", type=int, default=300, metavar="S", help="seconds to wait for the others (300)"
-            )
+            hosts.add_arguments(p)
         return p
 
     p = verb(
@@ -251,11 +240,11 @@ def _report(args, result: dict, text: str) -> None:
 
 
 def _train(args, overrides) -> int:
-    from ddt_jax import config, experiment, mesh
+    from ddt_jax import config, experiment
     from ddt_jax.training.loop import EXIT_STOPPED
 
     s = config.load(args.config, overrides)
-    mesh.initialize(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
+    hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout, args.peer_timeout)
     result = experiment.train(s, args.workdir, force=args.force)
     if result["finished"]:
         _report(args, result, f"finished at step {result['step']:,}: {args.workdir}")
@@ -267,9 +256,9 @@ def _train(args, overrides) -> int:
 
 
 def _evaluate(args, overrides) -> int:
-    from ddt_jax import judging, mesh
+    from ddt_jax import judging
 
-    mesh.initialize(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
+    hosts.join(args.coordinator, args.num_processes, args.process_id, args.join_timeout, args.peer_timeout)
     result = judging.evaluate(args.workdir, overrides)
     _report(args, result["results"], "\n".join([result["table"], "written:", *(f"  {p}" for p in result["written"])]))
     return 0
@@ -441,15 +430,9 @@ _VERBS = {
 }
 
 
-def _lost_peer(error: Exception) -> bool:
-    mesh = sys.modules.get("ddt_jax.mesh")  # of a verb that has needed it
-    return mesh is not None and mesh.is_lost_peer(error)
-
-
 def _left(code: int) -> int:
     """The code; does not come back in one of several processes, whose usual way out waits for the others."""
-    mesh = sys.modules.get("ddt_jax.mesh")
-    if mesh is not None and mesh.has_joined():
+    if peers.has_joined():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -468,19 +451,14 @@ def main(argv: list[str] | None = None) -> int:
         return _VERBS[args.verb](args, overrides)
     except UserError as error:
         print(f"ddt-jax: {error}", file=sys.stderr)
-        return _left(EXIT_USER)
+        return _left(peers.EXIT_ALONE if isinstance(error, peers.Missing) else EXIT_USER)
     except BrokenPipeError:  # the reader of our output went away, as in `ddt-jax config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if not _lost_peer(error):
+        if not peers.is_lost(error):
             raise
-        print(
-            "ddt-jax: another process of the run has ended, so this one cannot go on; start all of them again with the "
-            f"same command ({str(error).splitlines()[0]})",
-            file=sys.stderr,
-        )
-        return _left(EXIT_ALONE)
+        peers.end_alone(error)
     except KeyboardInterrupt:
         print("ddt-jax: interrupted before there was anything to save", file=sys.stderr)
         return 130

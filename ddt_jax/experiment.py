@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ddt_jax import config, monitoring, settings
+from ddt_jax import config, monitoring, peers, settings
 from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
 from ddt_jax.interop import blip2, diffusers_vae, hf_clip, hf_vision
@@ -232,7 +232,7 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
                     watch=watch,
                 )
         except Exception as error:
-            if meshes.is_lost_peer(error):
+            if peers.is_lost(error):
                 points.abandon()
             raise
         finally:

@@ -4,11 +4,6 @@ Axes: replica (slow links between slices), data, fsdp (batch and parameters), te
 A model names the dimensions of its parameters by what they are; RULES says which mesh axis each name is spread over.
 """
 
-import os
-import socket
-import sys
-import threading
-import time
 from dataclasses import dataclass
 
 import jax
@@ -180,75 +175,3 @@ def put_whole(value, abstract):
     """An array that every host holds whole, in the type and with the sharding of its ShapeDtypeStruct."""
     value = value.astype(abstract.dtype)
     return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda index: value[index])
-
-
-def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1, timeout: int = 300) -> None:
-    """Joins the processes of a run. Without arguments a single process, which needs nothing.
-
-    Args:
-      coordinator: "host:port" of process 0.
-      timeout: seconds to wait for the others.
-
-    Ends the process, with a line and the code of a UserError, when others have not come in time.
-
-    Raises:
-      UserError: if the arguments are incomplete, or the coordinator does not answer in time.
-    """
-    if not coordinator:
-        if num_processes > 1:
-            raise UserError("mesh: --num-processes needs --coordinator host:port as well")
-        return
-    if num_processes < 1 or not 0 <= process_id < num_processes:
-        raise UserError(
-            "mesh: --coordinator needs --num-processes N and --process-id in 0..N-1, "
-            f"got {num_processes} and {process_id}"
-        )
-    who = f"process {process_id} of {num_processes}"
-    if process_id > 0:
-        _await_coordinator(coordinator, who, timeout)
-    if jax.config.jax_platforms == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    giving_up = threading.Timer(timeout, _give_up, (f"mesh: {who} waited {timeout} s at {coordinator} for the others",))
-    giving_up.daemon = True
-    giving_up.start()
-    jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout + _GRACE)
-    giving_up.cancel()
-
-
-_GRACE = 60  # seconds after which JAX would abort the process with a stack trace, later than we end it with a line
-
-
-def _give_up(what: str) -> None:
-    print(f"ddt-jax: {what}; start all of them within --join-timeout S", file=sys.stderr, flush=True)
-    os._exit(2)  # of what a user can mend; this thread has nobody to raise a UserError to
-
-
-def has_joined() -> bool:
-    """Whether this is one of the processes of a run that `initialize` has brought together."""
-    return jax.distributed.is_initialized()
-
-
-# Of those who say that a connection is gone, these speak of the other processes and not of a store of files.
-_BETWEEN_PROCESSES = ("Gloo", "NCCL", "heartbeat", "coordination service", "CoordinationService")
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether it says that another process of the run is gone, without which this one cannot go on."""
-    return jax.process_count() > 1 and any(word in str(error) for word in _BETWEEN_PROCESSES)
-
-
-def _await_coordinator(address: str, who: str, timeout: int) -> None:
-    """Returns once something listens there. (JAX itself aborts the process, with a stack trace, when nothing does.)"""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        raise UserError(f"mesh: --coordinator must be host:port, got {address!r}")
-    end = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=max(end - time.monotonic(), 0.1)).close()
-            return
-        except OSError as error:
-            if time.monotonic() >= end:
-                reason = error.strerror or error
-                raise UserError(f"mesh: {who} could not join {address} in {timeout} s: {reason}") from error
-            time.sleep(0.2)

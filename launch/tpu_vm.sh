@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs on every worker of a TPU VM slice. Each worker needs this checkout with `pip install -e .[tpu]` done, and WORKDIR must be
-# a bucket (gs://..., `pip install -e .[tpu,gcs]`) that all of them can write to. From your own machine:
+# Runs on every worker of a TPU VM slice, or of several. Each worker needs this checkout with `pip install -e .[tpu]` done, and
+# WORKDIR must be a bucket (gs://..., `pip install -e .[tpu,gcs]`) that all of them can write to. From your own machine:
 #
 #   gcloud compute tpus tpu-vm ssh NAME --zone ZONE --worker=all \
 #       --command 'cd ddt_jax && . .venv/bin/activate && launch/tpu_vm.sh CONFIG gs://BUCKET/RUN [--config.a.b=value ...]'
@@ -15,15 +15,5 @@ if [ -n "${CHIP:-}" ]; then
     flags=$(ddt-jax flags --chip "$CHIP")
     eval "$flags"
 fi
-config=$1 workdir=$2
-shift 2
 
-attribute() { # a value that the cloud keeps about this worker
-    curl -sf -H 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
-}
-
-worker=$(attribute agent-worker-number)
-IFS=, read -r -a endpoints <<<"$(attribute worker-network-endpoints)" # entries are like uid:port:address
-
-exec ddt-jax train --config "$config" --workdir "$workdir" \
-    --coordinator "${endpoints[0]##*:}:8476" --num-processes "${#endpoints[@]}" --process-id "$worker" "$@"
+exec ddt-jax train --config "$1" --workdir "$2" --coordinator tpu "${@:3}"

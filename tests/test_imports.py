@@ -30,7 +30,7 @@ LAYERS = [
     {"data"},
     {"diffusion"},
     {"nn"},
-    {"mesh", "io", "settings", "config", "errors", "host_memory"},
+    {"mesh", "hosts", "peers", "io", "settings", "config", "errors", "host_memory"},
 ]
 RANK = {unit: len(LAYERS) - i for i, layer in enumerate(LAYERS) for unit in layer}
 

@@ -1,21 +1,29 @@
-"""A launch script ends in one `ddt-jax train` line per host, with its place in the run. Schedulers are stand-ins."""
+"""A launch script ends in one `ddt-jax train` line per host. The schedulers are stand-ins here."""
 
+import copy
 import os
+import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddt_jax.scaling import sweep_jobs
+from tests import jobset_rules
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 JOB = ["train", "--config", "c.py", "--workdir", "a b"]
+MANIFEST = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
 
 STAND_INS = {
     "ddt-jax": 'if [ "$1" = flags ]; then [ "$3" != v0 ] && echo "export LIBTPU_INIT_ARGS=for-$3"; exit; fi; '
     'echo "CALL $(printf "%s|" "$@")"; echo "$XLA_FLAGS ${LIBTPU_INIT_ARGS:-}" >&2; exit "${CODE:-0}"',
-    "srun": 'shift; for i in 0 1; do SLURM_PROCID=$i "$@" || status=$?; done; exit "${status:-0}"',
-    "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "requeued $2"; fi',
-    "curl": 'case "${@: -1}" in *agent-worker-number) echo 1;; *) echo "x:1:10.0.0.5,y:1:10.0.0.6";; esac',
+    "srun": 'shift; for i in 0 1; do "$@" || status=$?; done; exit "${status:-0}"',
+    "scontrol": 'echo "requeued $2"',
 }
 
 
@@ -51,13 +59,13 @@ def test_local_starts_processes_and_passes_on_how_they_ended(run):
     assert sorted(calls) == [JOB + place("127.0.0.1:9000", 2, i) for i in (0, 1)]
 
 
-SLURM = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "12", "SLURM_NTASKS": "2"}
+SLURM = {"SLURM_JOB_ID": "12"}
 
 
 def test_slurm_starts_one_process_per_node(run):
     code, calls, out, _ = run(LAUNCH / "slurm.sh", "c.py", "a b", "--config.seed=1", **SLURM)
     assert code == 0
-    assert calls == [[*JOB, *place("node7:20012", 2, i), "--config.seed=1"] for i in (0, 1)]
+    assert calls == [[*JOB, "--coordinator", "slurm", "--config.seed=1"]] * 2
     assert "requeued" not in out
 
 
@@ -66,26 +74,93 @@ def test_slurm_queues_again_only_after_a_saved_stop(run):
     assert "requeued" not in run(LAUNCH / "slurm.sh", "c.py", "w", CODE="1", **SLURM)[2]
 
 
-@pytest.mark.parametrize("code", ["76", "77", "137"])
+@pytest.mark.parametrize("code", ["76", "77", "137", "143"])
 def test_slurm_queues_again_after_a_lost_process_but_not_for_ever(run, code):
     assert "requeued 12" in run(LAUNCH / "slurm.sh", "c.py", "w", CODE=code, SLURM_RESTART_COUNT="9", **SLURM)[2]
     assert "requeued" not in run(LAUNCH / "slurm.sh", "c.py", "w", CODE=code, SLURM_RESTART_COUNT="10", **SLURM)[2]
 
 
-def test_tpu_vm_asks_the_cloud_for_its_place(run):
-    assert run(LAUNCH / "tpu_vm.sh", "c.py", "a b")[1] == [JOB + place("10.0.0.5:8476", 2, 1)]
+def test_tpu_vm_takes_its_place_from_the_cloud(run):
+    assert run(LAUNCH / "tpu_vm.sh", "c.py", "a b", "--config.seed=1")[1] == [
+        [*JOB, "--coordinator", "tpu", "--config.seed=1"]
+    ]
 
 
 def test_gke_pod_starts_with_its_place(run):
-    job = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]
+    job = MANIFEST["spec"]["replicatedJobs"][0]["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
-    pod = {"TPU_WORKER_HOSTNAMES": "p0,p1", "TPU_WORKER_ID": "1", "CONFIG": "c.py", "WORKDIR": "a b", "CHIP": ""}
+    pod = {"CONFIG": "c.py", "WORKDIR": "a b", "CHIP": ""}
     code, calls, _, err = run(*container["command"], **pod)
-    assert (code, calls) == (0, [JOB + place("p0:8476", 2, 1)]) and "for-" not in err
+    assert (code, calls) == (0, [[*JOB, "--coordinator", "jobset"]]) and "for-" not in err
     code, calls, _, err = run(*container["command"], **pod | {"CHIP": "v5e"})
     assert (code, len(calls)) == (0, 1) and "for-v5e" in err
     assert run(*container["command"], **pod | {"CHIP": "v0"})[:2] == (1, [])
-    assert job["parallelism"] == job["completions"]
+
+
+def test_the_manifest_keeps_the_rules_of_jobsets():
+    assert jobset_rules.problems(MANIFEST) == []
+
+
+JOB_AT = ("spec", "replicatedJobs", 0, "template", "spec")
+POD_AT = (*JOB_AT, "template", "spec")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("apiVersion",), "jobset.x-k8s.io/v1", "is not allowed"),
+        (("metadata", "name"), "8b", "is not allowed"),
+        (("metadata", "name"), "x" * 50, "longer than 63"),
+        (("spec", "replicas"), 1, "no such field"),
+        (("spec", "failurePolicy", "rules", 0, "action"), "Restart", "is not allowed"),
+        (("spec", "failurePolicy", "rules", 0, "onJobFailureReasons"), ["ExitCode"], "is not allowed"),
+        ((*JOB_AT, "parallelism"), "4", "is not allowed"),
+        ((*JOB_AT, "completions"), 3, "differ"),
+        ((*JOB_AT, "podFailurePolicy", "rules", 0, "onExitCodes", "containerName"), "other", "no container other"),
+        ((*JOB_AT, "podFailurePolicy", "rules", 0, "onExitCodes", "values"), [2, 1], "must rise"),
+        ((*POD_AT, "restartPolicy"), "Always", "is not allowed"),
+        ((*POD_AT, "restartPolicy"), "OnFailure", "needs restartPolicy: Never"),
+        ((*POD_AT, "nodeSelector", "cloud.google.com/gke-tpu-topology"), "8x8", "are no 8x8"),
+        ((*POD_AT, "nodeSelector", "cloud.google.com/gke-tpu-accelerator"), "tpu-v5p-slice", "must have 3 sides"),
+        ((*POD_AT, "nodeSelector", "cloud.google.com/gke-tpu-accelerator"), "v5e", "no TPU v5e"),
+        ((*POD_AT, "containers", 0, "env", 0, "value"), 1, "is not allowed"),
+        ((*POD_AT, "containers", 0, "resources", "limits", "google.com/tpu"), 8, "are no 4x4"),
+        ((*POD_AT, "containers", 0, "image"), None, "is missing"),
+    ],
+)
+def test_these_rules_find_what_is_wrong(path, value, says):
+    job = copy.deepcopy(MANIFEST)
+    at = job
+    for step in path[:-1]:
+        at = at[step]
+    if value is None:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    (line,) = jobset_rules.problems(job)
+    assert says in line
+
+
+PRINTED = st.characters(exclude_categories=("C", "Zl", "Zp"))
+RUNS = [SimpleNamespace(name="a b"), SimpleNamespace(name="c")]
+
+
+@settings(max_examples=20, deadline=None)  # reading YAML takes milliseconds
+@given(st.text(PRINTED, min_size=1, max_size=70))
+def test_a_sweep_of_any_name_keeps_them_too(name):
+    text = sweep_jobs.jobset(name, RUNS, ["ddt-jax", "sweep"], "jobs.yaml")
+    assert jobset_rules.problems(yaml.safe_load(text)) == []
+
+
+def test_shellcheck_finds_nothing(tmp_path):
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    (tmp_path / "sweep.sh").write_text(sweep_jobs.slurm("s", RUNS, ["ddt-jax", "sweep"], "logs", "jobs.sh"))
+    (container,) = MANIFEST["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    (tmp_path / "pod.sh").write_text("#!/bin/bash\n" + container["command"][2])
+    files = [*sorted(LAUNCH.glob("*.sh")), tmp_path / "sweep.sh", tmp_path / "pod.sh"]
+    done = subprocess.run(["shellcheck", *map(str, files)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(("script", "env"), [("slurm.sh", SLURM), ("tpu_vm.sh", {})])

@@ -88,19 +88,6 @@ def test_put_batch_keeps_rows_in_order():
     assert len({str(s.index) for s in placed.addressable_shards}) == 8
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"num_processes": 2},
-        {"coordinator": "localhost:1"},
-        {"coordinator": "localhost:1", "num_processes": 2, "process_id": 2},
-    ],
-)
-def test_half_a_multi_process_start_is_refused(arguments):
-    with pytest.raises(UserError):
-        meshes.initialize(**arguments)
-
-
 def test_a_table_over_a_mesh_gives_the_same_rows_and_gradient():
     generator = np.random.default_rng(0)
     table, weight = (generator.normal(size=size).astype(np.float32) for size in ((24, 12), (8, 5, 12)))

@@ -4,6 +4,7 @@ A job is `ddt-jax sweep ... --only NAME`, so what is recorded, skipped and shown
 that is taken away gets SIGTERM: the run saves and leaves with code 75, and its job starts again.
 """
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ _SLURM = """#!/usr/bin/env bash
 #SBATCH --requeue
 #SBATCH --signal=TERM@180
 #SBATCH --output={logs}/slurm-%a.log
+#SBATCH --open-mode=append
 # {count} runs of the sweep {name}, one in each job: sbatch --gres=gpu:1 {file}
 # Afterwards, or in between: {collect}
 set -euo pipefail
@@ -88,8 +90,10 @@ def slurm(name: str, runs: Sequence[Run], command: Sequence[str], logs: str, fil
 
 def jobset(name: str, runs: Sequence[Run], command: Sequence[str], file: str) -> str:
     """The manifest for `kubectl`. As `slurm`."""
-    label = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
-    return _JOBSET.format(label=label, **_shared(name, runs, command, file))
+    # A part of the names of pods: it begins with a letter, and leaves room for their numbers below 64 characters.
+    label = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    label = label if label[:1].isalpha() else f"sweep-{label}"
+    return _JOBSET.format(label=label[:40].strip("-"), **_shared(name, runs, command, file))
 
 
 def _shared(name, runs, command, file):

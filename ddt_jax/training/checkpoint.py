@@ -18,8 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ddt_jax import mesh as meshes
-from ddt_jax import settings
+from ddt_jax import peers, settings
 from ddt_jax.errors import UserError
 from ddt_jax.io import atomic, json_object
 from ddt_jax.training.checksum import checksums
@@ -251,7 +250,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError, Damaged) as error:
             self._failed = True
-            if meshes.is_lost_peer(error):
+            if peers.is_lost(error):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             what = "is damaged" if isinstance(error, Damaged) else f"cannot be written to {self._directory}"

@@ -8,23 +8,14 @@ a notice is what comes of SIGTERM: the run saves, and all its hosts leave after 
 
 import http.client
 import threading
-import urllib.request
 from collections.abc import Callable
 from contextlib import contextmanager
 
-_SERVER = "http://metadata.google.internal/computeMetadata/v1/instance/"
+from ddt_jax.io import metadata
+
 _LEAVE = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
 _EVERY = 5.0  # seconds between two looks; a preempted machine has 30 left
-_TIMEOUT = 3.0  # seconds for an answer
 _UNHEARD = 60  # looks in a row without an answer after which that is told, once
-
-
-def fetch(name: str) -> str:
-    """A value that the metadata server keeps about this machine. Raises OSError or HTTPException."""
-    request = urllib.request.Request(_SERVER + name, headers={"Metadata-Flavor": "Google"})
-    # No proxy stands between a machine and its own metadata, whatever the environment says.
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=_TIMEOUT) as answer:
-        return answer.read(4096).decode("utf-8", "replace").strip()
 
 
 class Notices:
@@ -35,7 +26,7 @@ class Notices:
       every: seconds between two looks.
     """
 
-    def __init__(self, get: Callable[[str], str] = fetch, every: float = _EVERY):
+    def __init__(self, get: Callable[[str], str] = metadata.fetch, every: float = _EVERY):
         self._get, self._every = get, every
 
     @contextmanager
@@ -48,7 +39,7 @@ class Notices:
             yield
         finally:
             over.set()
-            thread.join(2 * len(_LEAVE) * _TIMEOUT)
+            thread.join(2 * len(_LEAVE) * metadata.TIMEOUT)
 
     def _serve(self, asked, note, over):
         unheard = 0
@@ -59,7 +50,7 @@ class Notices:
             except (OSError, http.client.HTTPException) as error:
                 found, unheard = None, unheard + 1
                 if unheard == _UNHEARD:
-                    note(f"train.maintenance: nobody answers at {_SERVER} ({error}); still asking")
+                    note(f"train.maintenance: nobody answers at {metadata.SERVER} ({error}); still asking")
             if found:
                 note(f"{found}: this machine will be taken away; saving after this step")
                 asked.set()

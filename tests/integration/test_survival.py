@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,9 +17,10 @@ import jax
 import numpy as np
 import pytest
 
-from ddt_jax import cli, experiment
+from ddt_jax import cli, experiment, hosts
 from ddt_jax.training import heartbeat
 from ddt_jax.training.stored import Stored
+from tests.integration import slurm_here
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -115,16 +118,29 @@ def train_as_one(workdir, *more):
     return cli.main(["train", "--config", "configs/smoke.py:linear", "--workdir", str(workdir), *LONG, *more])
 
 
-def train_as(processes, devices, workdir):
-    """So many processes of so many devices each. Returns what process 0 said."""
-    join = ("--coordinator", f"localhost:{free_port()}", "--num-processes", processes, "--process-id")
-    started = [
+def start_as(processes, devices, workdir, *more):
+    """So many processes of so many devices each."""
+    join = ("--coordinator", f"localhost:{free_port()}", "--num-processes", processes, *more, "--process-id")
+    return [
         spawn(command("configs/smoke.py:linear", workdir, *LONG, *join, i), devices=devices) for i in range(processes)
     ]
+
+
+def train_as(processes, devices, workdir):
+    """As `start_as`, up to the end. Returns what process 0 said."""
+    started = start_as(processes, devices, workdir)
     said = [p.communicate(timeout=300)[1] for p in started]
     for process, err in zip(started, said, strict=True):
         assert process.returncode == 0 and "Traceback" not in err and "Warning" not in err, err
     return said[0]
+
+
+def await_checkpoint_of(workdir, started, seconds=300):
+    """Returns once a run has saved its first checkpoint."""
+    end = time.monotonic() + seconds
+    while not (workdir / "checkpoints" / "5").exists():
+        assert time.monotonic() < end and all(process.poll() is None for process in started)
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +176,28 @@ def test_on_other_meshes_and_processes_the_same_losses_follow(eight, tmp_path, m
     np.testing.assert_allclose(losses(again), losses(eight), rtol=1e-5)
 
 
-def test_how_devices_are_shared_out_among_processes_changes_no_bit(eight, two_by_two, tmp_path):
-    train_as(4, 1, tmp_path)
-    assert experiment.digest(tmp_path) == experiment.digest(two_by_two)
+def assert_same_end(workdir, undisturbed):
+    assert experiment.digest(workdir) == experiment.digest(undisturbed)
     for name in ("metrics.jsonl", "steps.f32"):
-        assert (tmp_path / name).read_bytes() == (two_by_two / name).read_bytes()
+        assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_without_process_0_the_others_end_and_all_of_them_go_on_as_if_nothing_had_happened(eight, two_by_two, tmp_path):
+    """Four processes of one device each, against two of two: how devices are shared out changes no bit either."""
+    started = start_as(4, 1, tmp_path, "--peer-timeout", 60)
+    try:
+        await_checkpoint_of(tmp_path, started)
+        started[0].kill()  # the one that coordinates the others, who hear of it in two ways at once
+        said = [process.communicate(timeout=60)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [-signal.SIGKILL, 76, 76, 76], said
+    for err in said[1:]:
+        assert err.count("ddt-jax: another process of the run has ended") == 1 and "Traceback" not in err, err
+        assert "    @ " not in err and "Fatal Python" not in err, err  # no stack of C++
+    train_as(4, 1, tmp_path)
+    assert_same_end(tmp_path, two_by_two)
     np.testing.assert_allclose(losses(tmp_path), losses(eight), rtol=1e-5)  # gloo adds up in another order
     beats = [(beat["process"], beat["step"], beat["phase"]) for beat in heartbeat.read(tmp_path)]
     assert beats == [(i, 20, "ended") for i in range(4)]
@@ -188,6 +221,49 @@ def test_two_processes_train_like_one_and_agree_on_where_to_go_on(eight, two_by_
     assert experiment.digest(damaged) == experiment.digest(two)
 
 
+@pytest.fixture
+def slurm():
+    """Variables of a SLURM with room for two tasks."""
+    if absent := slurm_here.missing():
+        pytest.skip(f"no {', '.join(absent)}: apt-get install slurm-wlm munge")
+    with tempfile.TemporaryDirectory(prefix="slurm") as folder, slurm_here.cluster(Path(folder), cpus=2) as env:
+        yield env
+
+
+def test_slurm_queues_a_preempted_job_again_and_it_goes_on_as_if_nothing_had_happened(slurm, two_by_two, tmp_path):
+    program = tmp_path / "bin" / "ddt-jax"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m ddt_jax.cli "$@"\n')
+    program.chmod(0o755)
+    env = environment(2) | slurm | {"PYTHONPATH": str(ROOT), "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    metrics = workdir / "metrics.jsonl"
+
+    def ask(*arguments):
+        return subprocess.run(arguments, env=env, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    def job():
+        return dict(re.findall(r"(\w+)=(\S+)", ask("scontrol", "show", "job", number)))
+
+    for nodes in ("node[7-8]", "a[07-09,12]n[1-2],b", "c,d[1-2]", "gpu-a-3", "r1-[2,5]"):
+        assert hosts.first_node(nodes) == ask("scontrol", "show", "hostnames", nodes).split()[0]
+    number = ask(
+        *("sbatch", "--parsable", "--ntasks-per-node=2", "--cpus-per-task=1", f"--output={log}"),
+        *("launch/slurm.sh", "configs/smoke.py:linear", str(workdir), *LONG),
+    )
+    end, signalled = time.monotonic() + 600, False
+    while (state := job())["JobState"] not in ("COMPLETED", "FAILED", "CANCELLED"):
+        assert time.monotonic() < end, (state, log.read_text())
+        if not signalled and metrics.exists() and metrics.stat().st_size:  # steps are being done
+            ask("scancel", "--signal=TERM", number)  # to the tasks, as --signal does before the time is up
+            signalled = True
+        time.sleep(0.05)
+    said = log.read_text()
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("COMPLETED", "1", "0:0"), said
+    assert said.count("stopped and saved at step") == 2 and "exit code 75" in said and "goes on from step" in said, said
+    assert_same_end(workdir, two_by_two)
+
+
 @pytest.mark.parametrize(
     ("process", "says"), [(0, "process 0 of 2 waited 3 s at"), (1, "process 1 of 2 could not join")]
 )
@@ -195,5 +271,5 @@ def test_a_missing_peer_is_one_line_within_the_timeout(process, says, tmp_path):
     join = ("--coordinator", f"localhost:{free_port()}", "--num-processes", 2, "--process-id", process)
     started = spawn(command("configs/smoke.py:linear", tmp_path, *join, "--join-timeout", 3))
     _, err = started.communicate(timeout=120)
-    assert started.returncode == 2, err
+    assert started.returncode == 76, err
     assert says in err and len(err.strip().splitlines()) == 1

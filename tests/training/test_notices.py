@@ -1,6 +1,5 @@
 """A notice that the machine will be taken away has the run save and leave, as SIGTERM does."""
 
-import http.server
 import os
 import signal
 import threading
@@ -8,7 +7,7 @@ import time
 
 import pytest
 
-from ddt_jax.training import loop, notices
+from ddt_jax.training import loop
 from ddt_jax.training.notices import Notices
 
 
@@ -73,29 +72,3 @@ def test_a_signal_after_a_notice_does_not_end_the_process_at_once(monkeypatch):
         assert raised == [] and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
         os.kill(os.getpid(), signal.SIGTERM)
         assert raised == [signal.SIGTERM]
-
-
-def test_the_metadata_server_is_asked_as_it_wants_to_be(monkeypatch):
-    asked = []
-
-    class Metadata(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
-            asked.append((self.path, self.headers["Metadata-Flavor"]))
-            found = self.headers["Metadata-Flavor"] == "Google"
-            self.send_response(200 if found else 403)
-            self.end_headers()
-            self.wfile.write(b"TRUE\n")
-
-        def log_message(self, *args):
-            pass
-
-    monkeypatch.setenv("http_proxy", "http://localhost:9")  # which must not be asked
-    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        monkeypatch.setattr(notices, "_SERVER", f"http://127.0.0.1:{server.server_port}/computeMetadata/v1/instance/")
-        assert notices.fetch("preempted") == "TRUE"
-        server.shutdown()
-    assert asked == [("/computeMetadata/v1/instance/preempted", "Google")]
-    with pytest.raises(OSError):
-        notices.fetch("preempted")
