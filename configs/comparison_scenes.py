@@ -6,7 +6,7 @@ A variant of codes takes the folder of its tokenizer and codes: "codes:runs/mine
 
 From `llama_scenes.py` all take backbone, optimizer, rows of a batch, text, formats and how they are evaluated;
 from Chameleon's recipe QK-norm and z-loss. A row holds two documents in each, so that equal steps see equal data;
-`context` is what these take. `tools/compare.py plan` says with which steps and rates they are trained.
+`context` is what these take. `tools/compare.py` trains them, with the steps and rates of `sweeps/image_languages.py`.
 """
 
 from ddt_jax import config

@@ -59,7 +59,7 @@ class Planned:
         if steps < 1:
             raise UserError(
                 f"compare: what {self.settings.name} reads costs {sum(self.before.values()):.3e} FLOPs, and "
-                f"{total:.3e} are allowed in all; allow more with --steps, or take a cheaper tokenizer"
+                f"{total:.3e} are allowed in all; raise `total`, or take a cheaper tokenizer"
             )
         return steps
 
@@ -67,7 +67,8 @@ class Planned:
 def rows(arm: str, workdir: str, codecs: Mapping[str, str] | None = None) -> list[Row]:
     """A finished run of an arm, once for each choice of sampling settings that it was evaluated with.
 
-    Those are the files of WORKDIR/sampling; without that folder, WORKDIR/results.json.
+    Those are the files of WORKDIR/sampling; without that folder, WORKDIR/results.json. Figures of its image tokenizer
+    go along, as tokenizer_NAME.
 
     Args:
       codecs: file of frozen weights → workdir of the run of kind "vae" that made it.
@@ -78,10 +79,10 @@ def rows(arm: str, workdir: str, codecs: Mapping[str, str] | None = None) -> lis
     s = experiment.saved_settings(workdir)
     if not isinstance(s.model, settings.Multimodal):
         raise UserError(f"compare: {workdir} is a run of kind {s.model.kind}; name workdirs of transformers")
-    evaluations = _evaluations(workdir)
+    evaluated = evaluations(workdir)
     found = corpus.load(workdir, s)
     loader = corpus.open_rows(s, found, s.sequences.sources)
-    step = evaluations[0]["step"]
+    step = evaluated[0]["step"]
     before, uncounted = _before(s, codecs or {})
     cost = {"training": step * step_flops(s), **before}
     shared = {
@@ -95,15 +96,16 @@ def rows(arm: str, workdir: str, codecs: Mapping[str, str] | None = None) -> lis
         "uncounted": tuple(uncounted),
     }
     alike = _alike(s, found, loader)
+    theirs = {f"tokenizer_{name}": value for name, value in _of_tokenizer(s).items()}
     return [
         Row(
             **shared,
             step=results["step"],
             alike=alike | {"evaluate.prompts": results["prompts"]},
             sampling=results["drawn_with"],
-            results={k: v for k, v in results.items() if isinstance(v, int | float)},
+            results={k: v for k, v in results.items() if isinstance(v, int | float)} | theirs,
         )
-        for results in evaluations
+        for results in evaluated
     ]
 
 
@@ -129,9 +131,7 @@ def plan(
     before, uncounted = {}, []
     if s.model.image.kind == "codes":
         if tokenizer is None or isinstance(tokenizer.model, settings.Multimodal):
-            raise UserError(
-                f"compare: {s.name} reads codes; give --tokenizer ARM=CONFIG of the tokenizer that makes them"
-            )
+            raise UserError(f"compare: {s.name} reads codes; name the tokenizer of that arm, which makes them")
         before = {"tokenizer": sum(stage.train.steps * step_flops(stage) for stage in (*earlier, tokenizer))}
         before["encoding"] = records * encode_flops(tokenizer)
         uncounted += _beneath_of(tokenizer, {}, before, "tokenizer")
@@ -268,7 +268,8 @@ def _images(records) -> int:
     return len(records) * len(records[0]["codes"])
 
 
-def _evaluations(workdir) -> list[dict[str, Any]]:
+def evaluations(workdir: str) -> list[dict[str, Any]]:
+    """What `evaluate` has found of a run, once for each choice of sampling settings. Raises UserError as `rows`."""
     root = epath.Path(workdir)
     paths = sorted((root / SAMPLING).glob("*.json")) if (root / SAMPLING).exists() else []
     paths = paths or [root / "results.json"]
@@ -301,6 +302,12 @@ def _seen_by_tokenizer(s) -> dict[str, float]:
     if s.model.image.kind != "codes" or not steps:
         return {}
     return {"images by the tokenizer": float(steps * experiment.saved_settings(s.sequences.tokenizer).train.batch_size)}
+
+
+def _of_tokenizer(s) -> dict[str, float]:
+    """The figures of its image tokenizer, {} where that was not evaluated: the pictures that no run can better."""
+    place = s.sequences.tokenizer
+    return outcome.results(place, max(checkpoint.saved_steps(place), default=0)) if place else {}
 
 
 def _alike(s: settings.Experiment, found: corpus.Corpus, loader: RowLoader) -> dict[str, Any]:

@@ -30,9 +30,41 @@ _GROUPS = {
     "By modality": ("text_", "image_", "codebook_"),
     "Speed and goodput": ("per_second", "goodput", "mfu", "seconds"),
 }
-_FIGURES = ("psnr", "ssim", "lpips", "rfid", "scenes_all_correct", "codebook_perplexity", "image_bits")
-_FIGURES += ("plain_perplexity", "t2i_all_correct", "t2i_fid", "caption_all_correct", "edit_all_correct")
+# Key figures of results.json, and what they are.
+_FIGURES = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "rfid": "FID of decoded images",
+    "scenes_all_correct": "scenes decoded right",
+    "codebook_perplexity": "codebook perplexity",
+    "diffusion": "diffusion loss, squared error",
+    "image_bits": "bits per image code",
+    "plain_perplexity": "text perplexity",
+    "t2i_all_correct": "pictures of captions right",
+    "t2i_fid": "FID of pictures of captions",
+    "caption_all_correct": "captions of pictures right",
+    "edit_all_correct": "edits right",
+    "probe_linear": "classes, linear probe",
+    "probe_knn": "classes, nearest neighbours",
+}
+# What curves are in.
+_UNITS = {
+    "next_token": "nats per token",
+    "text_nll": "nats per token",
+    "image_bits": "bits per code",
+    "text_accuracy": "share of tokens",
+    "image_accuracy": "share of codes",
+    "codebook_perplexity": "codes",
+    "commitment": "squared distance",
+    "diffusion": "squared error",
+    "flow": "squared error",
+    "mse": "squared error",
+    "psnr": "dB",
+}
 _MEASURED = {RATE.format(unit): "{:,.1f}" for unit in ("token", "image")} | {"mfu": "{:.1%}", "goodput": "{:.1%}"}
+_MOVING_BYTES = 4 << 20  # of a sheet of clips that a page takes
+_MANY = 30  # settings that differ, from which they are folded away
 _ENDS = ("_low", "_high", "_n")  # of names that belong to a figure
 _SHEETS = {
     "text_to_image": "Pictures of held-out captions",
@@ -90,9 +122,10 @@ def report(sources: Sequence[str], out: str, title: str = "") -> dict[str, Any]:
         ("Settings", _settings(runs)),
     ]
     written = time.strftime("%d %B %Y, %H:%M")
-    chips = " &nbsp; ".join(f"{_chip(run)}{escape(run.name)}" for run in runs)
-    lead = f'<p class="faint">{escape(written)}</p>\n<p>{chips}</p>'
-    text = page.page(title or ", ".join(run.name for run in runs) or "Scaling", lead, sections)
+    chips = "".join(f"<span>{_chip(run)}{escape(run.name)}</span>" for run in runs)
+    lead = f'<p class="faint">{escape(written)}</p>'
+    legend = f'<div class="runs">{chips}</div>' if runs else ""
+    text = page.page(title or ", ".join(run.name for run in runs) or "Scaling", lead, sections, legend)
     try:
         atomic.write_text(out, text)
     except OSError as error:
@@ -142,7 +175,10 @@ def _results(runs) -> str:
         return ""
 
     def rows(names):
-        return [[name.replace("_", " "), *(_figure(run.results, name) for run in runs)] for name in names]
+        return [
+            [_FIGURES.get(name, name.replace("_", " ")), *(_figure(run.results, name) for run in runs)]
+            for name in names
+        ]
 
     header = ["", *(run.name for run in runs)]
     plain = {k for run in runs for k, v in run.results.items() if isinstance(v, int | float)}
@@ -156,7 +192,7 @@ def _results(runs) -> str:
     bad = [run.name for run in runs if any(not np.isfinite(y) for _, y in run.series.get("loss", ()))]
     warning = f'<p class="wrong">Loss that is no finite number in {escape(", ".join(bad))}.</p>' if bad else ""
     others = page.table(header, rows(sorted(plain - set(known)))) if plain - set(known) else ""
-    return warning + page.table(header, [*about, *rows(known)]) + page.folded("All figures", others)
+    return warning + page.table(header, [*about, *rows(known)]) + page.folded("Other figures", others, not known)
 
 
 def _steps(run) -> str:
@@ -171,6 +207,8 @@ def _figure(results, name) -> str:
     if not isinstance(value, int | float):
         return "–"
     low, high = results.get(f"{name}_interval") or (results.get(f"{name}_low"), results.get(f"{name}_high"))
+    if low is not None and high is not None and 0 <= low <= high <= 1:
+        return f"{value:.1%} ({low:.1%} to {high:.1%})"
     bounds = "" if low is None or high is None else f" ({low:.3g} to {high:.3g})"
     return (f"{value:,}" if isinstance(value, int) else f"{value:.4g}") + bounds
 
@@ -196,7 +234,9 @@ def _curves(runs) -> str:
 
 def _chart(runs, name) -> str:
     shown = [svg.Curve(run.name, run.index, run.series[name]) for run in runs if name in run.series]
-    return svg.curves(name.replace("_", " "), shown)
+    bare = name.rpartition("/")[2]
+    unit = _UNITS.get(bare) or _UNITS.get(bare.partition("_")[0], "")
+    return svg.curves(name.replace("_", " ") + (f", {unit}" if unit else ""), shown)
 
 
 def _speed(runs) -> str:
@@ -221,10 +261,15 @@ def _speed(runs) -> str:
     text = '<p class="faint">Goodput: of all time, over all restarts, that of steps which counted. Lost: what was done '
     text += "after a checkpoint from which a run went on. Memory: the fullest process.</p>"
     header = ["run", "steps/s", "examples/s", "tokens/s/chip", "images/s/chip", "MFU", "goodput"]
-    table = page.table([*header, "GiB of a device", "GiB of a host"], rows)
-    return (
-        page.flow([svg.curves("steps per second", curves), table]) + page.table(["run", *goodput.KINDS], times) + text
-    )
+    table = _filled([*header, "GiB of a device", "GiB of a host"], rows)
+    spent = _filled(["time in", *goodput.KINDS], times)
+    return page.flow([svg.curves("steps per second", curves)]) + table + (spent + text if spent else "")
+
+
+def _filled(header, rows) -> str:
+    """A table without the columns that have nothing but dashes."""
+    kept = [0, *(i for i in range(1, len(header)) if any(row[i] != "–" for row in rows))]
+    return page.table([header[i] for i in kept], [[row[i] for i in kept] for row in rows]) if len(kept) > 1 else ""
 
 
 def _or_dash(value, text) -> str:
@@ -236,15 +281,27 @@ def _samples(run) -> str:
     singly = _json(root / samples.FILE)
     for name, heading in _SHEETS.items():
         if of := singly.get(name):
-            parts.append(f"<h4>{heading}</h4>" + page.samples([(s["picture"], s["text"], s["right"]) for s in of]))
-        elif (root / f"{name}.png").exists():
-            uri = _uri(root / f"{name}.png")
-            parts.append(page.folded(heading, f'<img class="sheet" src="{uri}" alt="{heading}">'))
+            marks = [s["right"] for s in of if s["right"] is not None]
+            share = f": {sum(marks)} of {len(marks)} shown are right" if marks else ""
+            shown = page.samples([(s["picture"], s["text"], s["right"]) for s in of])
+            parts.append(f"<h4>{heading}{share}</h4>{shown}")
+        elif path := _sheet(root, name):
+            body = f'<img class="sheet" src="{_uri(path)}" alt="{heading}">'
+            parts.append(page.folded(heading, body, name == "samples"))
     return f"<h3>{_chip(run)}{escape(run.name)}</h3>\n{''.join(parts)}" if parts else ""
 
 
+def _sheet(root, name):
+    """The file of a sheet: one that moves, where there is one that is not too large, else the PNG, else None."""
+    moving, still = root / f"{name}.gif", root / f"{name}.png"
+    if moving.exists() and moving.stat().length <= _MOVING_BYTES:
+        return moving
+    return still if still.exists() else None
+
+
 def _uri(path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    kind = "gif" if path.suffix == ".gif" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _progressive(run) -> str:
@@ -271,8 +328,8 @@ def _codebook(runs) -> str:
         if "codebook_used_by_position" in r:
             used, perplexity = r["codebook_used_by_position"], r["codebook_perplexity_by_position"]
             most = min(r["codebook_size"], r["n"])
-            title = f"{run.name}: codes seen, perplexity"
-            charts.append(svg.bars(title, used, perplexity, most, "position of the token", run.index))
+            chart = svg.bars("codes seen, perplexity", used, perplexity, most, "position of the token", run.index)
+            charts.append(f"<p>{_chip(run)}{escape(run.name)}</p>{chart}")
     note = '<p class="faint">Pale: different codes that a position has shown; strong: their perplexity. The dotted '
     note += "line is what they can reach, all codes or as many as there were images.</p>"
     return page.flow(charts) + note if charts else ""
@@ -306,7 +363,8 @@ def _settings(runs) -> str:
         return page.table(header, [[name, *(_value(tree.get(name)) for tree in flat)] for name in chosen])
 
     differing = [name for name in names if len({_value(tree.get(name)) for tree in flat}) > 1]
-    first = f"<p>What differs:</p>{table(differing)}" if differing else ""
+    few = len(differing) <= _MANY  # two kinds of models differ in nearly all
+    first = page.folded(f"What differs: {len(differing)} settings", table(differing), few) if differing else ""
     return first + page.folded("All settings", table(names))
 
 

@@ -3,13 +3,9 @@ collects what came of them. `scaling.sweep` has the grid, `scaling.sweep_state` 
 """
 
 import json
-import os
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -23,18 +19,8 @@ from etils import epath
 from ddt_jax import ledger, settings
 from ddt_jax.errors import UserError
 from ddt_jax.io import atomic
-from ddt_jax.scaling import points, sweep, sweep_jobs, sweep_state
+from ddt_jax.scaling import points, running, sweep, sweep_jobs, sweep_state
 from ddt_jax.scaling.sweep import Cost, Run, Sweep
-from ddt_jax.training.loop import EXIT_STOPPED
-
-_LOOK_SECONDS = 2.0  # between two looks at a run that is going on
-_SAY_SECONDS = 60.0  # between two tables in a log file where nothing has changed
-_NOT_FINITE = "were not finite"  # what `train` says of a run that it gives up
-_ASKED = (
-    EXIT_STOPPED,
-    -signal.SIGTERM,
-    -signal.SIGINT,
-)  # ends of a run that was asked to, before it could save or after
 
 Launch = Callable[[list[str], Path, Callable[[int], None]], int]
 
@@ -49,6 +35,9 @@ class Planned:
 
     def records(self) -> list[sweep_state.Record]:
         return [sweep_state.read(self.root, run) for run in self.runs]
+
+    def states(self) -> list[str]:
+        return [record.state for record in self.records()]
 
     def table(self) -> str:
         """How things stand."""
@@ -112,8 +101,8 @@ def run(
     Returns:
       Whether all have ended; else it was asked to stop, and goes on with the same command.
     """
-    screen = _Screen(stream or sys.stderr, planned)
-    with _Stopping() as stopping, screen.living():
+    screen = running.Screen(stream or sys.stderr, planned)
+    with running.Children() as children, screen.living():
         for one in planned.runs:
             record = sweep_state.read(planned.root, one)
             if record.state == "running" and record.host != socket.gethostname():
@@ -123,14 +112,14 @@ def run(
                 record = replace(record, state="stopped")
             if record.state == "running":
                 screen.say(f"{one.name} is still run by process {record.pid} on {record.host}; waiting for it")
-                while record.state == "running" and not stopping.asked.wait(_LOOK_SECONDS):
+                while record.state == "running" and not children.asked.wait(running.LOOK_SECONDS):
                     record = sweep_state.read(planned.root, one)
             again = retry and record.state in ("failed", "diverged")
             if record.state in sweep_state.DONE and not again:
                 continue
-            if stopping.asked.is_set():
+            if children.asked.is_set():
                 return False
-            _one(planned, one, record, launch or stopping.launch)
+            _one(planned, one, record, launch or children.launch)
             if not alone:
                 collect(planned, anew=False)
             if sweep_state.read(planned.root, one).state == "stopped":
@@ -151,16 +140,9 @@ def _one(planned: Planned, one: Run, record: sweep_state.Record, launch: Launch)
         if verb == "evaluate" and _evaluated(folder, one.steps):
             continue
         with _local(log) as file:
-            code = launch(one.arguments(verb, folder), file, began)
-            said = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
-        why = said[-1].removeprefix("ddt-jax: ") if said else ""
-        if code in _ASKED:
-            sweep_state.write(root, one, record.ended("stopped", "asked to stop"))
-            return
-        if code:
-            state = "diverged" if _NOT_FINITE in why else "failed"
-            killed = f"{verb} was killed by signal {-code}" if code < 0 else ""
-            sweep_state.write(root, one, record.ended(state, killed or why or f"{verb} ended with code {code}"))
+            state, why = running.became(launch(one.arguments(verb, folder), file, began), file, verb)
+        if state != "finished":
+            sweep_state.write(root, one, record.ended(state, why))
             return
     try:
         found = ledger.point(one.arm, folder)
@@ -232,84 +214,3 @@ def _local(path):
         file.write_bytes(path.read_bytes() if path.exists() else b"")
         yield file
         atomic.write_bytes(path, file.read_bytes())
-
-
-class _Stopping:
-    """SIGINT and SIGTERM reach the run that is going on, once, as SIGTERM: it saves."""
-
-    def __init__(self):
-        self.asked = threading.Event()
-        self._child: subprocess.Popen | None = None
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        else:
-            self._before = {}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
-        if self._child and not self.asked.is_set():
-            self._child.terminate()
-        self.asked.set()
-
-    def launch(self, arguments: list[str], log: Path, began: Callable[[int], None]) -> int:
-        command = [sys.executable, "-m", "ddt_jax.cli", *arguments]
-        # A package that is not installed is found where this one was; Ctrl-C reaches the run through us alone.
-        path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", ""))))
-        with open(log, "ab") as file:
-            how = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
-            self._child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, **how)
-        began(self._child.pid)
-        try:
-            return self._child.wait()
-        finally:
-            self._child = None
-
-
-class _Screen:
-    """The live table: on a terminal always in the same place; in a log file anew when a run begins or ends, and now and
-    then.
-    """
-
-    def __init__(self, stream, planned: Planned):
-        self._stream, self._planned = stream, planned
-        self._live = bool(getattr(stream, "isatty", lambda: False)())
-        self._lines, self._states, self._at = 0, None, 0.0
-        self._over = threading.Event()
-
-    @contextmanager
-    def living(self):
-        thread = threading.Thread(target=self._run, name="sweep-table", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._over.set()
-            thread.join()
-            self._show(last=True)
-
-    def say(self, line: str) -> None:
-        self._stream.write(f"{line}\n")
-        self._lines = 0
-
-    def _run(self):
-        self._show()
-        while not self._over.wait(_LOOK_SECONDS):
-            self._show()
-
-    def _show(self, last=False):
-        now = time.time()
-        states = [record.state for record in self._planned.records()]
-        if not (self._live or last or states != self._states or now - self._at > _SAY_SECONDS):
-            return
-        self._states, self._at = states, now
-        text = self._planned.table()
-        up = f"\x1b[{self._lines}F\x1b[J" if self._live and self._lines else ""
-        self._stream.write(f"{up}{text}\n")
-        self._stream.flush()
-        self._lines = text.count("\n") + 1

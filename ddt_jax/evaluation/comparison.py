@@ -32,6 +32,13 @@ FIGURES = {
 }
 SHARES = tuple(name for name in FIGURES if name.endswith("_all_correct"))
 CHOSEN_BY = SHARES
+# The same of an arm's image tokenizer, whose reconstructions no picture of the arm can better.
+TOKENIZER = {
+    "tokenizer_psnr": ("PSNR, dB", ".2f"),
+    "tokenizer_scenes_all_correct": ("read back right", ".1%"),
+    "tokenizer_codebook_used": ("codes in use", ",.0f"),
+    "tokenizer_bits_per_image": ("bits", ",.0f"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Row:
       seen: name → how many it learned from: images, text tokens, positions of images.
       alike: dotted name → value of everything that has to be the same in all runs.
       uncounted: costs that are not in `flops`, a line each.
+      diverged: why a run has no results; such a one has no flops, seen, alike and sampling either, and counts as a
+        learning rate that was tried.
       sampling: "text_to_image" and "image_to_text" settings, as JSON.
       results: of `ddt-jax evaluate`.
     """
@@ -61,6 +70,7 @@ class Row:
     sampling: dict[str, Any]
     results: dict[str, Any]
     uncounted: tuple[str, ...] = ()
+    diverged: str = ""
 
     @property
     def total_flops(self) -> float:
@@ -84,41 +94,53 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
+    """Attributes:
+    diverged: a line for each run that did.
+    """
+
     arms: tuple[Arm, ...]
     violations: tuple[str, ...]
+    diverged: tuple[str, ...] = ()
 
 
-def compare(rows: Sequence[Row], *, tolerance: float = TOLERANCE) -> Comparison:
+def compare(rows: Sequence[Row], *, tolerance: float = TOLERANCE, lost: Sequence[str] = ()) -> Comparison:
     """Chooses, computes and checks.
 
     Args:
       rows: of at least two arms.
       tolerance: see TOLERANCE.
+      lost: lines about runs that were to be in it and are not: the first demands that are not kept.
 
     Raises:
       UserError: there are fewer than two arms, or the tuning seed has no run with the shares of CHOSEN_BY in one.
     """
+    tried, rows = rows, [row for row in rows if not row.diverged]
     names = list(dict.fromkeys(row.arm for row in rows))
     if len(names) < 2:
-        raise UserError("compare: a comparison takes two arms or more; give --arm NAME=DIR,DIR again")
+        raise UserError(
+            f"compare: a comparison takes two arms or more, of which runs are evaluated; there is {names or 'none'}"
+        )
     by_arm = {name: [row for row in rows if row.arm == name] for name in names}
+    grids = {name: [row for row in tried if row.arm == name] for name in names}
     seed = _tuning_seed(by_arm)
-    chosen = {name: _choose(name, of, seed) for name, of in by_arm.items()}
+    chosen = {name: choose(name, of, seed) for name, of in by_arm.items()}
     arms = []
     for name, (lr, point) in chosen.items():
         final = tuple(sorted((r for r in by_arm[name] if r.lr == lr and r.point == point), key=lambda row: row.seed))
         arms.append(Arm(name, lr, final, {figure: _figure(figure, final) for figure in FIGURES}))
     violations = [
+        *lost,
         *_unlike(rows),
         *_costs(rows, tolerance),
         *_unfinished(rows),
-        *_grids(by_arm, seed),
-        *_edges(by_arm, chosen),
+        *_grids(grids, seed),
+        *_edges(grids, chosen),
         *_seeds(by_arm, chosen),
-        *_sweeps(by_arm, chosen),
+        *_sweeps(by_arm, chosen, seed),
         *_missing(arms),
     ]
-    return Comparison(tuple(arms), tuple(dict.fromkeys(violations)))
+    lines = tuple(f"{row.arm}: {row.run} diverged: {row.diverged}" for row in tried if row.diverged)
+    return Comparison(tuple(arms), tuple(dict.fromkeys(violations)), lines)
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -153,6 +175,11 @@ def _figure(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     return found
 
 
+def guidance(point: str) -> float:
+    """That of sampling settings, by their key."""
+    return json.loads(point)["text_to_image"]["guidance"]
+
+
 def _tuning_seed(by_arm) -> int:
     common = set.intersection(*({row.seed for row in of} for of in by_arm.values()))
     if not common:
@@ -161,10 +188,13 @@ def _tuning_seed(by_arm) -> int:
     return min(common)
 
 
-def _choose(name, rows, seed) -> tuple[float, str]:
-    """(learning rate, key of sampling settings) that do best on the tuning seed.
+def choose(name: str, rows: Iterable[Row], seed: int) -> tuple[float, str]:
+    """(learning rate, key of sampling settings) of an arm that do best on the tuning seed.
 
     Rates are held against each other at sampling settings that all of them have, where there are any.
+
+    Raises:
+      UserError: no run of that seed has the shares of CHOSEN_BY.
     """
     scored = {(row.lr, row.point): _score(row) for row in rows if row.seed == seed and _score(row) is not None}
     if not scored:
@@ -250,19 +280,22 @@ def _seeds(by_arm, chosen) -> Iterable[str]:
         yield f"seeds, and with them the order of data, are not the same: {listed}"
 
 
-def _sweeps(by_arm, chosen) -> Iterable[str]:
+def _sweeps(by_arm, chosen, seed) -> Iterable[str]:
+    """The tuning seed is evaluated with all sampling settings, the others with those that it has chosen."""
     guidances, sizes, texts = {}, {}, {}
-    for name, (lr, _) in chosen.items():
-        points: dict[str, set[str]] = {}
+    for name, (lr, best) in chosen.items():
+        points: dict[tuple[str, int], set[str]] = {}
         for row in by_arm[name]:
             if row.lr == lr:
-                points.setdefault(row.run, set()).add(row.point)
+                points.setdefault((row.run, row.seed), set()).add(row.point)
         every = set.union(*points.values())
-        for run, found in points.items():
-            if found != every:
+        for (run, of), found in points.items():
+            if of == seed and found != every:
                 yield f"{name}: {run} was evaluated with {len(found)} of the {len(every)} sampling settings of its arm"
+            elif best not in found:
+                yield f"{name}: {run} was not evaluated with guidance {guidance(best):g}, which seed {seed} has chosen"
         settings = [json.loads(point) for point in every]
-        guidances[name] = sorted({s["text_to_image"]["guidance"] for s in settings})
+        guidances[name] = sorted({guidance(point) for point in every})
         texts[name] = sorted({json.dumps(s["image_to_text"], sort_keys=True) for s in settings})
         sizes[name] = len(every)
     if len({tuple(found) for found in guidances.values()}) > 1:
@@ -288,7 +321,7 @@ def _rates(rates) -> str:
 
 
 def markdown(found: Comparison) -> str:
-    """Two tables, figures and costs, and below them what does not keep the protocol."""
+    """Three tables, figures, tokenizers and costs, and below them what diverged and what does not keep the protocol."""
     lines = ["| arm | seeds | " + " | ".join(FIGURES.values()) + " |", "|---|---:|" + "---:|" * len(FIGURES)]
     for arm in found.arms:
         cells = (_cell(name, arm.figures[name]) for name in FIGURES)
@@ -298,6 +331,7 @@ def markdown(found: Comparison) -> str:
         "Means over seeds with intervals of 95 %: of seeds, Student's over runs; of answers, Wilson's over all",
     ]
     lines += ["answers of all runs, where that is wider.", ""]
+    lines += _tokenizers(found.arms)
     parts = list(dict.fromkeys(name for arm in found.arms for row in arm.rows for name in row.flops))
     seen = list(dict.fromkeys(name for arm in found.arms for row in arm.rows for name in row.seen))
     heads = ["steps", "learning rate", "total FLOPs", *parts, *(f"{name} seen" for name in seen), "sampling"]
@@ -309,10 +343,26 @@ def markdown(found: Comparison) -> str:
         cells += [f"{first.seen.get(name, 0):,.0f}" for name in seen]
         drawn = ", ".join(f"{name} {value}" for name, value in first.sampling["text_to_image"].items())
         lines.append(f"| {arm.name} | {' | '.join([*cells, drawn])} |")
+    if found.diverged:
+        lines += ["", "Runs that have diverged, so that their learning rates have lost:", ""]
+        lines += [f"- {line}" for line in found.diverged]
     if found.violations:
         lines += ["", f"NOT KEPT: {len(found.violations)} of the protocol's demands.", ""]
         lines += [f"- {line}" for line in found.violations]
     return "\n".join(lines) + "\n"
+
+
+def _tokenizers(arms) -> list[str]:
+    with_one = [arm for arm in arms if arm.rows and TOKENIZER.keys() & arm.rows[0].results.keys()]
+    if not with_one:
+        return []
+    heads = [label for label, _ in TOKENIZER.values()]
+    lines = [f"| image tokenizer of | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for arm in with_one:
+        found = arm.rows[0].results
+        cells = (f"{found[name]:{form}}" if name in found else "–" for name, (_, form) in TOKENIZER.items())
+        lines.append(f"| {arm.name} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _cell(name, figure) -> str:
@@ -329,5 +379,6 @@ def as_json(found: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "arms": {arm.name: {"lr": arm.lr, "runs": [r.run for r in arm.rows], **arm.figures} for arm in found.arms},
         "violations": list(found.violations),
+        "diverged": list(found.diverged),
         "rows": [vars(row) | {"total_flops": row.total_flops} for row in rows],
     }

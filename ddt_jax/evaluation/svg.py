@@ -11,9 +11,13 @@ from typing import NamedTuple
 
 from ddt_jax.evaluation.canvas import COLOURS
 
-_WIDTH, _HEIGHT = 360, 210  # units; a chart is as wide as the page lets it
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 24, 24
+_WIDTH, _HEIGHT = 360, 220  # units; a chart is as wide as the page lets it
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 26, 36
 _POINTS = 240  # of a curve, at most
+_DOTS = 12  # up to which each point of a curve is marked
+_LETTERS = 48  # of a title, that a chart has room for
+_AIR = 0.03  # of the height of a curve, above and below it
+_FROM_ZERO = 0.1  # an axis of steps begins at 0 if the first lies below this share of the last
 
 
 class Curve(NamedTuple):
@@ -39,8 +43,13 @@ def curves(title: str, shown: Sequence[Curve], x_label: str = "step") -> str:
     xs, ys = zip(*finite, strict=True)
     logarithmic = min(ys) > 0 and max(ys) > 10 * min(ys)
     scale = math.log10 if logarithmic else float
-    frame = _Frame((min(xs), max(xs)), (scale(min(ys)), scale(max(ys))))
+    first = 0.0 if 0 < min(xs) < _FROM_ZERO * max(xs) else min(xs)
+    low, high = scale(min(ys)), scale(max(ys))
+    air = _AIR * (high - low)
+    frame = _Frame((first, max(xs)), (low - air, high + air))
     parts = _axes(frame, title, x_label, logarithmic)
+    if logarithmic:
+        parts.append(f'<text x="{_WIDTH - _RIGHT}" y="14" text-anchor="end" class="axis">logarithmic</text>')
     for curve in shown:
         of, run = _thinned([(x, scale(y) if math.isfinite(y) else y) for x, y in curve.points]), []
         for x, y in [*of, (0, math.nan)]:
@@ -56,6 +65,9 @@ def curves(title: str, shown: Sequence[Curve], x_label: str = "step") -> str:
                 parts.append(f'<circle cx="{run[0][0]:.1f}" cy="{run[0][1]:.1f}" r="3" fill="{colour(curve.colour)}"/>')
             run = []
         for x, y in curve.points:
+            if math.isfinite(y) and 1 < len(curve.points) <= _DOTS:
+                px, py = frame.at(x, scale(y))
+                parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.6" fill="{colour(curve.colour)}"/>')
             if not math.isfinite(y):
                 px = frame.at(x, frame.y[1])[0]
                 parts.append(f'<text x="{px:.1f}" y="{_TOP + 4}" class="bad" text-anchor="middle">×</text>')
@@ -89,7 +101,9 @@ class _Frame(NamedTuple):
 
 
 def _axes(frame, title, x_label, logarithmic) -> list[str]:
-    parts = [f'<text x="4" y="14" class="title">{escape(title)}</text>']
+    room = _LETTERS - (12 if logarithmic else 0)
+    said = title if len(title) <= room else f"{title[: room - 1]}…"
+    parts, base = [f'<text x="6" y="15" class="title">{escape(said)}</text>'], _HEIGHT - _BOTTOM
     for value in (_decades if logarithmic else _ticks)(*frame.y):
         y = frame.at(frame.x[0], value)[1]
         text = f"{10**value:.3g}" if logarithmic else f"{value:.4g}"
@@ -97,10 +111,11 @@ def _axes(frame, title, x_label, logarithmic) -> list[str]:
         parts.append(f'<text x="{_LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
     for value in _ticks(*frame.x):
         x = frame.at(value, frame.y[0])[0]
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 9}" text-anchor="middle">{_short(value)}</text>')
-    parts.append(
-        f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 0.5}" text-anchor="end" class="axis">{escape(x_label)}</text>'
-    )
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}" class="base"/>')
+        parts.append(f'<text x="{x:.1f}" y="{base + 15}" text-anchor="middle">{_short(value)}</text>')
+    parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}" class="base"/>')
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle:.0f}" y="{_HEIGHT - 6}" text-anchor="middle" class="axis">{escape(x_label)}</text>')
     return parts
 
 

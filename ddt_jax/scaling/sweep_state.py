@@ -43,7 +43,7 @@ class Record:
     host: str = ""
     pid: int = 0
 
-    def started(self, run: Run, pid: int) -> "Record":
+    def started(self, run, pid: int) -> "Record":
         now = {"since": time.time(), "host": socket.gethostname(), "pid": pid}
         return replace(self, state="running", why="", overrides=run.overrides, **now)
 
@@ -71,8 +71,12 @@ def workdir(root, run: Run) -> str:
     return str(epath.Path(root) / "runs" / run.name)
 
 
-def read(root, run: Run) -> Record:
+def read(root, run, folder: str = "") -> Record:
     """The record of a run; one that says "running" though its process has died is "stopped".
+
+    Args:
+      run: a Run, or whatever else has a name and overrides.
+      folder: its workdir, if that is not a sweep's.
 
     Raises:
       UserError: the run began with other settings than the sweep has now.
@@ -86,14 +90,14 @@ def read(root, run: Run) -> Record:
         differing = sorted(name for name, _ in set(record.overrides) ^ set(run.overrides))
         raise UserError(
             f"sweep: {run.name} in {root} began with other settings ({', '.join(dict.fromkeys(differing))}); "
-            "use another --to for the changed sweep"
+            "use another --to for what has changed"
         )
-    if record.state == "running" and not record.alive(workdir(root, run)):
+    if record.state == "running" and not record.alive(folder or workdir(root, run)):
         return replace(record, state="stopped", why="its process is gone")
     return record
 
 
-def write(root, run: Run, record: Record) -> Record:
+def write(root, run, record: Record) -> Record:
     atomic.write_text(_path(root, run), json.dumps(asdict(record), indent=2) + "\n")
     return record
 
@@ -102,9 +106,9 @@ def _path(root, run):
     return epath.Path(root) / "state" / f"{run.name}.json"
 
 
-def last_line(root, run: Run) -> dict[str, float]:
-    """The newest line of a run's log, {} before there is one."""
-    path = epath.Path(workdir(root, run)) / METRICS_FILE
+def last_line(folder: str) -> dict[str, float]:
+    """The newest line of the log in a workdir, {} before there is one."""
+    path = epath.Path(folder) / METRICS_FILE
     records = [record for record in read_metrics(path) if "loss" in record] if path.exists() else []
     return records[-1] if records else {}
 
@@ -125,7 +129,7 @@ def seconds_left(root, runs: Sequence[Run], records: Sequence[Record], now: floa
 def _share(root, run, record) -> float:
     if record.state in ("finished", "diverged"):
         return 1.0
-    return last_line(root, run).get("step", 0) / run.steps if record.state in ("running", "stopped") else 0.0
+    return last_line(workdir(root, run)).get("step", 0) / run.steps if record.state in ("running", "stopped") else 0.0
 
 
 def table(root, runs: Sequence[Run], records: Sequence[Record], now: float) -> str:
@@ -155,7 +159,7 @@ def table(root, runs: Sequence[Run], records: Sequence[Record], now: float) -> s
 def _line(root, run, record, now) -> str:
     parts = [f"  {record.state:<9} {run.name}"]
     if record.state in ("running", "stopped"):
-        line = last_line(root, run)
+        line = last_line(workdir(root, run))
         parts.append(f"step {line.get('step', 0):,}/{run.steps:,}")
         parts += [f"loss {line['loss']:.4g}"] if line else []
     if record.state != "waiting":

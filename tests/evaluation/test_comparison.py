@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddt_jax.errors import UserError
-from ddt_jax.evaluation import comparison
+from ddt_jax.evaluation import comparison, comparison_plots
 from ddt_jax.evaluation.comparison import Row
 
 RATES, BEST, GUIDANCES = (1e-3, 2e-3, 4e-3), 2e-3, (1.0, 2.0, 3.0)
@@ -129,9 +129,13 @@ NOT_KEPT = {
         + [replace(r, sampling=drawn(3.0, solver="ddim")) for r in kept() if of(lr=BEST)(r) and guidance(r) == 1.0],
         "not as many sampling settings were tried in each arm: codes 3; denoised 4",
     ),
-    "a seed without one setting": (
-        edited(lambda r: None if guidance(r) == 1.0 else r, of(seed=1)),
-        "denoised/0.002/1 was evaluated with 2 of the 3 sampling settings",
+    "the tuning seed without one setting": (
+        edited(lambda r: None if guidance(r) == 1.0 else r, of(seed=0, lr=BEST)),
+        "denoised/0.002/0 was evaluated with 2 of the 3 sampling settings",
+    ),
+    "a seed without the chosen setting": (
+        edited(lambda r: None if guidance(r) == 3.0 else r, of(seed=1)),
+        "denoised: denoised/0.002/1 was not evaluated with guidance 3, which seed 0 has chosen",
     ),
     "captions": (
         edited(lambda r: replace(r, sampling=r.sampling | {"image_to_text": {"temperature": 1.0}})),
@@ -153,6 +157,47 @@ def test_each_demand_that_is_not_kept_is_named_alone(name):
     for line, text in zip(found.violations, said, strict=True):
         assert text in line and "\n" not in line
         assert f"- {line}" in comparison.markdown(found)
+
+
+def test_other_seeds_need_no_more_than_the_chosen_setting():
+    rows = [r for r in kept() if r.seed == 0 or guidance(r) == 3.0]
+    assert len(rows) == 14 and comparison.compare(rows).violations == ()
+
+
+def diverged(r):
+    return replace(r, step=0, flops={}, seen={}, alike={}, sampling={}, results={}, diverged="50 steps in a row")
+
+
+def test_a_rate_that_diverged_has_been_tried_and_is_shown():
+    rows = edited(diverged, of(lr=4e-3))
+    found = comparison.compare(rows)
+    assert found.violations == () and found.arms[1].lr == BEST
+    assert found.diverged == ("denoised: denoised/0.004/0 diverged: 50 steps in a row",)
+    assert "their learning rates have lost:\n\n- denoised: denoised/0.004/0" in comparison.markdown(found)
+    # A seed that diverged at the chosen rate is not one of three.
+    (line,) = comparison.compare([diverged(r) if of(lr=BEST, seed=2)(r) else r for r in kept()]).violations[:1]
+    assert "denoised: 2 seeds at learning rate 0.002" in line
+
+
+def test_what_was_not_run_is_a_demand_that_is_not_kept():
+    found = comparison.compare(kept(), lost=["denoised-lr0.002-s3 failed: no space"])
+    assert found.violations == ("denoised-lr0.002-s3 failed: no space",)
+
+
+def test_tokenizers_have_a_table_of_their_own():
+    def read(r):
+        return replace(r, results=r.results | {"tokenizer_psnr": 28.257, "tokenizer_scenes_all_correct": 0.97})
+
+    text = comparison.markdown(comparison.compare(edited(read, of("codes"))))
+    assert "| codes | 28.26 | 97.0% | – | – |" in text and "| denoised | –" not in text
+    assert "image tokenizer of" not in comparison.markdown(comparison.compare(kept()))
+
+
+def test_plots_are_written(tmp_path):
+    rows = edited(diverged, of(lr=4e-3))
+    written = comparison_plots.draw(comparison.compare(rows), rows, tmp_path)
+    assert [p.name for p in written] == [*(f"{n}.png" for n in comparison.FIGURES), "rates.png", "guidance.png"]
+    assert all(len(p.read_bytes()) > 5000 for p in written)
 
 
 def test_costs_may_differ_by_the_tolerance():

@@ -34,7 +34,7 @@ def test_whatever_is_drawn_is_xml_within_its_frame(values):
     for line in chart.iter("polyline"):
         for pair in line.get("points").split():
             x, y = map(float, pair.split(","))
-            assert 0 <= x <= 360 and 0 <= y <= 210
+            assert 0 <= x <= 360 and 0 <= y <= 220
     assert text.count("×") == sum(not math.isfinite(v) for v in values)
 
 

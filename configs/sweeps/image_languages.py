@@ -1,0 +1,36 @@
+"""What an image should be to a transformer: six arms of `comparison_scenes.py` at equal FLOPs. Hardware: 2 CPU cores.
+
+    python tools/compare.py run --config configs/sweeps/image_languages.py --to runs/image_languages --jobs 2
+
+Each arm costs what DDT codes cost in 6,200 steps of the transformer with the quickstart's tokenizer. 30 transformers
+and 6 stages of tokenizers; a transformer takes about 10 minutes on one core.
+"""
+
+from ddt_jax.scaling import trial
+
+ARMS = "../comparison_scenes.py"
+
+
+def arm(name, tokenizer=None):
+    return trial.Arm(f"{ARMS}:{name}:{{root}}/{name}" if tokenizer else f"{ARMS}:{name}", tokenizer or {})
+
+
+def get_trial():
+    return trial.Trial(
+        name="image_languages",
+        arms={
+            "codes": arm("codes", {"../quickstart.py": 2300}),
+            "spatial": arm("spatial", {"../spatial_scenes.py": 1000}),
+            "unordered": arm("unordered", {"../quickstart.py:unordered": 2300}),
+            "seed": arm(
+                "seed", {"../seed_scenes.py:align": 400, "../seed_scenes.py:codes": 600, "../seed_scenes.py:draw": 800}
+            ),
+            "transfusion": arm("transfusion"),
+            "blocks": arm("blocks"),
+        },
+        total=5.66e13,
+        rates=(1.5e-3, 3e-3, 6e-3),
+        guidances=(1.0, 2.0, 3.0, 5.0),
+        first_guidance=2.0,
+        changes={"train.tensorboard": False},
+    )
