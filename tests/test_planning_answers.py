@@ -145,4 +145,4 @@ def test_images_that_are_denoised_are_planned_by_the_same_door(variant, turn, ti
         matrices = depth * (4 * width**2 + 3 * width * 256)
         seen = (slots + rows) + (2 + rows)
         by_hand = 2 * 2 * ROWS * rows * matrices + depth * 4 * ROWS * rows * seen * width
-        assert by_hand < each["flops"] < 1.05 * by_hand
+        assert by_hand < each["flops"] < 1.1 * by_hand
