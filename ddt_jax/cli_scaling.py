@@ -9,14 +9,23 @@ def add_verbs(verb) -> None:
     """Adds the parsers. verb: of `cli`, makes one."""
     p = verb(
         "plan",
-        "compile the train step for a pod that is not there: does it fit, what does it cost",
+        "compile the train step, or what generate runs, for a pod that is not there: does it fit, what does it cost",
         config=True,
         more="TPUs need libtpu: pip install 'ddt-jax[tpu]' into an environment of its own. docs/plan.md.",
     )
     p.add_argument("--topology", required=True, metavar="POD", help="v5p:8x8x8, v6e:16x16, h100:8x16; or POD,POD,...")
     p.add_argument("--slices", type=int, default=1, metavar="N", help="slices of a TPU (default: 1)")
     p.add_argument("--mesh", default="", metavar="AXIS=N,...", help="sizes of the mesh, as fsdp=128,tensor=4")
-    p.add_argument("--rows", type=int, default=0, metavar="N", help="rows of a micro-batch on each part of the mesh")
+    p.add_argument(
+        "--of",
+        choices=("train", "generate", "caption"),
+        default="train",
+        help="a train step (default), or what generate runs: pictures of prompts, texts of pictures",
+    )
+    p.add_argument("--prompt", type=int, default=64, metavar="N", help="tokens of a text that is drawn (64)")
+    p.add_argument(
+        "--rows", type=int, default=0, metavar="N", help="rows of a micro-batch, or prompts, on each part of the mesh"
+    )
     p.add_argument(
         "--search",
         nargs="*",

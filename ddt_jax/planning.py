@@ -1,8 +1,9 @@
-"""What `ddt-jax plan` does: a config's train step, compiled for pods that are not there.
+"""What `ddt-jax plan` does: a config's train step, or what it answers, compiled for pods that are not there.
 
     ddt-jax plan --config configs/ddt_llama_8b.py --topology v5p:8x8x8
 
-The step, its state and its mesh are those of `experiment.build`; the data is never opened, and no weights are read.
+The step, its state and its mesh are those of `experiment.build`; the data is never opened, and no weights are read. Of
+answers, `planning_answers`.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import numpy as np
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
-from ddt_jax.scaling import model_flops, plan, plan_text, topology
+from ddt_jax.scaling import generation_text, model_flops, plan, plan_text, topology
 from ddt_jax.scaling.topology import Topology
 
 # What `--search` tries of each, unless it is told; meshes are what is left of these after the pod's size.
@@ -26,6 +27,7 @@ class Request:
     """Attributes:
     rows: of a micro-batch on each part of the mesh that takes rows; 0: what train.batch_size says.
     effort: of the compiler, as `plan.Step`.
+    of: "train", or a key of `planning_answers.ANSWERS`; prompt: tokens of a text that is drawn.
     """
 
     config: str
@@ -33,12 +35,16 @@ class Request:
     mesh: str = ""
     rows: int = 0
     effort: float = 0.0
+    of: str = "train"
+    prompt: int = 64
 
 
 def run(args, overrides: tuple[tuple[str, str], ...]) -> tuple[dict, str]:
     """(report, text for people) of the verb. args: of the command line."""
     if args.rows < 0:
         raise UserError(f"--rows must be at least 1, got {args.rows}")
+    if args.prompt < 0:
+        raise UserError(f"--prompt must be at least 0, got {args.prompt}")
     if not -1 <= args.effort <= 1:
         raise UserError(f"--effort must lie in [-1, 1], got {args.effort:g}")
     request = Request(args.config, overrides, args.mesh, args.rows, args.effort)
@@ -47,6 +53,12 @@ def run(args, overrides: tuple[tuple[str, str], ...]) -> tuple[dict, str]:
     def note(line):
         print(f"plan: {line}", file=sys.stderr, flush=True)
 
+    if args.of != "train":
+        if args.search is not None:
+            raise UserError(f"--search: it looks for meshes of train steps; leave it out with --of {args.of}")
+        asked = replace(request, of=args.of, prompt=args.prompt)
+        result = plan_all(asked, pods, note)
+        return result, "\n\n".join(map(generation_text.text, result.get("plans", [result])))
     if args.search is None:
         result = plan_all(request, pods, note)
         return result, plan_text.table(result["plans"]) if "plans" in result else plan_text.text(result)
@@ -67,7 +79,9 @@ def plan_all(request: Request, pods: list[Topology], note: Callable[[str], None]
 
 
 def plan_one(request: Request, pod: Topology, devices: list) -> dict:
-    """The report of `scaling.plan`, with "config", "settings" and "notes"."""
+    """The report of `scaling.plan`, or of answers, with "config", "settings" and "notes"."""
+    if request.of != "train":
+        return _plan_answers(request, pod, devices)
     s, notes = prepare(request, pod, len(devices))
     found = plan.report(replace(step(s, devices), effort=request.effort), pod)
     notes += plan_text.warnings(found)
@@ -79,6 +93,24 @@ def plan_one(request: Request, pod: Topology, devices: list) -> dict:
         "accumulate": s.train.accumulate,
         **found,
         "notes": notes,
+    }
+
+
+def _plan_answers(request: Request, pod: Topology, devices: list) -> dict:
+    """Of a run on one chip, as `ddt-jax generate` answers, or over the mesh that is asked for."""
+    from ddt_jax import planning_answers
+
+    s = _settings(request, pod)
+    if not request.mesh:
+        s, devices = replace(s, mesh=settings.Mesh()), devices[:1]
+    asked = planning_answers.Asked(request.of, request.rows, request.prompt, request.effort)
+    found, notes = planning_answers.report(s, asked, pod, devices)
+    return {
+        "config": request.config,
+        "name": s.name,
+        "settings": [f"{key}={value}" for key, value in request.overrides],
+        **found,
+        "notes": notes + plan_text.warnings(found),
     }
 
 
@@ -155,11 +187,7 @@ def prepare(request: Request, pod: Topology, devices: int) -> tuple[settings.Exp
     Raises:
       UserError: for a mesh that does not fit, or sizes that only data would tell.
     """
-    pairs = tuple((f"mesh.{name}", size) for name, size in _pairs(request.mesh))
-    s, notes = config.load(request.config, (*request.overrides, *pairs)), []
-    if pod.slices > 1 and s.mesh.replica == 1:
-        s = replace(s, mesh=replace(s.mesh, replica=pod.slices))
-    s = _without_data(s)
+    s, notes = _settings(request, pod), []
     parts = _parts(s.mesh, devices)
     if request.rows:
         return _with_batch(s, request.rows * parts * s.train.accumulate), notes
@@ -172,6 +200,15 @@ def prepare(request: Request, pod: Topology, devices: int) -> tuple[settings.Exp
         )
         s = _with_batch(s, rows)
     return s, notes
+
+
+def _settings(request: Request, pod: Topology) -> settings.Experiment:
+    """Without what only data would tell. Raises UserError for sizes that are not set."""
+    pairs = tuple((f"mesh.{name}", size) for name, size in _pairs(request.mesh))
+    s = config.load(request.config, (*request.overrides, *pairs))
+    if pod.slices > 1 and s.mesh.replica == 1:
+        s = replace(s, mesh=replace(s.mesh, replica=pod.slices))
+    return _without_data(s)
 
 
 def _pairs(mesh: str) -> list[tuple[str, str]]:

@@ -42,7 +42,7 @@ from ddt_jax.tokenizers.text import open_text_tokenizer
 from ddt_jax.training import corpus
 from ddt_jax.training.progress import Progress
 
-_BATCH = 64  # prompts that are answered at once
+BATCH = 64  # prompts that are answered at once
 _AHEAD = 1024  # pictures for FID that are held at once
 _NO_IMAGE = 128  # grey, where an answer is no image
 
@@ -106,7 +106,7 @@ class Eyes(Sight):
         with jax.set_mesh(self._mesh):
             return np.asarray(self._run.encode(*self._arrays, np.asarray(images_BHWC)))[:, :: self._step]
 
-    def decode(self, codes, seeds: Sequence[int], batch: int = _BATCH) -> np.ndarray:
+    def decode(self, codes, seeds: Sequence[int], batch: int = BATCH) -> np.ndarray:
         """int32 [N, K] → uint8 [N, H, W, 3]; an image's noise is keyed by its own seed."""
         codes, seeds, found = np.asarray(codes)[:, :: self._step], np.asarray(seeds, np.int32), []
         all_visible = np.int32(self._model.num_tokens)
@@ -203,7 +203,7 @@ def open_speaker(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> S
         found.vocabulary,
         found.form,
         context=s.sequences.context,
-        batch=_BATCH,
+        batch=BATCH,
     )
     return Speaker(built, state, found, eyes, answerer)
 

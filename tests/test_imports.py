@@ -21,6 +21,7 @@ LAYERS = [
     {"cli_checkpoints", "cli_scaling"},
     {"fitting", "reporting", "sweeping"},
     {"exchange", "inspection", "judging", "ledger", "planning", "replaying", "tokenize"},
+    {"planning_answers"},
     {"drawings", "speaking"},
     {"experiment"},
     {"monitoring"},

@@ -8,7 +8,7 @@ import pytest
 
 from ddt_jax import cli, experiment, monitoring, planning
 from ddt_jax.errors import UserError
-from ddt_jax.scaling import plan_text, topology
+from ddt_jax.scaling import memory, plan_text, topology
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DOCS = CONFIGS.parent / "docs"
@@ -149,6 +149,16 @@ def test_slices_lie_on_the_replica_axis():
 def test_no_weights_of_a_frozen_codec_are_needed():
     s, _ = planning.prepare(planning.Request(str(CONFIGS / "ddt_selftok_256.py:small")), POD, 8)
     assert s.model.codec.random_weights
+
+
+def test_a_codebook_of_moving_averages_is_whole_on_every_chip_as_the_docs_say():
+    """Codes, their sums and counts, and how often each place has each code."""
+    request = planning.Request(str(CONFIGS / "ddt_selftok_256.py:small"), mesh="fsdp=4,tensor=2")
+    s, _ = planning.prepare(request, POD, 8)
+    held = memory.of_tree(experiment.build(s, jax.devices()).abstract.extra["codebook"])
+    codes, width, tokens = 32_768, 16, 512
+    assert held == pytest.approx(4 * (2 * codes * width + codes + tokens * codes), abs=16)
+    assert f"{held / 1e6:.1f} MB" in (DOCS / "plan.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ Legend: N prompts, B prompts of a batch, P longest prompt, K codes of an image.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,11 +24,27 @@ from ddt_jax.multimodal.vocabulary import Vocabulary
 _STEP = 16  # prompts are as long as a multiple of this
 
 
+class Call(NamedTuple):
+    """A compiled program and what it is to be run with.
+
+    Attributes:
+      program: jitted.
+      arguments: those that are static among them.
+    """
+
+    program: Any
+    arguments: tuple
+
+    def run(self):
+        return self.program(*self.arguments)
+
+
 class Answerer:
     """See the module's docstring.
 
     Args:
-      params, extra: of the run.
+      params, extra: of the run; of an unrolled one without low-rank updates they may be ShapeDtypeStructs, and the
+        calls can be compiled for devices that are not there.
       context: positions that prompt and answer may take together.
       batch: prompts that are answered at once.
     """
@@ -60,19 +77,12 @@ class Answerer:
         Raises:
           UserError: a prompt does not fit the context, or as `sequence.lay_out`.
         """
-        layouts = [self._prompt(document, force_image=True) for document in given]
-        empty = self._prompt(documents.image_only(Image()), force_image=True)
-        parts = []
-        unconditional = self._prompts([empty], len(empty)) if s.guidance != 1 else None
-        k = self.form.rows
-        s = replace(s, tokens=k + 1 if free else k)
-        constraint = None if free else self._whole_images
-        for prompts, some in self._batches(layouts, seeds):
-            found = self._run(prompts, some, s, constraint, (), unconditional)
-            parts.append(np.asarray(found.tokens_BN))
+        k, parts = self.form.rows, []
+        for call in self.image_calls(given, s, seeds, free=free):
+            parts.append(np.asarray(call.run().tokens_BN))
             if done is not None:
-                done(min(len(parts) * self.batch, len(layouts)))
-        ids = np.concatenate([*parts, np.zeros((0, s.tokens), np.int32)])[: len(layouts)]
+                done(min(len(parts) * self.batch, len(given)))
+        ids = np.concatenate([*parts, np.zeros((0, k + free), np.int32)])[: len(given)]
         whole = self.vocabulary.is_code(ids[:, :k]).all(axis=1)
         if free:
             whole &= ids[:, k] == self.vocabulary["EOV"]
@@ -80,24 +90,40 @@ class Answerer:
         codes[whole] = self.vocabulary.id_to_code(ids[whole, :k])
         return codes
 
+    def image_calls(
+        self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int], *, free: bool = False
+    ) -> Iterator[Call]:
+        """What `images` runs for one batch after the other, each of which makes `generate.Generated`. As `images`."""
+        layouts = [self._prompt(document, force_image=True) for document in given]
+        empty = self._prompt(documents.image_only(Image()), force_image=True)
+        unconditional = self._prompts([empty], len(empty)) if s.guidance != 1 else None
+        s = replace(s, tokens=self.form.rows + free)
+        constraint = None if free else self._whole_images
+        for prompts, some in self._batches(layouts, seeds):
+            yield self._call(prompts, some, s, constraint, (), unconditional)
+
     def texts(
         self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int], decode: Callable, done=None
     ) -> list[str]:
         """Texts that answer documents, up to the end of text. decode: ids → text; the rest as `images`."""
-        layouts = [self._prompt(document, force_image=False) for document in given]
-        end = self.vocabulary["EOS"]
-        room = self.context - max(map(len, layouts), default=0)
-        s = replace(s, guidance=1.0, tokens=min(s.tokens, room))
         texts = []
-        for prompts, some in self._batches(layouts, seeds):
-            found = self._run(prompts, some, s, self._whole_images, (end,), None)
+        for call in self.text_calls(given, s, seeds):
+            found = call.run()
             for ids, length in zip(np.asarray(found.tokens_BN), np.asarray(found.lengths_B), strict=True):
                 ids = ids[:length]
                 texts.append(decode(ids[self.vocabulary.is_text(ids)]))
-            texts = texts[: len(layouts)]
+            texts = texts[: len(given)]
             if done is not None:
                 done(len(texts))
         return texts
+
+    def text_calls(self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int]) -> Iterator[Call]:
+        """What `texts` runs for one batch after the other, each of which makes `generate.Generated`. As `texts`."""
+        layouts = [self._prompt(document, force_image=False) for document in given]
+        room = self.context - max(map(len, layouts), default=0)
+        s = replace(s, guidance=1.0, tokens=min(s.tokens, room))
+        for prompts, some in self._batches(layouts, seeds):
+            yield self._call(prompts, some, s, self._whole_images, (self.vocabulary["EOS"],), None)
 
     def _prompt(self, document, force_image):
         return sequence.lay_out_prompt(
@@ -118,12 +144,12 @@ class Answerer:
         lengths = np.array([len(layout) for layout in layouts], np.int32)
         return generate.Prompts(ids, lengths, given if self.whole_prompts else None)
 
-    def _run(self, prompts, seeds, sampling, constraint, stop, unconditional):
+    def _call(self, prompts, seeds, sampling, constraint, stop, unconditional) -> Call:
         if not sampling.tokens:
             raise UserError("generate: tokens=0 leaves nothing to write; set how many a text may have")
         pad = self.vocabulary["PAD"]
         program = _program(self.config, sampling, constraint, stop, pad)
-        return program(self.params, self.places, prompts, seeds, unconditional)
+        return Call(program, (self.params, self.places, prompts, seeds, unconditional))
 
 
 def width_of(layouts: Sequence[sequence.Layout]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.multimodal import documents, sequence
-from ddt_jax.multimodal.answers import filled_batches, width_of
+from ddt_jax.multimodal.answers import Call, filled_batches, width_of
 from ddt_jax.multimodal.block_segments import BlockSegments
 from ddt_jax.multimodal.diffusion_model import DiffusionMultimodal
 from ddt_jax.multimodal.documents import Document, Image
@@ -29,7 +29,7 @@ class DiffusionAnswerer:
     programs serve all.
 
     Args:
-      params, extra: of the run.
+      params, extra: of the run; or ShapeDtypeStructs, as `Answerer` takes them.
       context: positions that prompt and answer may take together.
       batch: prompts that are answered at once, at most.
     """
@@ -74,27 +74,46 @@ class DiffusionAnswerer:
           UserError: a prompt does not fit the context, or as `sequence.lay_out`.
         """
         del free
-        layouts = [self._prompt(document, force_image=True) for document in given]
         parts = [np.zeros((0, *self.form.shape), np.uint8)]
-        for _, count, chosen, state in self._batches(layouts, seeds, 0):
-            _, pixels = self._drawn(state, chosen, np.zeros_like(chosen), np.full(len(chosen), True), s.guidance)
+        for count, prefill, draw in self.image_calls(given, s, seeds):
+            _, pixels = draw(prefill.run()).run()
             parts.append(np.asarray(pixels)[:count])
             if done is not None:
                 done(sum(map(len, parts)))
         return np.concatenate(parts)
 
+    def image_calls(
+        self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, Call, Callable[[State], Call]]]:
+        """What `images` runs for one batch after the other: (how many of it count, what makes the state behind its
+        prompts, and of that state what makes the state behind images and the images). As `images`.
+        """
+        layouts = [self._prompt(document, force_image=True) for document in given]
+        for _, count, chosen, prefill in self._prefills(layouts, seeds, 0):
+            begun = (chosen, np.zeros_like(chosen), np.full(len(chosen), True), s.guidance)
+            yield count, prefill, lambda state, begun=begun: self._draw_call(state, *begun)
+
     def texts(
         self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int], decode: Callable, done=None
     ) -> list[str]:
         """Texts that answer documents, up to the end of text. decode: ids → text; the rest as `images`."""
-        layouts, texts = [self._prompt(document, force_image=False) for document in given], []
-        for filled, count, chosen, state in self._batches(layouts, seeds, s.tokens):
-            left = [min(s.tokens, self.context - len(layouts[i])) for i in filled]
-            _, ids = self._written(state, chosen, np.array(left, np.int32), s, images=False)
+        texts = []
+        for count, prefill, write in self.text_calls(given, s, seeds):
+            _, ids = _ids(write(prefill.run()).run())
             texts += [decode(self._text(row)) for row in ids[:count]]
             if done is not None:
                 done(len(texts))
         return texts
+
+    def text_calls(
+        self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, Call, Callable[[State], Call]]]:
+        """As `image_calls`, of `texts`: what is made last is the state behind texts and `generate.Generated`."""
+        layouts = [self._prompt(document, force_image=False) for document in given]
+        for filled, count, chosen, prefill in self._prefills(layouts, seeds, s.tokens):
+            left = np.array([min(s.tokens, self.context - len(layouts[i])) for i in filled], np.int32)
+            begun = (chosen, left, s, False)
+            yield count, prefill, lambda state, begun=begun: self._write_call(state, *begun)
 
     def both(
         self,
@@ -117,17 +136,18 @@ class DiffusionAnswerer:
         """
         layouts = [self._prompt(document, force_image) for document in given]
         answers: list[list[str | np.ndarray]] = []
-        for filled, count, chosen, state in self._batches(layouts, seeds, self.context):
+        for filled, count, chosen, prefill in self._prefills(layouts, seeds, self.context):
+            state = prefill.run()
             n, parts = len(filled), [[] for _ in filled]
             length = np.array([len(layouts[i]) for i in filled], np.int32)
             left, images = np.full(n, s.tokens, np.int32), np.zeros(n, np.int32)
             draws, writes = np.full(n, force_image), np.full(n, True)
             while writes.any():
                 if draws.any():
-                    state, pixels = self._drawn(state, chosen, images, draws, s.guidance)
+                    state, pixels = self._draw_call(state, chosen, images, draws, s.guidance).run()
                     images, length = images + draws, length + draws * (self.form.rows + 1)
                 room = np.where(writes, np.minimum(left, self.context - length), 0).astype(np.int32)
-                state, ids = self._written(state, chosen, room, s, images=True)
+                state, ids = _ids(self._write_call(state, chosen, room, s, True).run())
                 for row in np.flatnonzero(draws):
                     parts[row].append(np.asarray(pixels)[row])
                 for row in range(n):
@@ -141,20 +161,17 @@ class DiffusionAnswerer:
                 done(len(answers))
         return answers
 
-    def _drawn(self, state, seeds, numbers, drawing, guidance):
+    def _draw_call(self, state, seeds, numbers, drawing, guidance) -> Call:
         empty = self._arrays([self._prompt(documents.image_only(Image()), force_image=True)], 0)
         unconditional = empty if guidance != 1 else None
         weights = self._segments.weights
-        return self._draw(weights, state, seeds, numbers.astype(np.int32), drawing, guidance, unconditional)
+        return Call(self._draw, (weights, state, seeds, numbers.astype(np.int32), drawing, guidance, unconditional))
 
-    def _written(self, state, seeds, left, s, images) -> tuple[State, list[np.ndarray]]:
-        """The state and the ids of each row."""
+    def _write_call(self, state, seeds, left, s, images) -> Call:
         if not s.tokens:
             raise UserError("generate: tokens=0 leaves nothing to write; set how many a text may have")
         s = replace(s, guidance=1.0)  # of which images alone know
-        state, found = self._write(self._segments.weights, state, seeds, left, s, images)
-        ids, lengths = np.asarray(found.tokens_BN), np.asarray(found.lengths_B)
-        return state, [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        return Call(self._write, (self._segments.weights, state, seeds, left, s, images))
 
     def _text(self, ids):
         return ids[self.vocabulary.is_text(ids)]
@@ -164,8 +181,9 @@ class DiffusionAnswerer:
             document, self.vocabulary, self.form, force_image=force_image, context=self.context
         )
 
-    def _batches(self, layouts, seeds, more) -> Iterator[tuple[list[int], int, np.ndarray, State]]:
-        """(numbers of the prompts of a batch, filled up; how many of them count; seeds int32 [B]; the state behind).
+    def _prefills(self, layouts, seeds, more) -> Iterator[tuple[list[int], int, np.ndarray, Call]]:
+        """(numbers of the prompts of a batch, filled up; how many of them count; seeds int32 [B]; what makes the state
+        behind).
 
         Args:
           more: positions that an answer may take, but for the last image and what comes behind it.
@@ -174,9 +192,9 @@ class DiffusionAnswerer:
         slots = min(width + more, max(width, self.context)) + self._segments.slack
         for filled in filled_batches(all_of_them, min(self.batch, max(2, 1 << (all_of_them - 1).bit_length()))):
             prompts = self._arrays([layouts[i] for i in filled], width)
-            state = self._prefill(self._segments.weights, prompts, slots)
+            prefill = Call(self._prefill, (self._segments.weights, prompts, slots))
             count = min(len(filled), all_of_them - filled[0])
-            yield filled, count, np.array([seeds[i] for i in filled], np.int32), state
+            yield filled, count, np.array([seeds[i] for i in filled], np.int32), prefill
 
     def _arrays(self, layouts, width) -> dict[str, np.ndarray]:
         """Prompts of `Segments.prefill`, filled up to a width or the longest of them."""
@@ -187,3 +205,10 @@ class DiffusionAnswerer:
         names = ("tokens", "position", "start", "given", "image_start", "image_copy", "image_content")
         lengths = np.array([len(layout) for layout in layouts], np.int32)
         return {name: np.stack([row[name] for row in rows]) for name in names} | {"length": lengths}
+
+
+def _ids(written) -> tuple[State, list[np.ndarray]]:
+    """The state behind texts, and the ids of each row."""
+    state, found = written
+    ids, lengths = np.asarray(found.tokens_BN), np.asarray(found.lengths_B)
+    return state, [row[:length] for row, length in zip(ids, lengths, strict=True)]

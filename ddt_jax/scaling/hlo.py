@@ -120,24 +120,6 @@ class Module:
     computations: dict[str, Computation]
     entry: str
 
-    def trips(self, loop: Instruction) -> int | None:
-        """How often the body of a `while` runs; None if the text does not say."""
-        known = loop.backend_config.get("known_trip_count", {}).get("n")
-        if known is not None:
-            return int(known)
-        return self._limit(self.computations[loop.attribute("condition").lstrip("%")])
-
-    def _limit(self, condition: Computation) -> int | None:
-        """The one integer that a condition compares its counter with, counted from 0."""
-        found = set()
-        for i in condition.instructions.values():
-            if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.inside):
-                found.add(int(i.inside))
-            for name in i.computations():
-                inner = self._limit(self.computations[name])
-                found |= {inner} if inner is not None else set()
-        return found.pop() if len(found) == 1 else None
-
 
 def parse(text: str) -> Module:
     """Raises ValueError for text that is no program."""

@@ -29,13 +29,14 @@ def by_kind(compiled, abstract, batch) -> dict[str, int]:
 def of_arguments(abstract, batch) -> dict[str, int]:
     """The first five of `by_kind`, for which nothing has to be compiled."""
     return {
-        "parameters": _bytes(abstract.params),
-        "optimizer": _bytes(abstract.opt_state),
-        "average": _bytes(abstract.ema),
-        "other_state": _bytes((abstract.extra, abstract.step, abstract.rng, abstract.bad_steps)),
-        "batch": _bytes(batch),
+        "parameters": of_tree(abstract.params),
+        "optimizer": of_tree(abstract.opt_state),
+        "average": of_tree(abstract.ema),
+        "other_state": of_tree((abstract.extra, abstract.step, abstract.rng, abstract.bad_steps)),
+        "batch": of_tree(batch),
     }
 
 
-def _bytes(tree) -> int:
+def of_tree(tree) -> int:
+    """Bytes of one device. tree: of ShapeDtypeStructs with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -41,18 +41,35 @@ class Step:
     effort: float = 0.0
 
 
-def compile_step(planned: Step):
-    """(the compiled step, {"compile_seconds", "compile_cpu_seconds"}, tracing included)."""
+def compile_program(program, arguments: tuple, mesh, effort: float = 0.0):
+    """(what a jitted program compiles to, {"compile_seconds", "compile_cpu_seconds"}, tracing included).
+
+    Raises:
+      Refused: the compiler has found that a chip has not the memory.
+    """
     begun, cpu = time.perf_counter(), time.process_time()
     usual = jax.config.jax_exec_time_optimization_effort
-    jax.config.update("jax_exec_time_optimization_effort", planned.effort)
+    jax.config.update("jax_exec_time_optimization_effort", effort)
     try:
-        with jax.set_mesh(planned.mesh):
-            compiled = planned.step.lower(planned.abstract, planned.batch).compile()
+        with jax.set_mesh(mesh):
+            compiled = program.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        raise Refused(needed) from error
     finally:
         jax.config.update("jax_exec_time_optimization_effort", usual)
     spent = {"compile_seconds": time.perf_counter() - begun, "compile_cpu_seconds": time.process_time() - cpu}
     return compiled, {name: round(value, 1) for name, value in spent.items()}
+
+
+class Refused(Exception):
+    """needed: bytes of a chip that a TPU's compiler found to be too many."""
+
+    def __init__(self, needed: float):
+        super().__init__(f"{needed:,.0f} bytes")
+        self.needed = needed
 
 
 def report(planned: Step, topology: Topology) -> dict:
@@ -60,33 +77,35 @@ def report(planned: Step, topology: Topology) -> dict:
 
     Of a step that the compiler refuses for its memory only what comes before "memory" is known, and of that the state.
     """
-    chip, chips = topology.chip, planned.mesh.size
-    found = {
-        "topology": topology.name,
-        "slices": topology.slices,
-        "chips": chips,
-        "mesh": {axis: size for axis, size in planned.mesh.shape.items() if size > 1},
-        "parameters": sum(x.size for x in jax.tree.leaves(planned.abstract.params)),
-        "compiler": "tpu" if chip.is_tpu else "cpu",
-        "effort": planned.effort,
-        "jax": jax.__version__,
-        "source_of_chip_figures": chip.source,
-        "hbm_bytes_of_chip": chip.hbm_bytes,
-        "unit": planned.unit,
-        f"{planned.unit}s_per_step": planned.units,
-    }
+    found = where(planned.mesh, topology, planned.abstract.params, planned.effort)
+    found |= {"unit": planned.unit, f"{planned.unit}s_per_step": planned.units}
+    arguments = planned.abstract, planned.batch
     try:
-        compiled, spent = compile_step(planned)
-    except jax.errors.JaxRuntimeError as error:
-        needed = _refused(str(error))
-        if needed is None:
-            raise
-        kinds = memory.of_arguments(planned.abstract, planned.batch)
-        return found | {"fits": False, "hbm_bytes_per_chip": needed, "memory": kinds}
+        compiled, spent = compile_program(planned.step, arguments, planned.mesh, planned.effort)
+    except Refused as error:
+        kinds = memory.of_arguments(*arguments)
+        return found | {"fits": False, "hbm_bytes_per_chip": error.needed, "memory": kinds}
     return found | spent | _measured(compiled, planned, topology)
 
 
-def _refused(message: str) -> float | None:
+def where(mesh, topology: Topology, params, effort: float) -> dict:
+    """What a report says of where its program runs, and of how it was made."""
+    chip = topology.chip
+    return {
+        "topology": topology.name,
+        "slices": topology.slices,
+        "chips": mesh.size,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "compiler": "tpu" if chip.is_tpu else "cpu",
+        "effort": effort,
+        "jax": jax.__version__,
+        "source_of_chip_figures": chip.source,
+        "hbm_bytes_of_chip": chip.hbm_bytes,
+    }
+
+
+def _needed(message: str) -> float | None:
     """Bytes that a TPU's compiler found to be too many; None: it complains of something else."""
     found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
     return float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ") if found else None

@@ -25,39 +25,43 @@ def warnings(report: dict) -> list[str]:
 
 def text(report: dict) -> str:
     """A report of one plan."""
-    lines = [*_head(report), "", *_memory(report)]
+    lines = [*_head(report), "", *memory_lines(report)]
     if "estimate" in report:
-        lines += ["", *_flops(report), "", *_collectives(report), *_wholes(report), "", *_estimate(report)]
+        lines += ["", *_flops(report), "", *collective_lines(report), "", *_estimate(report)]
     lines += [f"note: {note}" for note in report["notes"]]
     return "\n".join([*lines, verdict(report)])
 
 
-def verdict(report: dict) -> str:
+def verdict(report: dict, way_out: str = "") -> str:
+    """way_out: of what does not fit."""
     needed, has = report["hbm_bytes_per_chip"], report["hbm_bytes_of_chip"]
     share = f"{needed / _GB:,.1f} GB of {has / _GB:,.0f} GB"
     if report["fits"]:
         return f"verdict: fits, {share} on each chip"
-    return (
-        f"verdict: does NOT fit, {share} on each chip; mesh.fsdp divides the state, train.accumulate and remat the "
-        "temporary memory; --search tries them"
-    )
+    of_step = "mesh.fsdp divides the state, train.accumulate and remat the temporary memory; --search tries them"
+    return f"verdict: does NOT fit, {share} on each chip; {way_out or of_step}"
 
 
 def _head(r):
-    slices = f"{r['slices']} slices of " if r["slices"] > 1 else ""
     unit = r["unit"]
     return [
-        f"{r['name']} on {slices}{r['topology']}: {r['chips']:,} chips, mesh {_mesh(r)}",
+        f"{r['name']} on {place(r)}",
         f"{r['parameters']:,} parameters; train.batch_size={r['batch_size']}, train.accumulate={r['accumulate']}: "
         f"{r[f'{unit}s_per_step']:,} {unit}s per step",
     ]
+
+
+def place(r) -> str:
+    """The pod of a report and the mesh over it."""
+    slices = f"{r['slices']} slices of " if r["slices"] > 1 else ""
+    return f"{slices}{r['topology']}: {r['chips']:,} chips, mesh {_mesh(r)}"
 
 
 def _mesh(r) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in r["mesh"].items()) or "of one device"
 
 
-def _memory(r):
+def memory_lines(r) -> Iterable[str]:
     yield "memory of a chip, GB"
     for kind, count in r["memory"].items():
         if count:
@@ -76,8 +80,9 @@ def _flops(r):
     )
 
 
-def _collectives(r):
-    rows = [("collectives of a step", "axis", "count", "GB", "largest MB", "ms (estimate)")]
+def collective_lines(r, of: str = "a step") -> Iterable[str]:
+    """What chips say to each other, and what of parameters that makes whole. of: what it is counted in."""
+    rows = [(f"collectives of {of}", "axis", "count", "GB", "largest MB", "ms (estimate)")]
     rows += [
         (
             c["kind"],
@@ -89,10 +94,7 @@ def _collectives(r):
         )
         for c in r["collectives"]
     ]
-    return _columns(rows)
-
-
-def _wholes(r):
+    yield from columns(rows)
     for row in r["whole_parameters"]:
         yield (
             f"whole on a chip: {' or '.join(row['parameters'])}, {row['bytes'] / 1e6:,.0f} MB, by {row['count']:,} "
@@ -108,13 +110,17 @@ def _estimate(r):
         f"  a step takes at least {e['step_seconds'] * 1e3:,.1f} ms ({e['bound']}): at most "
         f"{e[f'{unit}s_per_second_per_chip']:,.1f} {unit}s/s/chip, MFU {e['mfu']:.2f}"
     )
-    yield (
+    yield compiled(r)
+
+
+def compiled(r) -> str:
+    return (
         f"compiled in {r['compile_seconds']:,.0f} s ({r['compile_cpu_seconds']:,.0f} s of CPU) by the compiler for "
         f"{r['compiler'].upper()}s of jax {r['jax']}"
     )
 
 
-def _columns(rows) -> Iterable[str]:
+def columns(rows) -> Iterable[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ddt_jax.scaling import hlo
+from ddt_jax.scaling import hlo, trips
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # Nothing of these moves through memory by itself.
@@ -73,6 +73,21 @@ class Work:
         self.unknown_kernels |= other.unknown_kernels
 
 
+@dataclass
+class Loop:
+    """A loop that a program runs once.
+
+    Attributes:
+      turns: of its body, at most; None: the text does not say.
+      turn: the work of one.
+      carried: arrays that it hands from turn to turn.
+    """
+
+    turns: int | None
+    turn: Work
+    carried: tuple[hlo.Array, ...]
+
+
 def read(text: str, num_devices: int, attention_share: float = 1.0) -> Work:
     """The work of a program.
 
@@ -83,6 +98,21 @@ def read(text: str, num_devices: int, attention_share: float = 1.0) -> Work:
     """
     module = hlo.parse(text)
     return _Reader(module, num_devices, attention_share).of(module.entry)
+
+
+def loops(text: str, num_devices: int) -> list[Loop]:
+    """The loops that stand in no other one, whatever is called in between. As `read`."""
+    module = hlo.parse(text)
+    reader, found, pending = _Reader(module, num_devices, 1.0), [], [module.entry]
+    while pending:
+        computation = module.computations[pending.pop()]
+        for i in computation.instructions.values():
+            if i.opcode == "while":
+                turn = reader.of(i.attribute("body").lstrip("%"))
+                found.append(Loop(trips.of(module, computation, i), turn, i.arrays))
+            elif i.opcode == "call":
+                pending += i.computations()
+    return found
 
 
 class _Reader:
@@ -106,10 +136,10 @@ class _Reader:
         if kind in COLLECTIVES:
             work.collectives[self._collective(kind, computation, i)] += 1
         elif i.opcode == "while":
-            trips = self._module.trips(i)
-            if trips is None:
+            turns = trips.of(self._module, computation, i)
+            if turns is None:
                 work.unknown_loops.add(i.name)
-            work.add(self.of(i.attribute("body").lstrip("%")), 1 if trips is None else trips)
+            work.add(self.of(i.attribute("body").lstrip("%")), 1 if turns is None else turns)
         elif i.opcode == "conditional":
             work.add(max((self.of(name) for name in i.computations()), key=lambda w: (w.flops, w.hbm_bytes)))
         elif i.opcode == "dot":

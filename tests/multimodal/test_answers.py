@@ -8,7 +8,7 @@ import pytest
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 from ddt_jax.multimodal import documents, generate, sequence
-from ddt_jax.multimodal.answers import Answerer
+from ddt_jax.multimodal.answers import Answerer, Call
 from ddt_jax.multimodal.documents import Image
 from ddt_jax.multimodal.model import Multimodal
 from ddt_jax.multimodal.sequence import ImageForm
@@ -87,15 +87,15 @@ def test_an_answer_depends_on_prompt_and_seed_alone(answerer):
     assert (answerer.images(given[4:], drawn, [9])[0] != together[4]).any()
 
 
-def test_free_images_are_the_likeliest_tokens_of_all(answerer, logits, monkeypatch):
-    (document,), drawn, run = prompts([4]), [], answerer._run
-    monkeypatch.setattr(answerer, "_run", lambda *a: drawn.append(run(*a)) or drawn[-1])
-    answerer.images([document], GREEDY, [0], free=True)
+def test_free_images_are_the_likeliest_tokens_of_all(answerer, logits):
+    (document,) = prompts([4])
+    (call,) = answerer.image_calls([document], GREEDY, [0], free=True)
+    drawn = np.asarray(call.run().tokens_BN)
     ids = sequence.lay_out_prompt(document, VOCABULARY, FORM, force_image=True).tokens.tolist()
-    for token in np.asarray(drawn[0].tokens_BN)[0]:
+    for token in drawn[0]:
         assert token == logits(ids)[-1].argmax()
         ids.append(int(token))
-    assert drawn[0].tokens_BN.shape[1] == FORM.rows + 1
+    assert drawn.shape[1] == FORM.rows + 1
 
 
 def test_a_free_image_is_exactly_its_codes_and_then_the_end(answerer, monkeypatch):
@@ -111,7 +111,7 @@ def test_a_free_image_is_exactly_its_codes_and_then_the_end(answerer, monkeypatc
         "right again": [*whole[::-1], end],
     }
     parts = iter(np.array([*rows.values(), [*whole, end]], np.int32).reshape(2, 4, 6))
-    monkeypatch.setattr(answerer, "_run", lambda *a: generate.Generated(next(parts), None))
+    monkeypatch.setattr(answerer, "_call", lambda *a: Call(lambda: generate.Generated(next(parts), None), ()))
     codes = answerer.images(prompts([3] * 7), GREEDY, range(7), free=True)
     found = dict(zip(rows, codes.tolist(), strict=True))
     assert found.pop("right") == [0, 15, 3, 3, 1] and found.pop("right again") == [1, 3, 3, 15, 0]

@@ -125,7 +125,9 @@ TPU = """HloModule jit_step, num_partitions=8
   %x = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%state), index=1
   %w = bf16[32,32]{1,0:T(8,128)(2,1)S(1)} constant({...})
   %y = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} convolution(%x, %w), dim_labels=bf_io->bf
-  ROOT %next = (s32[], bf16[8,32]{1,0:T(8,128)(2,1)S(1)}) tuple(%n, %y)
+  %one = s32[] constant(1)
+  %more = s32[] add(%n, %one)
+  ROOT %next = (s32[], bf16[8,32]{1,0:T(8,128)(2,1)S(1)}) tuple(%more, %y)
 }
 
 %until (state: (s32[], bf16[8,32])) -> pred[] {
@@ -161,7 +163,7 @@ def test_programs_of_a_tpu_are_read(mesh):
     assert not work.unknown_loops and not work.unknown_kernels
     loop_only = program.read(TPU.replace("splash_mha_fwd_residuals.3", "another"), 8)
     assert loop_only.unknown_kernels == {"another"} and loop_only.flops == 7 * 2 * 8 * 32 * 32
-    assert program.read(TPU.replace("constant(7)", "get-tuple-element(%state), index=0"), 8).unknown_loops == {"loop"}
+    assert program.read(TPU.replace("constant(7)", "get-tuple-element(%state), index=1"), 8).unknown_loops == {"loop"}
 
 
 @pytest.mark.parametrize(

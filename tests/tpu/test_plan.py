@@ -1,5 +1,6 @@
 """A plan by the TPU's own compiler: its programs are read, and what is counted in them is what was asked for."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,12 +37,15 @@ SIZES = {
 }
 
 
+def request(**changes):
+    pytest.importorskip("libtpu", reason="libtpu is not installed; `make test-tpu` makes an environment with it")
+    overrides = tuple((key, str(value)) for key, value in (SIZES | changes).items())
+    return planning.Request(CONFIG, overrides, effort=-1.0)
+
+
 @pytest.fixture(scope="module")
 def report():
-    pytest.importorskip("libtpu", reason="libtpu is not installed; `make test-tpu` makes an environment with it")
-    overrides = tuple((key, str(value)) for key, value in SIZES.items())
-    asked = planning.Request(CONFIG, overrides, mesh="data=2,fsdp=2", effort=-1.0)
-    return planning.plan_one(asked, POD, topology.devices(POD))
+    return planning.plan_one(replace(request(), mesh="data=2,fsdp=2"), POD, topology.devices(POD))
 
 
 def test_every_product_of_a_scanned_model_is_counted(report):
@@ -76,3 +80,22 @@ def test_parameters_are_gathered_layer_by_layer(report):
         "bytes": VOCAB * WIDTH * 2,
     }
     assert report["fits"] and report["compiler"] == "tpu"
+
+
+def test_a_token_reads_the_weights_and_the_cache_and_little_else():
+    """By hand, with guidance: two rows for each prompt, in a loop behind the first code. Heads share keys, so that the
+    compiler makes products of attention, and not sums.
+    """
+    rows, codes, prompt = 8, 16, 32
+    asked = replace(request(**{"model.transformer.kv_heads": 1, "model.transformer.depth": 2}), of="generate")
+    report = planning.plan_one(replace(asked, rows=rows, prompt=prompt - 2), POD, topology.devices(POD))
+    prompts, token = report["parts"]
+    assert token["times"] == codes - 1 and report["chips"] == 1 and not report["uncounted"]
+    matrices, head, slots = 2 * (3 * WIDTH**2 + 3 * WIDTH * MLP), VOCAB * WIDTH, prompt + codes
+    attention = 2 * 4 * slots * WIDTH
+    assert token["flops"] == 2 * rows * (2 * (matrices + head) + attention)
+    assert prompts["flops"] == pytest.approx((rows + 1) * (prompt * (2 * matrices + attention) + 2 * head), rel=1e-3)
+    assert report["memory"]["cache"] == 2 * 2 * 2 * rows * slots * WIDTH // 2 * 2  # in bf16
+    read = 2 * (matrices + head) + report["memory"]["cache"]
+    assert read <= token["hbm_traffic_bytes"] <= 1.5 * read
+    assert token["bound"] == "memory" and report["fits"]
