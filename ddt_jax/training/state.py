@@ -16,6 +16,7 @@ from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.nn import params as params_lib
 from ddt_jax.training import optimizer as optimizers
+from ddt_jax.training import transfer
 from ddt_jax.training.guards import sides, with_guards
 
 
@@ -48,16 +49,19 @@ def unbox(tree):
 
 
 def init_state(
-    model, optimizer: optax.GradientTransformation, *, seed: int, use_ema: bool, guard: settings.Optimizer
+    model, optimizer: optax.GradientTransformation, declarations, *, seed: int, use_ema: bool, guard: settings.Optimizer
 ) -> TrainState:
     """A fresh state. To be traced under jit with the shardings of `state_shardings`, or abstractly.
 
     Args:
+      declarations: of the parameters, for the scale of their first values.
       guard: says which guards the optimizer state has.
     """
     init_key, step_key = jax.random.split(jax.random.key(seed))
     boxed, extra = model.init(init_key)
     params, extra = unbox(boxed), unbox(extra)
+    scaled = lambda d, x: x if d.initial_scale == 1 else x * d.initial_scale  # noqa: E731
+    params = jax.tree.map(scaled, declarations, params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -98,8 +102,11 @@ def state_shardings(model, abstract: TrainState, mesh: Mesh) -> tuple[TrainState
     return state, fallbacks + more
 
 
-def abstract_state(s: settings.Experiment, model, mesh: Mesh):
+def abstract_state(s: settings.Experiment, model, mesh: Mesh, narrow=None):
     """A run on a mesh before a number of it exists.
+
+    Args:
+      narrow: the model at the width `transfer_from`, see `transfer.narrowed`.
 
     Returns:
       (optimizer, declarations of the parameters, TrainState of ShapeDtypeStructs with shardings, dimensions that stay
@@ -107,9 +114,12 @@ def abstract_state(s: settings.Experiment, model, mesh: Mesh):
     """
     boxed, _ = jax.eval_shape(model.init, jax.random.key(0))
     _, declarations = params_lib.split(boxed)
+    if narrow is not None:
+        narrow_boxed, _ = jax.eval_shape(narrow.init, jax.random.key(0))
+        declarations = transfer.scaled(declarations, unbox(boxed), unbox(narrow_boxed), s.optimizer)
     optimizer = optimizers.make_optimizer(s.optimizer, s.train.steps, declarations)
     abstract = jax.eval_shape(
-        lambda: init_state(model, optimizer, seed=s.seed, use_ema=s.train.ema > 0, guard=s.optimizer)
+        lambda: init_state(model, optimizer, declarations, seed=s.seed, use_ema=s.train.ema > 0, guard=s.optimizer)
     )
     shardings, fallbacks = state_shardings(model, abstract, mesh)
     abstract = jax.tree.map(lambda a, sh: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sh), abstract, shardings)
