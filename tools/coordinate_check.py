@@ -144,6 +144,7 @@ def kinds_of(kind: str):
     return jax.tree.map(one, here.declarations, here.abstract.params, there.abstract.params)
 
 
+@functools.cache  # at the width BASE nothing is scaled, so that is asked for twice
 def changes(kind: str, width: int, optimizer: str, transferred: bool, lr: float, steps: int) -> dict[str, float]:
     """ACTIVATION by WHAT → root of the mean square of the change of an activation where that kind of parameters is
     moved by so many steps; ACTIVATION at first → its size.
@@ -188,7 +189,7 @@ def check(kind: str, optimizer: str, widths=WIDTHS, steps: int = 4, lr: float = 
     lr = lr or RATES[optimizer]
     found = {"kind": kind, "optimizer": optimizer, "lr": lr, "steps": steps}
     for name, transferred in (("on", True), ("off", False)):
-        by_width = {w: changes(kind, w, optimizer, transferred, lr, steps) for w in widths}
+        by_width = {w: changes(kind, w, optimizer, transferred and w != BASE, lr, steps) for w in widths}
         found[name] = {"changes": by_width, "exponents": exponents(by_width)}
     return found
 

@@ -31,8 +31,8 @@ def get_sweep():
             "optimizer.transfer_from": BASE,
             "optimizer.warmup": 15,
             "model.transformer.depth": 2,
-            "sequences.context": 96,  # an image with its caption
-            "sequences.targets": 32,
+            "sequences.context": 112,  # an image with its caption
+            "sequences.targets": 48,
             "train.batch_size": 8,
             "train.ema": 0,
             "train.log_every": 1,  # the last 5 % of the steps are the figure of a run
