@@ -26,7 +26,7 @@ from ddt_jax.multimodal.model import Multimodal, make_multimodal
 from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
 from ddt_jax.tokenizers.seed import TARGET, VISION
-from ddt_jax.training import checkpoint, corpus, latents, loop, transfer, warm_start, writers
+from ddt_jax.training import checkpoint, corpus, latents, loop, warm_start, writers
 from ddt_jax.training import feed as feeds
 from ddt_jax.training import optimizer as optimizers
 from ddt_jax.training import weights as weights_lib
@@ -126,7 +126,7 @@ def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Bui
       to_train: whether the step will be used, so that its batch must fit the devices.
 
     Raises:
-      UserError: if mesh and batch do not fit the devices, accumulation does not fit the loss, or as `transfer`.
+      UserError: if mesh and batch do not fit the devices, accumulation does not fit the loss, or as `abstract_state`.
     """
     mesh = meshes.make_mesh(s.mesh, devices)
     if to_train:
@@ -137,8 +137,7 @@ def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Bui
             f"config: train.accumulate={s.train.accumulate} would change {', '.join(model.cross_example_terms)}, "
             "which looks at the whole batch at once; set train.accumulate=1"
         )
-    narrow = transfer.narrowed(s)
-    optimizer, declarations, abstract, fallbacks = abstract_state(s, model, mesh, narrow and make_model(narrow))
+    optimizer, declarations, abstract, fallbacks = abstract_state(s, model, mesh, make_model)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     schedule = optimizers.learning_rate(s.optimizer, s.train.steps)
     limits = {"spike_skip": s.optimizer.spike_skip, "clip_update": s.optimizer.clip_update}

@@ -1,6 +1,6 @@
 """Learning rates of a small Transfusion backbone at four widths: does the rate that is best at width 64 stay the best?
 
-Hardware: 1 CPU core, about 40 minutes. `optimizer.transfer_from` is on; the control is the same command with
+Hardware: 1 CPU core; sized for 40 minutes. `optimizer.transfer_from` is on; the control is the same command with
 `--config.optimizer.transfer_from=0 --to runs/sweeps/transfer_off`. Then `ddt-jax fit runs/sweeps/transfer --to
 runs/fit_transfer` draws the loss over the rate, a curve for each width (docs/scaling.md).
 """

@@ -1,6 +1,6 @@
 """Learning rates of the quickstart's DDT tokenizer at four widths, as `transfer.py` does for a backbone.
 
-Hardware: 1 CPU core, about 40 minutes. The control: `--config.optimizer.transfer_from=0 --to
+Hardware: 1 CPU core; sized for 40 minutes. The control: `--config.optimizer.transfer_from=0 --to
 runs/sweeps/transfer_ddt_off`. `ddt-jax fit runs/sweeps/transfer_ddt --metric flow --to runs/fit_transfer_ddt` draws it.
 """
 

@@ -4,6 +4,7 @@ It is abstract first: shapes and shardings are known before a number exists, and
 ahead-of-time compilation all start from the same abstract state.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -102,20 +103,23 @@ def state_shardings(model, abstract: TrainState, mesh: Mesh) -> tuple[TrainState
     return state, fallbacks + more
 
 
-def abstract_state(s: settings.Experiment, model, mesh: Mesh, narrow=None):
+def abstract_state(s: settings.Experiment, model, mesh: Mesh, make_model: Callable[[settings.Experiment], Any]):
     """A run on a mesh before a number of it exists.
 
     Args:
-      narrow: the model at the width `transfer_from`, see `transfer.narrowed`.
+      make_model: of settings, for the model at the width `optimizer.transfer_from`.
 
     Returns:
       (optimizer, declarations of the parameters, TrainState of ShapeDtypeStructs with shardings, dimensions that stay
       whole).
+
+    Raises:
+      UserError: as `transfer.narrowed`.
     """
     boxed, _ = jax.eval_shape(model.init, jax.random.key(0))
     _, declarations = params_lib.split(boxed)
-    if narrow is not None:
-        narrow_boxed, _ = jax.eval_shape(narrow.init, jax.random.key(0))
+    if narrow := transfer.narrowed(s):
+        narrow_boxed, _ = jax.eval_shape(make_model(narrow).init, jax.random.key(0))
         declarations = transfer.scaled(declarations, unbox(boxed), unbox(narrow_boxed), s.optimizer)
     optimizer = optimizers.make_optimizer(s.optimizer, s.train.steps, declarations)
     abstract = jax.eval_shape(
