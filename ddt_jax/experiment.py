@@ -115,8 +115,8 @@ class Built:
 
     def _init(self):
         s = self.settings
-        optimizer = optimizers.make_optimizer(s.optimizer, s.train.steps, self.declarations)
-        return init_state(self.model, optimizer, seed=s.seed, use_ema=s.train.ema > 0, guard=s.optimizer)
+        made = optimizers.make_optimizer(s.optimizer, s.train.steps, self.declarations)
+        return init_state(self.model, made, self.declarations, seed=s.seed, use_ema=s.train.ema > 0, guard=s.optimizer)
 
 
 def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Built:
@@ -126,7 +126,7 @@ def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Bui
       to_train: whether the step will be used, so that its batch must fit the devices.
 
     Raises:
-      UserError: if mesh and batch do not fit the devices, or accumulation does not fit the loss.
+      UserError: if mesh and batch do not fit the devices, accumulation does not fit the loss, or as `abstract_state`.
     """
     mesh = meshes.make_mesh(s.mesh, devices)
     if to_train:
@@ -137,7 +137,7 @@ def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Bui
             f"config: train.accumulate={s.train.accumulate} would change {', '.join(model.cross_example_terms)}, "
             "which looks at the whole batch at once; set train.accumulate=1"
         )
-    optimizer, declarations, abstract, fallbacks = abstract_state(s, model, mesh)
+    optimizer, declarations, abstract, fallbacks = abstract_state(s, model, mesh, make_model)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     schedule = optimizers.learning_rate(s.optimizer, s.train.steps)
     limits = {"spike_skip": s.optimizer.spike_skip, "clip_update": s.optimizer.clip_update}

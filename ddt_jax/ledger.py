@@ -170,7 +170,9 @@ def point(family: str, workdir: str) -> Point:
         tokens = float(found.step * s.train.batch_size)
     cost = found.step * step_flops(s)
     name = str(workdir).rstrip("/")
-    return Point(family, name, parameters(s), tokens, cost, found.metrics, found.status, found.why)
+    size = getattr(s.model, "transformer", s.model)
+    more = {"lr": s.optimizer.lr, "width": getattr(size, "width", None)}
+    return Point(family, name, parameters(s), tokens, cost, found.metrics, found.status, found.why, **more)
 
 
 def step_flops(s: settings.Experiment) -> float:

@@ -173,6 +173,8 @@ def collect(planned: Planned, *, anew: bool = True) -> dict[str, Any]:
             rows.append(replace(point, run=one.name))
         else:
             seen = {"params": one.cost.params, "tokens": one.steps * one.cost.tokens, "flops": one.flops}
+            if lr := dict(one.overrides).get("optimizer.lr"):
+                seen["lr"] = float(lr)
             rows.append(points.Point(one.arm, one.name, **seen, metrics={}, status=record.state, why=record.why))
     tree = {"sweep": planned.sweep.name, "points": points.to_json(rows)}
     atomic.write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")

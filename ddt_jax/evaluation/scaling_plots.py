@@ -1,4 +1,5 @@
-"""Plots of a scaling study (`scaling.fits.study`): a metric over FLOPs, iso-FLOP parabolas, the law against the runs.
+"""Plots of a scaling study (`scaling.fits.study`): a metric over FLOPs, iso-FLOP parabolas, the law against the runs,
+the metric over learning rates.
 
 Runs that no fit used are crosses: at their value, or where they have none at the upper edge.
 """
@@ -26,6 +27,11 @@ def draw(tree: dict[str, Any], folder) -> list:
             if "why" not in found["law"]:
                 path = folder / f"{stem}_{family}_law.png"
                 written.append(law_plot(_used(tree, family, found), name, found["law"], family, path))
+            if "why" not in found["rates"]:
+                left_out = {row["run"] for row in found["left_out"]}
+                lost = [p["lr"] for p in tree["points"] if p["family"] == family and p["run"] in left_out and p["lr"]]
+                path = folder / f"{stem}_{family}_rates.png"
+                written.append(rates_plot(name, found["rates"], lost, family, path))
     return written
 
 
@@ -134,6 +140,29 @@ def law_plot(used, name, found, family, path):
     right.axhline(found["E"], color=canvas.FAINT, linewidth=1, linestyle=":", label="E")
     canvas.style(right, f"{name} by size, for numbers of tokens")
     right.set_xlabel("parameters", fontsize=8, color=canvas.FAINT)
+    canvas.legend(figure)
+    return canvas.save(figure, path)
+
+
+def rates_plot(name, found, lost, family, path):
+    """The metric over the learning rate, a curve for each size; stars are the best rates. lost: rates of other runs."""
+    from matplotlib import colormaps
+
+    figure = canvas.new(6.4, 4.2)
+    axis = figure.add_subplot()
+    axis.set_xscale("log", base=2)
+    for curve, colour in zip(
+        found["curves"], colormaps["viridis"](np.linspace(0.05, 0.85, len(found["curves"]))), strict=True
+    ):
+        axis.plot(curve["rates"], curve["values"], "o-", color=colour, linewidth=1.3, markersize=4, label=curve["name"])
+        best = curve["bottom"] or curve["best"]
+        axis.scatter([best], [min(curve["values"])], marker="*", s=110, color=colour, zorder=4)
+    if lost:
+        axis.scatter(lost, [0.97] * len(lost), transform=axis.get_xaxis_transform(), **_CROSS, label="not used")
+    moved = "" if found["moved"] is None else f"; the best moves by 2^{found['moved']:+.2f}"
+    canvas.style(axis, f"{family}: {name} over learning rates{moved}")
+    axis.set_xlabel("learning rate", fontsize=8, color=canvas.FAINT)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     canvas.legend(figure)
     return canvas.save(figure, path)
 

@@ -100,7 +100,7 @@ class Backbone(nn.Module):
         table = declare(nn.initializers.normal(0.02), ("vocab", "embed"), decay=False)
         self.table = self.param("embed", table, (c.vocab_size, c.width))
         if not c.tied_head:
-            head = declare(nn.initializers.normal(0.02), ("vocab", "embed"))
+            head = declare(nn.initializers.normal(0.02), ("vocab", "embed"), reads=(-1,), fixed_spread=True)
             self.own_head = self.param("head", head, (c.vocab_size, c.width))
         self.norm = RMSNorm(axis="embed", epsilon=c.norm_epsilon)
         make = functools.partial(DecoderBlock, c, compute_dtype(c.dtype))

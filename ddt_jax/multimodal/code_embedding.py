@@ -173,10 +173,12 @@ def init(c: settings.Multimodal, rng) -> tuple[dict, dict]:
     params, extra = {}, {}
     if image.code_vectors:
         k = (image.num_tokens,) if image.code_places else ()
-        for name, shape in (("input", (*k, *k, image.code_width)), ("output", (*k, image.code_width))):
+        of_head = {"reads": (-1,), "fixed_spread": True}  # its map is a part of the head, which reads hidden states
+        sizes = (("input", (*k, *k, image.code_width), {}), ("output", (*k, image.code_width), of_head))
+        for name, shape, how in sizes:
             # Vectors have elements of unit size (`nn.quantize`), so C of them make a sum of variance C.
             summed = math.prod(shape[1:] if k else shape)
-            linear = declare(nn.initializers.normal(_STD * summed**-0.5), (*(None for _ in shape), "embed"))
+            linear = declare(nn.initializers.normal(_STD * summed**-0.5), (*(None for _ in shape), "embed"), **how)
             params[name] = linear(keys[name], (*shape, d), jnp.float32)
         shape = (c.transformer.vocab_size, image.code_width)
         extra[VECTORS] = declare(nn.initializers.zeros, ("vocab", None), group="frozen")(rng, shape, jnp.float32)

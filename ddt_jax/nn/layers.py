@@ -53,8 +53,10 @@ class Dense(nn.Module):
         init = self.kernel_init or nn.initializers.variance_scaling(
             1.0, "fan_in", "truncated_normal", in_axis=tuple(range(n)), out_axis=tuple(range(n, len(shape)))
         )
-        group = {} if self.matrix is None else {"group": "matrix", "matrix": self.matrix}
-        kernel = self.param("kernel", declare(init, self.axes, **group), shape)
+        how = {"group": "matrix", "matrix": self.matrix}
+        if self.matrix is None:
+            how = {"reads": tuple(range(-len(shape), n - len(shape)))}
+        kernel = self.param("kernel", declare(init, self.axes, **how), shape)
         operands = [x, kernel]
         if self.use_bias:
             declared = declare(nn.initializers.zeros, self.axes[n:], decay=False)

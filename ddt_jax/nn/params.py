@@ -29,6 +29,11 @@ class Declaration:
       matrix: for "matrix": which dimensions the linear map reads and which it writes, counted from the end so that a
         layer axis in front changes nothing; dimensions in neither are independent matrices.
       lr_scale: factor on the learning rate.
+      reads: which dimensions a linear map reads, counted as in `matrix`, which says it for a "matrix"; () for what is
+        no map: a table that is looked up, a gain, a bias.
+      fixed_spread: whether a map starts with the same spread however much it reads; else with one of 1 / √fan-in.
+      update_scale: factor on an update without its decay; initial_scale: on the first value. Both are 1 where they are
+        declared: `training.transfer` sets them.
     """
 
     axes: tuple[str | None, ...]
@@ -36,12 +41,16 @@ class Declaration:
     group: Literal["matrix", "other", "discriminator", "frozen"] = "other"
     matrix: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     lr_scale: float = 1.0
+    reads: tuple[int, ...] = ()
+    fixed_spread: bool = False
+    update_scale: float = 1.0
+    initial_scale: float = 1.0
 
     def __post_init__(self):
         if (self.group == "matrix") != (self.matrix is not None):
             raise ValueError(f"group {self.group!r} and matrix {self.matrix} do not go together")
-        if self.matrix and any(d >= 0 for dims in self.matrix for d in dims):
-            raise ValueError(f"matrix dimensions are counted from the end (negative), got {self.matrix}")
+        if any(d >= 0 for dims in (*(self.matrix or ()), self.reads) for d in dims):
+            raise ValueError(f"dimensions are counted from the end (negative), got {self.matrix or self.reads}")
 
 
 @flax.struct.dataclass

@@ -1,6 +1,6 @@
 """A scaling study: all that is fitted to the runs of some families, as one JSON tree.
 
-docs/scaling.md says what each part means. The parts themselves are `law`, `isoflop` and `parity`.
+docs/scaling.md says what each part means. The parts themselves are `law`, `isoflop`, `parity` and `rates`.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ddt_jax.errors import UserError
-from ddt_jax.scaling import isoflop, law, parity, points
+from ddt_jax.scaling import isoflop, law, parity, points, rates
 from ddt_jax.scaling.points import Point, Rule
 
 
@@ -21,7 +21,8 @@ def study(
     """Fits everything that the runs allow, and says why of the rest.
 
     Args:
-      metrics: names of what was measured. The law and the parabolas are of those that fall with the cost.
+      metrics: names of what was measured. The law and the parabolas are of those that fall with the cost; of rates
+        the one with the least is best.
       rules: see `points.Rule`.
       draws: of every bootstrap.
 
@@ -65,6 +66,7 @@ def _family(chosen, name, line, how) -> dict[str, Any]:
         "used": [point.run for point in used],
         "left_out": [{"run": point.run, "why": why} for point, why in chosen.left_out],
         "line": {"why": f"{len({p.flops for p in used})} costs, a line takes {parity.MIN_RUNS}"},
+        "rates": _rates(used, name),
     }
     if line:
         found["line"] = {k: v for k, v in asdict(line).items() if k != "draws"}
@@ -76,6 +78,13 @@ def _family(chosen, name, line, how) -> dict[str, Any]:
     found["law"] = _law(params, tokens, flops, losses, [point.run for point in used], how)
     found["isoflop"] = _isoflop(params, tokens, flops, losses, how)
     return found
+
+
+def _rates(used, name) -> dict[str, Any]:
+    found = rates.curves(used, name)
+    if not found:
+        return {"why": f"no size was trained with {rates.MIN_RATES} of them"}
+    return {"curves": [asdict(curve) | {"name": curve.name} for curve in found], "moved": rates.moved(found)}
 
 
 def _law(params, tokens, flops, losses, runs, how) -> dict[str, Any]:
@@ -143,7 +152,7 @@ def _family_text(found) -> list[str]:
     lines = [f"Runs used: {len(found['used'])}."]
     lines += [f"- left out: {row['run']}: {row['why']}" for row in found["left_out"]]
     lines += ["", *_law_text(found["law"]), "", *_isoflop_text(found["isoflop"]), "", _line_text(found["line"])]
-    return lines
+    return [*lines, "", *_rates_text(found["rates"])]
 
 
 def _law_text(found) -> list[str]:
@@ -186,6 +195,18 @@ def _line_text(found) -> str:
         return f"No line over FLOPs: {found['why']}."
     low, high = found["slope_interval"]
     return f"metric = {math.exp(found['constant']):.4g} C^{found['slope']:.4f} (exponent {low:.4f} to {high:.4f})."
+
+
+def _rates_text(found) -> list[str]:
+    if "why" in found:
+        return [f"No best learning rate: {found['why']}."]
+    lines = ["| size | rates | best | bottom of a parabola | value |", "|---|---:|---:|---|---:|"]
+    for c in found["curves"]:
+        bottom = "none: the best is at an end" if c["bottom"] is None else f"{c['bottom']:.3g}"
+        lines.append(f"| {c['name']} | {len(c['rates'])} | {c['best']:.3g} | {bottom} | {min(c['values']):.4g} |")
+    if found["moved"] is not None:
+        lines += ["", f"From the smallest to the largest size the best rate moves by 2^{found['moved']:+.2f}."]
+    return lines
 
 
 def _parity_text(ratios) -> list[str]:

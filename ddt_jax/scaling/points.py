@@ -21,8 +21,9 @@ SWEEP_FILE = "sweep.json"  # of a sweep's folder: its runs as points
 FINISHED = "finished"
 STATES = (FINISHED, "failed", "diverged", "running", "stopped", "waiting")
 _NUMBERS = ("params", "tokens", "flops")
+_MORE = ("lr", "width")  # numbers that a run may have
 _TEXTS = ("family", "run", "status", "why")
-COLUMNS = (*_NUMBERS, *_TEXTS, "metrics")  # of a file of runs; a column of another name is a metric
+COLUMNS = (*_NUMBERS, *_MORE, *_TEXTS, "metrics")  # of a file of runs; a column of another name is a metric
 _RULE = re.compile(r"^\s*([\w/.]+)\s*(<=|>=)\s*([-+\w.]+)\s*$")
 
 
@@ -38,6 +39,7 @@ class Point:
       metrics: name → value after training.
       status: of STATES; only finished ones are fitted.
       why: what happened to one that is not finished, a line.
+      lr, width: its learning rate, and how wide its model is; None where nobody says.
     """
 
     family: str
@@ -48,6 +50,8 @@ class Point:
     metrics: dict[str, float]
     status: str = FINISHED
     why: str = ""
+    lr: float | None = None
+    width: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,8 @@ def choose(points: Sequence[Point], metric: str, rules: Sequence[Rule] = ()) -> 
 def read(path: str) -> list[Point]:
     """Points of a CSV file (a header, a run on each line) or a JSON file (a list of objects, or one under "points").
 
-    Columns: family, run, params, tokens, flops, status, why; all others are metrics. A run needs no more than params
-    and tokens: flops are then 6 * params * tokens. Lines of a CSV file that begin with # are remarks.
+    Columns: family, run, params, tokens, flops, status, why, lr, width; all others are metrics. A run needs no more
+    than params and tokens: flops are then 6 * params * tokens. Lines of a CSV file that begin with # are remarks.
 
     Raises:
       UserError: the file is missing, is of neither kind, or a row is not a run; the row is named.
@@ -139,7 +143,7 @@ def _point(row: dict[str, Any], where: str, family: str) -> Point:
         raise UserError(f"fit: {where} has more values than the header has names")
     row = {name: value for name, value in row.items() if value not in (None, "")}
     metrics = row.get("metrics", {}) | {k: v for k, v in row.items() if k not in COLUMNS}
-    values = {name: _number(row[name], where, name) for name in _NUMBERS if name in row}
+    values = {name: _number(row[name], where, name) for name in (*_NUMBERS, *_MORE) if name in row}
     for name in ("params", "tokens"):
         if not values.get(name, 0) > 0:
             raise UserError(f"fit: {where}: {name} must be a number above 0, got {row.get(name, 'nothing')}")
@@ -180,8 +184,9 @@ def to_csv(points: Sequence[Point]) -> str:
     metrics = sorted({name for point in points for name in point.metrics})
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["family", "run", *_NUMBERS, "status", "why", *metrics])
+    writer.writerow(["family", "run", *_NUMBERS, *_MORE, "status", "why", *metrics])
     for p in points:
         values = [p.metrics.get(name, "") for name in metrics]
-        writer.writerow([p.family, p.run, p.params, p.tokens, p.flops, p.status, p.why, *values])
+        more = ["" if x is None else x for x in (p.lr, p.width)]
+        writer.writerow([p.family, p.run, p.params, p.tokens, p.flops, *more, p.status, p.why, *values])
     return buffer.getvalue()

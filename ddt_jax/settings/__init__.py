@@ -354,6 +354,9 @@ class DiscriminatorOptimizer:
 class Optimizer:
     name: Literal["adamw", "muon"] = "muon"  # muon: on matrices that ask for it, AdamW on the rest
     lr: float = 3e-3
+    # Width at which lr was found: updates and first values are scaled from there to the model's own, so that lr holds
+    # at both (docs/scaling.md); 0 = lr is of this model, and nothing is scaled.
+    transfer_from: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: int = 50
     decay_fraction: float = 0.35  # linear: the last share of the run over which the rate falls

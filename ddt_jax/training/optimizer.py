@@ -69,7 +69,7 @@ def make_optimizer(s: settings.Optimizer, steps: int, declarations) -> optax.Gra
         clip = optax.masked(clip, jax.tree.map(lambda name: name != "discriminator", labels))
     return optax.chain(
         clip,
-        optax.partition(groups, labels),
+        _scaled(optax.partition(groups, labels), declarations),
         optax.add_decayed_weights(s.weight_decay, decays),
         optax.stateless(lambda updates, _: jax.tree.map(lambda d, u: u * _rate(d, s), declarations, updates)),
         optax.scale_by_learning_rate(learning_rate(s, steps)),
@@ -89,6 +89,17 @@ def _muon(s: settings.Optimizer, dimensions) -> optax.GradientTransformation:
         return updates, new._replace(ns_coeffs=state.ns_coeffs)
 
     return optax.GradientTransformation(muon.init, update)
+
+
+def _scaled(optimizers: optax.GradientTransformation, declarations) -> optax.GradientTransformation:
+    """Updates times what `Declaration.update_scale` says: in front of weight decay, which it leaves as it is."""
+
+    def update(updates, state, params=None):
+        updates, state = optimizers.update(updates, state, params)
+        one = lambda d, u: u if d.update_scale == 1 else u * d.update_scale  # noqa: E731
+        return jax.tree.map(one, declarations, updates), state
+
+    return optax.GradientTransformation(optimizers.init, update)
 
 
 def _clip(norm: float) -> optax.GradientTransformation:
@@ -121,7 +132,8 @@ def _scale_to_rms(dimensions):
 
 
 def table(params, declarations, shardings, s: settings.Optimizer) -> str:
-    """What happens to each parameter: shape, optimizer, decay, rate, sharding. For the start of a run.
+    """What happens to each parameter: shape, optimizer, decay, rate, sharding; with `transfer_from` also the factor on
+    its first value. For the start of a run. Decay goes by the rate without the factor that is in `update_scale`.
 
     Equal parameters of equal blocks share a line, with `*` for the block's number.
     """
@@ -137,9 +149,12 @@ def table(params, declarations, shardings, s: settings.Optimizer) -> str:
         decay = s.weight_decay if _decays(d) else 0.0
         shape = "x".join(map(str, value.shape)) or "scalar"
         name = re.sub(r"_\d+(?=/)", "_*", jax.tree_util.keystr(path, simple=True, separator="/"))
-        row = (name, shape, label(d, s), f"{decay:g}", f"x{_rate(d, s):g}", f"({spec})")
+        starts = (f"x{d.initial_scale:.3g}",) if s.transfer_from else ()
+        rate = f"x{_rate(d, s) * d.update_scale:.3g}"
+        row = (name, shape, label(d, s), f"{decay:g}", rate, *starts, f"({spec})")
         rows[row] = rows.get(row, 0) + 1
-    lines = [("parameter", "shape", "optimizer", "decay", "rate", "sharding")]
+    starts = ("start",) if s.transfer_from else ()
+    lines = [("parameter", "shape", "optimizer", "decay", "rate", *starts, "sharding")]
     lines += [(f"{name} ({n})" if n > 1 else name, *rest) for (name, *rest), n in rows.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     padded = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)

@@ -4,6 +4,7 @@ It is abstract first: shapes and shardings are known before a number exists, and
 ahead-of-time compilation all start from the same abstract state.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -16,6 +17,7 @@ from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.nn import params as params_lib
 from ddt_jax.training import optimizer as optimizers
+from ddt_jax.training import transfer
 from ddt_jax.training.guards import sides, with_guards
 
 
@@ -48,16 +50,19 @@ def unbox(tree):
 
 
 def init_state(
-    model, optimizer: optax.GradientTransformation, *, seed: int, use_ema: bool, guard: settings.Optimizer
+    model, optimizer: optax.GradientTransformation, declarations, *, seed: int, use_ema: bool, guard: settings.Optimizer
 ) -> TrainState:
     """A fresh state. To be traced under jit with the shardings of `state_shardings`, or abstractly.
 
     Args:
+      declarations: of the parameters, for the scale of their first values.
       guard: says which guards the optimizer state has.
     """
     init_key, step_key = jax.random.split(jax.random.key(seed))
     boxed, extra = model.init(init_key)
     params, extra = unbox(boxed), unbox(extra)
+    scaled = lambda d, x: x if d.initial_scale == 1 else x * d.initial_scale  # noqa: E731
+    params = jax.tree.map(scaled, declarations, params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -98,18 +103,27 @@ def state_shardings(model, abstract: TrainState, mesh: Mesh) -> tuple[TrainState
     return state, fallbacks + more
 
 
-def abstract_state(s: settings.Experiment, model, mesh: Mesh):
+def abstract_state(s: settings.Experiment, model, mesh: Mesh, make_model: Callable[[settings.Experiment], Any]):
     """A run on a mesh before a number of it exists.
+
+    Args:
+      make_model: of settings, for the model at the width `optimizer.transfer_from`.
 
     Returns:
       (optimizer, declarations of the parameters, TrainState of ShapeDtypeStructs with shardings, dimensions that stay
       whole).
+
+    Raises:
+      UserError: as `transfer.narrowed`.
     """
     boxed, _ = jax.eval_shape(model.init, jax.random.key(0))
     _, declarations = params_lib.split(boxed)
+    if narrow := transfer.narrowed(s):
+        narrow_boxed, _ = jax.eval_shape(make_model(narrow).init, jax.random.key(0))
+        declarations = transfer.scaled(declarations, unbox(boxed), unbox(narrow_boxed), s.optimizer)
     optimizer = optimizers.make_optimizer(s.optimizer, s.train.steps, declarations)
     abstract = jax.eval_shape(
-        lambda: init_state(model, optimizer, seed=s.seed, use_ema=s.train.ema > 0, guard=s.optimizer)
+        lambda: init_state(model, optimizer, declarations, seed=s.seed, use_ema=s.train.ema > 0, guard=s.optimizer)
     )
     shardings, fallbacks = state_shardings(model, abstract, mesh)
     abstract = jax.tree.map(lambda a, sh: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sh), abstract, shardings)

@@ -173,7 +173,7 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) 
             raise UserError(
                 f"init_from: {s.init_from} was trained on other codes than sequences.sources; use those of one"
             )
-    source = abstract_state(theirs, make_model(theirs), mesh)[2]
+    source = abstract_state(theirs, make_model(theirs), mesh, make_model)[2]
     return FirstStage(s.init_from, theirs, source, plan(source, abstract, model.inherited))
 
 

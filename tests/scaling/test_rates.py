@@ -1,0 +1,78 @@
+"""The best learning rate of a size, and how far it moves with the size."""
+
+import json
+import math
+
+import pytest
+
+from ddt_jax import fitting
+from ddt_jax.evaluation import scaling_plots
+from ddt_jax.scaling import points, rates
+
+GRID = [1e-3 * 2**i for i in range(6)]
+
+
+def run(width, lr, best, seed=0, **more):
+    """A parabola over the octaves of the rate, lower for larger widths."""
+    loss = 3 - math.log10(width) / 4 + 0.1 * math.log2(lr / best) ** 2 + (-1) ** seed * 0.01
+    name = f"{width}-{lr:g}-{seed}"
+    values = {"loss": loss, **more.pop("metrics", {})}
+    return points.Point("arm", name, 12.0 * width**2, 1e4, 1e5 * width**2, values, lr=lr, width=width, **more)
+
+
+def sweep(moves):
+    """Widths 64 to 512, whose best rate begins at 5e-3 and moves by so many factors of 2 with each doubling."""
+    return [
+        run(w, lr, 5e-3 * 2 ** (moves * i), seed)
+        for i, w in enumerate((64, 128, 256, 512))
+        for lr in GRID
+        for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("moves", [0.0, -0.5])
+def test_the_bottom_of_a_known_curve_is_found_between_its_rates(moves):
+    found = rates.curves(sweep(moves), "loss")
+    assert [c.name for c in found] == ["width 64", "width 128", "width 256", "width 512"]
+    for i, curve in enumerate(found):
+        assert curve.runs == (2,) * len(GRID) and curve.rates == tuple(GRID)
+        assert curve.bottom == pytest.approx(5e-3 * 2 ** (moves * i), rel=1e-6)
+        assert curve.best == min(GRID, key=lambda lr: abs(math.log(lr / curve.bottom)))
+    assert rates.moved(found) == pytest.approx(3 * moves, abs=1e-6)
+
+
+def test_the_best_at_an_end_is_a_bound_and_has_no_bottom():
+    low = rates.curves([run(64, lr, 1e-5) for lr in GRID], "loss")[0]
+    high = rates.curves([run(128, lr, 1.0) for lr in GRID], "loss")[0]
+    assert (low.best, low.bottom, high.best, high.bottom) == (GRID[0], None, GRID[-1], None)
+    assert rates.moved([low, high]) == pytest.approx(5)
+    assert rates.moved([low]) is None
+
+
+def test_a_size_with_two_rates_or_none_said_has_no_curve():
+    two = [run(64, lr, 5e-3) for lr in GRID[:2]]
+    unsaid = [points.Point("arm", str(i), 10.0, 10.0, 600.0, {"loss": 2.0}) for i in range(4)]
+    assert rates.curves([*two, *unsaid], "loss") == []
+
+
+def test_the_verb_draws_rates_and_says_how_far_the_best_moves(tmp_path, monkeypatch):
+    lost = run(512, 6.4e-2, 5e-3, status="diverged", why="the loss ends at nan")
+    source, drawn = tmp_path / "runs.json", []
+    source.write_text(json.dumps({"points": points.to_json([*sweep(-0.5), lost])}))
+    monkeypatch.setattr(scaling_plots, "rates_plot", _noting(scaling_plots.rates_plot, drawn))
+    found = fitting.fit([str(source)], str(tmp_path / "out"), draws=100)
+    of = found["study"]["metrics"]["loss"]["families"]["arm"]["rates"]
+    assert of["moved"] == pytest.approx(-1.5, abs=1e-6) and len(of["curves"]) == 4
+    assert "the best rate moves by 2^-1.50" in found["table"]
+    assert (tmp_path / "out" / "loss_arm_rates.png").stat().st_size > 5000
+    assert drawn == [[6.4e-2]], "the run that diverged is a cross at its rate"
+    again = points.read(str(tmp_path / "out" / "points.csv"))
+    assert [(p.lr, p.width) for p in again] == [(p.lr, p.width) for p in [*sweep(-0.5), lost]]
+
+
+def _noting(draw, seen):
+    def drawing(name, found, lost, family, path):
+        seen.append(lost)
+        return draw(name, found, lost, family, path)
+
+    return drawing
