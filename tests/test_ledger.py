@@ -199,7 +199,7 @@ def test_a_plan_costs_what_the_run_will(root, codes):
     }
     assert planned.steps_within(planned.total(STEPS)) == STEPS
     assert planned.steps_within(planned.total(STEPS) + 1.6 * planned.step) == STEPS + 2
-    with pytest.raises(UserError, match="allow more with --steps"):
+    with pytest.raises(UserError, match="raise `total`"):
         planned.steps_within(planned.before["tokenizer"])
 
 
@@ -208,7 +208,7 @@ def test_what_cannot_be_used_is_one_line(root, codes, tmp_path):
     for call, message in [
         (lambda: ledger.rows("a", str(root / "tokenizer")), "is a run of kind linear; name workdirs of transformers"),
         (lambda: ledger.rows("a", str(tmp_path)), "holds no run"),
-        (lambda: ledger.plan(s), "tiny reads codes; give --tokenizer ARM=CONFIG"),
+        (lambda: ledger.plan(s), "tiny reads codes; name the tokenizer of that arm"),
         (lambda: ledger.plan(experiment.saved_settings(str(root / "tokenizer"))), "name configs of transformers"),
     ]:
         with pytest.raises(UserError) as error:

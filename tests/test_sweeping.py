@@ -250,7 +250,7 @@ def test_the_sweeps_that_come_along_are_whole(monkeypatch):
     """Settings that they change exist."""
     monkeypatch.setenv("CODES", "/somewhere")
     paths = {path for path in (ROOT / "configs" / "sweeps").glob("*.py") if "def get_sweep" in path.read_text()}
-    assert len(paths) == 2  # the other is a trial, of tools/compare.py
+    assert len(paths) == 4  # the other is a trial, of tools/compare.py
     for path in sorted(paths):
         found = sweep.load(str(path))
         for run in sweep.grid(found, str(path)):

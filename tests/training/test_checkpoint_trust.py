@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ddt_jax import settings
+from ddt_jax import peers, settings
 from ddt_jax.errors import UserError
 from ddt_jax.training import checkpoint
 from ddt_jax.training.checkpoint import Checkpoints
@@ -119,7 +119,8 @@ def test_a_peer_that_died_is_not_taken_for_a_full_disk(saved, monkeypatch):
     monkeypatch.setattr(points._manager, "check_for_errors", lambda: (_ for _ in ()).throw(error))
     with pytest.raises(UserError, match="cannot be written"):  # one process has no peers
         points.check()
-    monkeypatch.setattr(checkpoint.meshes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(peers, "has_joined", lambda: True)
     with pytest.raises(ValueError, match="Gloo"):
         points.check()
     points.abandon()
