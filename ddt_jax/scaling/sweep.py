@@ -85,23 +85,34 @@ class Run:
         return ["train", "--config", self.config, "--workdir", workdir, *texts]
 
 
+def described(path: str, who: str, function: str, kind: type):
+    """What a function of a Python file in configs/sweeps returns, which must be of a type. who: begins the messages.
+
+    Raises:
+      UserError: the file is missing or fails, or returns something else.
+    """
+    if not Path(path).is_file():
+        files = (file for file in sorted(Path().glob("configs/sweeps/*.py")) if f"def {function}(" in file.read_text())
+        known = ", ".join(map(str, files))
+        raise UserError(f"{who}: {path} does not exist" + (f"; there are {known}" if known else ""))
+    try:
+        found = getattr(config.sibling(path, Path(path).stem), function)()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's file did
+        raise UserError(f"{who}: {path} failed with {type(error).__name__}: {error}".replace("\n", " ")) from error
+    if not isinstance(found, kind):
+        raise UserError(f"{who}: {function}() of {path} must return a {kind.__name__}, got {type(found).__name__}")
+    return found
+
+
 def load(path: str) -> Sweep:
     """The sweep that a Python file describes.
 
     Raises:
       UserError: the file is missing or fails, or a field of the sweep is wrong.
     """
-    if not Path(path).is_file():
-        known = ", ".join(sorted(map(str, Path().glob("configs/sweeps/*.py"))))
-        raise UserError(f"sweep: {path} does not exist" + (f"; there are {known}" if known else ""))
-    try:
-        found = config.sibling(path, Path(path).stem).get_sweep()
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's file did
-        raise UserError(f"sweep: {path} failed with {type(error).__name__}: {error}".replace("\n", " ")) from error
-    if not isinstance(found, Sweep):
-        raise UserError(f"sweep: get_sweep() of {path} must return a Sweep, got {type(found).__name__}")
+    found = described(path, "sweep", "get_sweep", Sweep)
     if found.amount not in AMOUNTS:
         raise UserError(f"sweep: amount={found.amount!r} of {path} is not one of {', '.join(AMOUNTS)}")
     for name in ("arms", "amounts", "sizes", "seeds"):

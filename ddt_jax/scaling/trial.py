@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddt_jax import config
 from ddt_jax.errors import UserError
+from ddt_jax.scaling import sweep
 
 ROOT = "{root}"  # in the text of a config, the folder that the trial is run in
 
@@ -67,16 +67,7 @@ def load(path: str) -> Trial:
     Raises:
       UserError: the file is missing or fails, or a field of the trial is wrong.
     """
-    if not Path(path).is_file():
-        raise UserError(f"compare: {path} does not exist; there is configs/sweeps/image_languages.py")
-    try:
-        found = config.sibling(path, Path(path).stem).get_trial()
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's file did
-        raise UserError(f"compare: {path} failed with {type(error).__name__}: {error}".replace("\n", " ")) from error
-    if not isinstance(found, Trial):
-        raise UserError(f"compare: get_trial() of {path} must return a Trial, got {type(found).__name__}")
+    found = sweep.described(path, "compare", "get_trial", Trial)
     if len(found.arms) < 2:
         raise UserError(f"compare: {path} has {len(found.arms)} arms; a comparison takes two or more")
     for name in ("rates", "guidances", "seeds"):

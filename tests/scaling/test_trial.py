@@ -53,7 +53,7 @@ def test_what_makes_no_trial_is_one_line(tmp_path, changes, said):
 
 
 def test_a_file_that_is_missing_or_a_sweep_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nowhere.py does not exist; there is configs/sweeps/image_languages.py"):
+    with pytest.raises(UserError, match="nowhere.py does not exist; there are configs/sweeps/image_languages.py"):
         trial.load("nowhere.py")
     path = tmp_path / "t.py"
     path.write_text("def get_trial(): return 3")
