@@ -28,6 +28,7 @@ def get_config(variant="quarters"):
         caption_bytes=192 if variant == "captions" else 0,  # the longest has 181
         codec=settings.IdentityCodec(),
     )
+    c.model.scan_layers = False  # four layers: on CPU a step takes 0.8 of the time of scanned ones
     c.model.places = variant != "published"
     published = settings.DDPM(schedule="linear", solver="dpmpp_2m", solver_steps=25, clip=1.0)
     flow = settings.RectifiedFlow(shift=3.0, solver="dpmpp_2m", solver_steps=25, clip=1.0)
