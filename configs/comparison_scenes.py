@@ -40,6 +40,6 @@ def get_config(variant="codes"):
     for parts in (c.sequences.sources, c.sequences.eval_sources):
         for part in parts:
             part["formats"], part["weight"] = both.sequences.sources[0]["formats"], 1.0
-    c.evaluate.prompts = 1024
+    c.evaluate.prompts = 512
     c.evaluate.images = 2048  # all held-out documents, in whichever order rows hold them
     return c

@@ -12,6 +12,7 @@
     python tools/soak.py acdit_clips              configs/acdit_moving_scenes.py; --arms frames is another variant
     python tools/soak.py seed                     configs/seed_scenes.py: retrieval by embedding and by code
     python tools/soak.py seed_causal --seeds 0,1,2    its first stage, causal against bidirectional queries
+    python tools/soak.py seed_free                transformers on codes of both, which may draw what is no image
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
     python tools/soak.py cifar10_device           the same in bfloat16 on an accelerator, its speed, a stand-in for rFID
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
@@ -46,7 +47,7 @@ from soak_gates import note  # noqa: E402
 from soak_kill import kill  # noqa: E402
 from soak_saves import saves  # noqa: E402
 from soak_scenes import quickstart, scenes, schedules, spatial, transfusion  # noqa: E402
-from soak_seed import seed, seed_causal  # noqa: E402
+from soak_seed import seed, seed_causal, seed_free  # noqa: E402
 from soak_tpu import selftok_tpu  # noqa: E402
 
 MEASUREMENTS: dict[str, Callable] = {
@@ -62,6 +63,7 @@ MEASUREMENTS: dict[str, Callable] = {
     "acdit_clips": acdit_clips,
     "seed": seed,
     "seed_causal": seed_causal,
+    "seed_free": seed_free,
     "cifar10": cifar10,
     "cifar10_device": cifar10_device,
     "kill": kill,
@@ -89,7 +91,8 @@ def parse(argv=None):
         "--tokenizer",
         type=Path,
         metavar="WORKDIR",
-        help="whole_way, edits, spatial_codes: this one, trained before; seed_codes: its stage codes",
+        help="whole_way, edits, spatial_codes: this one, trained before; seed_codes: its stage codes; seed_free: what "
+        "seed_causal has kept",
     )
     parser.add_argument("--kills", type=int, default=50, help="kill: how many (default: 50)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak", metavar="DIR", help="where NAME.json goes")

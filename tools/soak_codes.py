@@ -7,7 +7,7 @@ Each takes the options of the command line and a folder for its runs, and return
 from pathlib import Path
 
 import soak_runs as programs
-from soak_gates import at_least, at_most, note, quiet
+from soak_gates import at_least, at_most, quiet
 
 CODES = {"codes/train": ("scenes:train", 160_000), "codes/heldout": ("scenes:heldout", 2048)}
 SEED_CODES = {"train_codes": CODES["codes/train"], "heldout_codes": CODES["codes/heldout"]}
@@ -57,22 +57,11 @@ def seed_codes(options, folder: Path) -> dict:
         config = f"configs/seed_scenes.py:{stage}"
         stages[stage], more = programs.train_and_evaluate(config, folder / stage, seed, options, also=also)
         outcomes += more
-    outcomes += _codes_of(folder / "codes", folder, SEED_CODES)
+    outcomes += programs.codes_of(folder / "codes", folder, SEED_CODES)
     config = f"configs/seed_llama_scenes.py:{folder}"
     spoken, more = programs.train_and_evaluate(config, folder / "transformer", seed, options)
     outcomes += more
     return _record(options, "configs/seed_llama_scenes.py", stages, spoken, _sound(spoken, outcomes))
-
-
-def _codes_of(tokenizer: Path, folder: Path, sources: dict) -> list:
-    """Outcomes of writing the codes of sources into folders of their names."""
-    outcomes = []
-    for to, (source, records) in sources.items():
-        note(f"codes of {source}")
-        what = ("--to", str(folder / to), "--source", source, "--records", str(records))
-        tokenize = programs.command("tokenize", "--workdir", str(tokenizer), *what)
-        outcomes.append(programs.must(programs.run(tokenize), "tokenize"))
-    return outcomes
 
 
 def _trained(options, folder: Path, tokenizer_config: str, sources: dict, config: str):
@@ -84,7 +73,7 @@ def _trained(options, folder: Path, tokenizer_config: str, sources: dict, config
     else:
         without = ("--config.evaluate.probe_images=0",)
         seen, outcomes = programs.train_and_evaluate(tokenizer_config, tokenizer, seed, options, to_evaluate=without)
-    outcomes += _codes_of(tokenizer, folder, sources)
+    outcomes += programs.codes_of(tokenizer, folder, sources)
     spoken, more = programs.train_and_evaluate(config, folder / "transformer", seed, options)
     return seen, spoken, outcomes + more
 

@@ -178,6 +178,15 @@ def train_and_evaluate(
     return json.loads(path.read_text()), [trained, evaluated]
 
 
+def codes_of(tokenizer: Path, folder: Path, sources: dict[str, tuple[str, int]]) -> list[Outcome]:
+    """Outcomes of writing the codes of sources, name of a folder → (source, records), into folders of these names."""
+    outcomes = []
+    for to, (source, records) in sources.items():
+        what = ("--to", str(folder / to), "--source", source, "--records", str(records))
+        outcomes.append(must(run(command("tokenize", "--workdir", str(tokenizer), *what)), "tokenize"))
+    return outcomes
+
+
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of the committed checkpoints in a folder; unfinished ones have a longer name."""
     folder = workdir / "checkpoints"

@@ -16,6 +16,10 @@ WAYS = ("image_to_text", "text_to_image")
 UNTRAINED = ("--config.train.steps=1", "--config.optimizer.lr=1e-12")
 NEAR_CHANCE = 0.01  # of recall at 1, which is 0.001 by chance in a gallery of 1,000
 CAUSALITY_MAY_COST = 0.03  # of recall at 1
+ARMS = {"causal": "align", "bidirectional": "align_bidirectional"}  # variants of CONFIG
+# A transformer that is free to draw anything: fewer steps than its config, and a decoder whose pictures nobody judges.
+FREE = {"codes": 1200, "draw": 1, "transformer": 2000}
+FREE_CODES = {"train_codes": ("scenes:train", 80_000), "heldout_codes": ("scenes:heldout", 2048)}
 
 
 def seed(options, folder: Path) -> dict:
@@ -70,12 +74,11 @@ def seed_causal(options, folder: Path) -> dict:
     """The first stage with causal queries and with queries that see each other, the same seeds in both."""
     if len(options.seeds) < 2:
         raise programs.Failed("one seed has no interval; give two or more, --seeds 0,1,2")
-    arms = {"causal": "align", "bidirectional": "align_bidirectional"}
-    runs, gates, began = {arm: {} for arm in arms}, [], time.monotonic()
-    todo = [(arm, number) for number in options.seeds for arm in arms]
+    runs, gates, began = {arm: {} for arm in ARMS}, [], time.monotonic()
+    todo = [(arm, number) for number in options.seeds for arm in ARMS]
     for done, (arm, number) in enumerate(todo):
         note(f"{arm}, seed {number}, {done + 1} of {len(todo)}{_left(began, done, len(todo))}")
-        config, workdir = f"{CONFIG}:{arms[arm]}", folder / f"{arm}_{number}"
+        config, workdir = f"{CONFIG}:{ARMS[arm]}", folder / f"{arm}_{number}"
         runs[arm][str(number)], outcomes = programs.train_and_evaluate(config, workdir, number, options)
         gates += [{"arm": arm, "seed": number, **check} for check in quiet(outcomes)]
     at_1 = [f"recall_{way}_1_by_embedding" for way in WAYS]
@@ -92,6 +95,47 @@ def seed_causal(options, folder: Path) -> dict:
         "results": {"arms": runs, "bidirectional_less_causal": costs},
         "gates": gates,
     }
+
+
+def seed_free(options, folder: Path) -> dict:
+    """Transformers on codes of causal queries and of queries that see each other, which may draw anything behind BOV:
+    how many of their answers are images. Reported, not judged.
+    """
+    number, runs, gates = options.seeds[0], {}, []
+    free = ("--config.evaluate.free_images=True", "--config.evaluate.prompts=1024")
+    for arm, variant in ARMS.items():
+        root, (runs[arm], outcomes) = folder / arm, ({}, [])
+        root.mkdir()
+        if options.tokenizer:
+            (root / "align").symlink_to((options.tokenizer / f"{arm}_{number}").resolve(), target_is_directory=True)
+        sees = f"--config.model.causal={arm == 'causal'}"
+        stages = (("align", f"{CONFIG}:{variant}", ()), ("codes", f"{CONFIG}:codes", (sees, f"{root / 'align'}")))
+        stages += (("draw", f"{CONFIG}:draw", (sees, f"{root / 'codes'}")),)
+        for stage, config, also in stages[1:] if options.tokenizer else stages:
+            note(f"{arm}: {stage}")
+            more = () if not also else (also[0], f"--config.init_from={also[1]}", _steps(stage))
+            found, ran = programs.train_and_evaluate(config, root / stage, number, options, also=more)
+            runs[arm] |= {stage: found} if stage != "draw" else {}
+            outcomes += ran
+        outcomes += programs.codes_of(root / "codes", root, FREE_CODES)
+        note(f"{arm}: transformer")
+        runs[arm]["transformer"], ran = programs.train_and_evaluate(
+            f"configs/seed_llama_scenes.py:{root}",
+            root / "transformer",
+            number,
+            options,
+            also=(_steps("transformer"),),
+            to_evaluate=free,
+        )
+        checks = [at_least("pictures asked for", runs[arm]["transformer"]["prompts"], 1024), *quiet(outcomes + ran)]
+        gates += [{"arm": arm, **check} for check in checks]
+        note(f"{arm}: {runs[arm]['transformer']['t2i_valid']:.4f} of the answers are images")
+    config = "configs/seed_llama_scenes.py"
+    return {"config": config, "seeds": [number], "steps": FREE, "results": {"arms": runs}, "gates": gates}
+
+
+def _steps(what: str) -> str:
+    return f"--config.train.steps={FREE[what]}"
 
 
 def _at_1(results: dict, by: str) -> dict[str, float]:
