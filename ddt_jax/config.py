@@ -319,6 +319,10 @@ def _check(e: settings.Experiment):
         f"data.eval_source={d.eval_source} holds no images to compare with; name the images it was made of",
     )
     need(
+        not (isinstance(m, settings.SEED) and "karpathy:" in d.eval_source and "each=caption" in d.eval_source),
+        f"data.eval_source={d.eval_source} has a record of each caption, images are retrieved; leave out each=caption",
+    )
+    need(
         all(0 < v <= 1 for v in e.evaluate.visible),
         f"evaluate.visible holds shares in (0, 1], got {e.evaluate.visible}",
     )

@@ -98,6 +98,14 @@ def test_an_autoencoder_has_no_codes_to_verify():
     assert config.from_dict(tree).model == settings.VAE()
 
 
+def test_images_are_retrieved_and_not_each_caption_of_them():
+    source = "karpathy:/coco/dataset_coco.json?split=val&each=caption"
+    tree = config.dump(settings.Experiment(model=settings.SEED(), data=settings.Data(eval_source=source)))
+    fails("has a record of each caption, images are retrieved; leave out each=caption", tree)
+    tree["data"]["eval_source"] = source.removesuffix("&each=caption")
+    assert config.from_dict(tree).data.eval_source.endswith("split=val")
+
+
 def test_missing_and_failing_files_are_user_errors(tmp_path):
     fails("does not exist", [], str(tmp_path / "none.py"))
     bad = tmp_path / "bad.py"

@@ -242,6 +242,25 @@ def _parquet(data, folder):
     into_batch(source.__getitem__, min(len(source), 8))
 
 
+_DESCRIBED = {"split": "test", "filepath": "val2014", "filename": "a.png", "sentences": [{"raw": "two"}, {"raw": "é"}]}
+
+
+def _splits(folder):
+    (folder / "val2014").mkdir(exist_ok=True)
+    for place in ("a.png", "val2014/a.png"):
+        (folder / place).write_bytes(picture())
+    flat = {"split": "test", "filename": "a.png", "sentences": [{"raw": "a red circle"}] * 5, "imgid": 3}
+    trees = [_DESCRIBED, flat, flat | {"split": "train"}], [flat] * 3, [_DESCRIBED | {"cocoid": 42}]
+    return [json.dumps({"images": images, "dataset": "coco"}).encode() for images in trees]
+
+
+def _split(data, folder):
+    (folder / "x.json").write_bytes(data)
+    for options in ("", "&each=caption&captions=1"):
+        source = open_source(f"karpathy:{folder}/x.json?split=test{options}")
+        into_batch(source.__getitem__, min(len(source), 8))
+
+
 def _pictures(folder):
     kinds = [("PNG", "RGBA"), ("PNG", "P"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("PPM", "RGB")]
     kinds += [("BMP", "RGB"), ("GIF", "P"), ("TIFF", "RGB")]
@@ -434,6 +453,7 @@ TARGETS = {
     "latents_index": Target(_latents_index_seeds, _latents_index, text=True),
     "tar": Target(_tars, _tar),
     "parquet": Target(_parquets, _parquet),
+    "karpathy": Target(_splits, _split, text=True),
     "picture": Target(_pictures, _picture),
     "config": Target(_configs, _config, text=True),
     "override": Target(_overrides, _override),

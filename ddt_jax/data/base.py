@@ -24,6 +24,7 @@ class Record(TypedDict, total=False):
     video: in place of an image, a `data.videos.Clip`.
     latent_mean, latent_logvar: in place of an image, float [h, w, c].
     caption: non-empty text.
+    captions: non-empty texts, `caption` the first of them; of an image that has been described several times.
     label: class number.
     meta: whatever else the source knows.
     """
@@ -33,6 +34,7 @@ class Record(TypedDict, total=False):
     latent_mean: Any
     latent_logvar: Any
     caption: str
+    captions: list[str]
     label: int
     meta: dict
 
@@ -45,7 +47,8 @@ class Source(Protocol):
       label_names: class names by number, or None.
 
     One whose records hold arrays in place of an image says so in `arrays`: name → (shape, type); one whose records hold
-    a `video`, in `clips`.
+    a `video`, in `clips`. One of images with several captions each says in `each` whether a record is an "image" with
+    its `captions`, or one "caption": then several records are of the same image.
     """
 
     name: str
@@ -96,6 +99,7 @@ OPTIONS = {
     "folder": ("caption",),
     "tfds": ("data_dir", "image", "caption", "label"),
     "arrayrecord": ("caption",),
+    "karpathy": ("split", "images", "each", "captions"),
     "latents": (),
     "scenes": (),
     "scenes_edits": (),
@@ -200,6 +204,10 @@ def open_source(
             from ddt_jax.data.array_record import ArrayRecordSource
 
             source = ArrayRecordSource(rest, cache_dir=cache_dir, retry_seconds=retry_seconds)
+        case "karpathy":
+            from ddt_jax.data.karpathy import KarpathySource
+
+            source = KarpathySource(rest, **options, retry_seconds=retry_seconds)
         case "latents":
             from ddt_jax.data.latents import LatentsSource
 

@@ -13,6 +13,10 @@ from ddt_jax.errors import UserError
 from ddt_jax.settings import Data
 
 
+class Gone(BadRecord):
+    """There is no such file, or no longer."""
+
+
 class Files:
     """The files under a folder that may be of use. Hidden files and folders are left out.
 
@@ -52,7 +56,7 @@ class Files:
         Raises:
           BadRecord: it is gone, may not be read, is no file, or is larger; and UserError as `Patience.record`.
         """
-        return self._patience.record(lambda: _content(f"{self._root}/{name}", limit), name)
+        return self._patience.record(lambda: content(f"{self._root}/{name}", limit), name)
 
     def caption(self, stem: str) -> str:
         """What STEM.txt says, "" where there is none. Raises BadRecord."""
@@ -105,7 +109,13 @@ def extension(name):
     return name.rpartition(".")[2].lower()
 
 
-def _content(path, limit):
+def content(path: str, limit: int) -> bytes:
+    """A file's content, read once.
+
+    Raises:
+      Gone: there is no such file.
+      BadRecord: it may not be read, is no file, or is larger. What passes (`patience.is_passing`) is raised as it is.
+    """
     try:
         if files.is_local(path):
             found = os.stat(path)
@@ -117,7 +127,7 @@ def _content(path, limit):
         with files.path_of(path).open("rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError:
-        raise BadRecord("the file is gone") from None
+        raise Gone("the file is gone") from None
     except PermissionError:
         raise BadRecord("no permission to read it") from None
     except OSError as error:

@@ -86,8 +86,11 @@ def classes(results: dict[str, Any]) -> str:
 
 def retrieval(results: dict[str, Any]) -> str:
     """How often images and captions find each other."""
-    n = results["retrieval_images"]
-    lines = [f"Retrieval among {n:,} images and captions; chance at 1 is {results['retrieval_chance']:.2%}.", ""]
+    of = f"{results['retrieval_images']:,}"
+    if whole := results.get("retrieval_split_images"):  # of a published split, by whose figures less images are easier
+        of += f" of {whole:,}"
+    texts = f"{results['retrieval_texts']:,} captions" if "retrieval_texts" in results else "captions"
+    lines = [f"Retrieval among {of} images and {texts}; chance at 1 is {results['retrieval_chance']:.2%}.", ""]
     lines += ["| | image to text at 1 / 5 / 10 | text to image at 1 / 5 / 10 | mean |", "|---|---:|---:|---:|"]
     for name, found in results["retrieval"].items():
         ways = (" / ".join(f"{x:.1%}" for x in found[way].values()) for way in ("image_to_text", "text_to_image"))

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import logging
 import os
 import pickle
@@ -186,6 +187,12 @@ def source_of(tmp_path, encode, monkeypatch):
                 (root / f"{i}.png").write_bytes(data)
                 (root / f"{i}.txt").write_bytes(b"text")
             monkeypatch.setattr(folder, "open", flaky(open), raising=False)
+        elif kind == "karpathy":
+            for i, data in enumerate(pictures):
+                (root / f"{i}.png").write_bytes(data)
+            said = {"split": "test", "sentences": [{"raw": "text"}]}
+            (root / "a").write_text(json.dumps({"images": [said | {"filename": f"{i}.png"} for i in range(6)]}))
+            monkeypatch.setattr(folder, "open", flaky(open), raising=False)
         elif kind == "arrayrecord":
             records = [{"image": data, "caption": "text"} for data in pictures]
             array_record.write_array_record(root / "a", records)
@@ -211,7 +218,7 @@ def source_of(tmp_path, encode, monkeypatch):
     return make
 
 
-KINDS = ("webdataset", "folder", "arrayrecord", "parquet")
+KINDS = ("webdataset", "folder", "karpathy", "arrayrecord", "parquet")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from ddt_jax import config, exchange, experiment, judging, settings, speaking, tokenize
 from ddt_jax.data.codes import CodesSource
@@ -76,6 +77,22 @@ def test_each_stage_goes_on_from_the_one_before(root, tmp_path):
     others = replace(of("draw", codes), model=replace(SMALL, stage="draw", causal=False))
     with pytest.raises(UserError, match="makes other codes than this run would; set as there: model.causal"):
         experiment.train(others, str(tmp_path / "other"))
+
+
+def test_it_is_trained_and_measured_on_karpathys_splits(tmp_path):
+    rng, images = np.random.default_rng(0), []
+    for number in range(12):
+        split = ("train", "restval", "test")[number % 3]
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(tmp_path / f"{number}.jpg")
+        said = [{"raw": f"picture {number} in {word}"} for word in ("red", "green", "blue", "grey", "pink")]
+        images.append({"split": split, "filename": f"{number}.jpg", "sentences": said})
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": images}))
+    where = f"karpathy:{tmp_path}/dataset.json"
+    data = settings.Data(source=f"{where}?split=train+restval&each=caption", eval_source=f"{where}?split=test")
+    experiment.train(replace(of("align"), data=data), str(tmp_path / "run"))
+    found = judging.evaluate(str(tmp_path / "run"))
+    assert [found["results"][f"retrieval_{of}"] for of in ("images", "texts")] == [4, 20]
+    assert found["table"].startswith("Retrieval among 4 images and 20 captions; chance at 1 is 25.00%.")
 
 
 def test_a_qformer_is_exported_and_begun_with(root, tmp_path):
