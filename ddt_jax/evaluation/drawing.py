@@ -6,6 +6,7 @@ that each class is drawn as often as it occurs. Neither depends on batch size or
 Legend: B rows of a batch on this process, N blocks of an image, M images of all processes, D pictures drawn.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable
@@ -90,6 +91,7 @@ def evaluate_drawing(
     class_names: tuple[str, ...] | None = None,
     verify: Callable | None = None,
     progress: Callable[[int], None] | None = None,
+    drawing=contextlib.nullcontext(),  # noqa: B008  it holds no state
 ) -> Report:
     """Measures a model on held-out images, and draws.
 
@@ -98,6 +100,7 @@ def evaluate_drawing(
       count: pictures to be judged; of them, the first settings.pictures are kept.
       verify: (images uint8 [D, H, W, C], labels [D], or None of a model that is told none) → results.
       progress: told how many held-out images have been seen.
+      drawing: context in which pictures are drawn; what it yields, if anything, is told how many there are.
 
     Returns:
       A report. diffusion: the training loss without dropped labels; mse_t25 ... mse_t100: errors by quarters of the
@@ -139,7 +142,10 @@ def evaluate_drawing(
     label_D = table["label"][order_D].astype(np.int32)
     text_DZ = table["caption_ids"][order_D] if "caption_ids" in table else None
     seconds: list[float] = []
-    drawn = draw(model, params, extra, label_D, settings, mesh=mesh, text_DZ=text_DZ, seconds=seconds)
+    with drawing as tell:
+        how = {"mesh": mesh, "text_DZ": text_DZ, "seconds": seconds}
+        done = tell and (lambda count: tell(f"{count:,} of {len(label_D):,}"))
+        drawn = draw(model, params, extra, label_D, settings, **how, done=done)
     if len(seconds) > 1:
         results["seconds_per_picture"] = min(seconds[1:])
     captions = None
@@ -185,6 +191,7 @@ def draw(
     frames: int = 0,
     text_DZ=None,
     seconds: list[float] | None = None,
+    done: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Pictures of labels int32 [D], -1 for none: uint8 [D, H, W, C], or clips [D, T, H, W, C], on every process.
 
@@ -192,6 +199,7 @@ def draw(
       frames: T; 0: as many as the model learned.
       text_DZ: captions, of a model that is told them; None: none.
       seconds: gets what a picture of each batch took.
+      done: told how many have been drawn.
     """
     if not len(label_D):
         clip = (frames or model.frames,) if model.frames else ()
@@ -213,6 +221,8 @@ def draw(
         if seconds is not None:
             seconds.append((time.perf_counter() - began) / size)
         rows.append({"valid": inside_B, "index": index_B, "image": images_BHWC})
+        if done is not None:
+            done(min(start + size, len(label_D)))
     table = gather.valid_rows(rows)
     return table["image"][np.argsort(table["index"])]
 

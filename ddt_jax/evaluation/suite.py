@@ -155,7 +155,8 @@ def evaluate(
     left_out: list[str] = []
     if model.measured == "drawing":
         options = {"mesh": mesh, "progress": progress.update, "first_batch": progress.phase("compiling")}
-        report = reconstruct(model, params, extra, s, held_out, count=e.prompts if e.verifier else 0, **options)
+        options |= {"drawing_phase": progress.phase("drawing"), "count": e.prompts if e.verifier else 0}
+        report = reconstruct(model, params, extra, s, held_out, **options)
         left_out.append("FID: what a model draws from noise is not compared with other images yet")
         if not e.verifier:
             left_out.append("scenes: evaluate.verifier is False")
@@ -235,6 +236,7 @@ def reconstruct(
     judges=(),
     progress=None,
     first_batch=contextlib.nullcontext(),  # noqa: B008  it holds no state
+    drawing_phase=contextlib.nullcontext(),  # noqa: B008  nor does this
     count: int = 0,
     captions: CaptionIds | None = None,
 ) -> reconstruction.Report | autoencoding.Report | drawing.Report | retrieval.Report | classifying.Report:
@@ -242,6 +244,7 @@ def reconstruct(
 
     Args:
       first_batch: context in which the first batch is judged.
+      drawing_phase: of a model that draws, see `drawing.evaluate_drawing`.
       count: of a model that draws: how many pictures are judged.
       captions: what reads those of a model that knows them; of one that draws nothing yet, retrieval is the report.
     """
@@ -258,8 +261,9 @@ def reconstruct(
     if model.measured == "drawing":
         verify = _reader(loader.source) if count else None
         how = {"mesh": mesh, "count": count, "class_names": loader.source.label_names, "verify": verify}
+        how |= {"progress": progress, "drawing": drawing_phase}
         with jax.set_mesh(mesh):
-            return drawing.evaluate_drawing(model, params, extra, batches(), e, progress=progress, **how)
+            return drawing.evaluate_drawing(model, params, extra, batches(), e, **how)
     if model.measured == "classes":
         with jax.set_mesh(mesh):
             return classifying.evaluate_classes(model, params, extra, batches(), e, mesh=mesh, progress=progress)

@@ -1,5 +1,6 @@
 """The evaluation of a model that draws: its figures against the model's own, and what is drawn of which class."""
 
+import contextlib
 import functools
 import json
 
@@ -131,3 +132,15 @@ def test_objects_are_followed_by_the_reader_of_moving_scenes():
     shown = drawing.Report({}, clips, ("a", "b", "c", "d", "e", "f"))
     assert shown.picture().ndim == 3 and shown.moving().shape[0] == 4
     assert drawing.Report({}, clips[:, 0], None).moving() is None
+
+
+def test_drawing_tells_how_far_it_is():
+    told = []
+
+    @contextlib.contextmanager
+    def phase():
+        yield told.append
+
+    mesh = meshes.make_mesh(settings.Mesh(), jax.devices()[:1])
+    assert evaluate(mesh, count=20, drawing=phase()).results["drawn"] == 20
+    assert told == ["8 of 20", "16 of 20", "20 of 20"]
