@@ -15,7 +15,7 @@ from ddt_jax.errors import UserError
 
 def test_axes_are_auto_and_minus_one_takes_the_rest():
     mesh = meshes.make_mesh(settings.Mesh(tensor=2))
-    assert dict(mesh.shape) == {"replica": 1, "data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}
+    assert dict(mesh.shape) == {"replica": 1, "data": 1, "fsdp": 4, "tensor": 2, "context": 1}
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
