@@ -112,6 +112,7 @@ def without_remat():
     return compiled(changed(RUN, settings.Mesh(fsdp=2, context=4), remat="none"))
 
 
+@pytest.mark.slow
 def test_of_activations_only_keys_and_values_are_gathered(without_remat):
     _, work, mesh = without_remat
     over_context = {c: n for c, n in work.collectives.items() if "context" in c.axes(mesh)}
@@ -125,6 +126,7 @@ def test_of_activations_only_keys_and_values_are_gathered(without_remat):
     assert others and not [shape for shape in others if POSITIONS in shape and len(shape) > 2]
 
 
+@pytest.mark.slow
 def test_memory_of_activations_falls_with_the_parts_of_a_row(without_remat):
     whole, _, _ = compiled(changed(RUN, settings.Mesh(fsdp=2), remat="none"))
     temporary = [step.memory_analysis().temp_size_in_bytes for step in (whole, without_remat[0])]
