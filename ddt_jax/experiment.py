@@ -22,7 +22,7 @@ from ddt_jax.errors import UserError
 from ddt_jax.interop import blip2, diffusers_vae, hf_clip, hf_vision
 from ddt_jax.io import atomic, weights_folder
 from ddt_jax.multimodal.code_embedding import VECTORS
-from ddt_jax.multimodal.model import Multimodal, make_multimodal
+from ddt_jax.multimodal.model import Multimodal, check_context, make_multimodal
 from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
 from ddt_jax.tokenizers.seed import TARGET, VISION
@@ -126,9 +126,10 @@ def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Bui
       to_train: whether the step will be used, so that its batch must fit the devices.
 
     Raises:
-      UserError: if mesh and batch do not fit the devices, accumulation does not fit the loss, or as `abstract_state`.
+      UserError: if mesh, batch, devices and model do not fit, accumulation and loss do not, or as `abstract_state`.
     """
     mesh = meshes.make_mesh(s.mesh, devices)
+    check_context(s, mesh)
     if to_train:
         meshes.check_batch(s.train.batch_size // s.train.accumulate, mesh, "train.batch_size / train.accumulate")
     model = make_model(s)

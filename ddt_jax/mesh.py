@@ -1,6 +1,7 @@
 """The device mesh, and where each array lies on it.
 
-Axes: replica (slow links between slices), data, fsdp (batch and parameters), tensor (heads, hidden widths), sequence.
+Axes: replica (slow links between slices), data, fsdp (batch and parameters), tensor (heads, hidden widths), context
+(positions of a row).
 A model names the dimensions of its parameters by what they are; RULES says which mesh axis each name is spread over.
 """
 
@@ -14,8 +15,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ddt_jax import settings
 from ddt_jax.errors import UserError
 
-AXES = ("replica", "data", "fsdp", "tensor", "sequence")
+AXES = ("replica", "data", "fsdp", "tensor", "context")
 BATCH = ("replica", "data", "fsdp")  # mesh axes that split the rows of a batch
+CONTEXT = "context"  # that which splits the positions of a row
 
 RULES: dict[str, str | None] = {
     "embed": "fsdp",  # the residual width
@@ -139,27 +141,58 @@ def constrain_batch(x):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(x.shape[0], mesh)))
 
 
+def position_parts(*lengths: int) -> int:
+    """Parts into which the mesh that is set splits rows of so many positions; 1 where it does not divide all of them,
+    or there is none.
+    """
+    parts = jax.sharding.get_abstract_mesh().shape.get(CONTEXT, 1)
+    return 1 if any(length % parts for length in lengths) else parts
+
+
+def position_axis(*lengths: int) -> str | None:
+    """The axis over which rows of so many positions lie; None: a device has all positions of its rows."""
+    return CONTEXT if position_parts(*lengths) > 1 else None
+
+
+def constrain_positions(x):
+    """`constrain_batch` of x [B, S, ...], its positions over the context axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(x.shape[0], mesh), position_axis(x.shape[1])))
+
+
 def look_up(table_VD, ids, axes, dtype):
-    """Rows [B, ..., D] of a table in some type; B over the batch axes but one, D split as that of the table.
+    """Rows [B, S, D] of a table in some type; B over the batch axes but one, S over context, D split as the table's.
 
     So a device looks up its own columns of a table, and adds up those of its gradient. Left to itself, the compiler
     puts the table together on each device, and its gradient too: rows are over the axis that has the columns.
 
     Args:
-      ids: int32 [B, ...] in [0, V).
+      ids: int32 [B, S] in [0, V).
       axes: of the table, as `partition` takes them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not batch_axes(ids.shape[0], mesh):
         return table_VD[ids].astype(dtype)
     columns = partition(axes, table_VD.shape, mesh)[0][-1]
-    rows = tuple(axis for axis in BATCH if axis != columns)
-    found = table_VD[jax.lax.with_sharding_constraint(ids, PartitionSpec(rows))].astype(dtype)
-    return jax.lax.with_sharding_constraint(found, PartitionSpec(rows, *(None for _ in ids.shape[1:]), columns))
+    rows, context = tuple(axis for axis in BATCH if axis != columns), position_axis(ids.shape[1])
+    ids = jax.lax.with_sharding_constraint(ids, PartitionSpec(rows))
+    if context:  # in two steps, which the compiler takes without a detour
+        ids = jax.lax.with_sharding_constraint(ids, PartitionSpec(rows, context))
+    found = table_VD[ids].astype(dtype)
+    return jax.lax.with_sharding_constraint(found, PartitionSpec(rows, context, columns))
 
 
 def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
-    """Raises UserError unless the rows divide over the batch axes."""
+    """Raises UserError unless the rows divide over the batch axes, and a host has whole rows, for it reads its own."""
+    if jax.process_count() > 1:
+        hosts = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(-1, *mesh.devices.shape[3:])
+        if (hosts != hosts[:, :1, :1]).any():
+            raise UserError(
+                f"mesh: mesh.tensor={hosts.shape[1]} x mesh.context={hosts.shape[2]} put a row on several hosts, and "
+                f"each reads rows of its own; make them at most {jax.local_device_count()}, a host's devices, together"
+            )
     parts = int(np.prod([mesh.shape[a] for a in BATCH]))
     if batch_size % parts:
         raise UserError(f"mesh: {name}={batch_size} does not divide over {parts} devices (replica x data x fsdp)")

@@ -265,7 +265,7 @@ def step(s: settings.Experiment, devices: list) -> plan.Step:
     make = experiment.build, experiment.abstract_batch, devices[:1]
     plain = model_flops.traced(once, *make)
     again = model_flops.traced(s, *make) - plain if s != once else 0.0
-    rows, share = isinstance(s.model, settings.Multimodal), _attention_share(s, built.model)
+    rows, share = isinstance(s.model, settings.Multimodal), _attention_share(s, built)
     if rows and s.model.transformer.remat in ("full", "dots") and devices[0].platform == "tpu":
         again -= model_flops.attention(s, 2, (1 - share) * s.sequences.context**2)  # tiles that the kernel skips again
     return plan.Step(
@@ -281,12 +281,14 @@ def step(s: settings.Experiment, devices: list) -> plan.Step:
     )
 
 
-def _attention_share(s: settings.Experiment, model) -> float:
+def _attention_share(s: settings.Experiment, built) -> float:
+    """Of all pairs of a row and a key; with context, the mean of a row's parts, of which later ones see more keys."""
     from ddt_jax.nn import attention_tpu
 
-    if not isinstance(s.model, settings.Multimodal) or s.model.whole_prompts or s.sequences.context % 128:
+    parts = built.mesh.shape["context"]
+    if not isinstance(s.model, settings.Multimodal) or s.model.whole_prompts or s.sequences.context // parts % 128:
         return 1.0
     image, ahead = s.model.image, 0
     if getattr(image, "attention", "") == "bidirectional":
-        ahead = (image.block_size or model.form.rows) - 1
-    return attention_tpu.planned_share(s.sequences.context, s.sequences.context, ahead)
+        ahead = (image.block_size or built.model.form.rows) - 1
+    return attention_tpu.planned_share(s.sequences.context, s.sequences.context, ahead, parts)

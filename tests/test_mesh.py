@@ -15,7 +15,7 @@ from ddt_jax.errors import UserError
 
 def test_axes_are_auto_and_minus_one_takes_the_rest():
     mesh = meshes.make_mesh(settings.Mesh(tensor=2))
-    assert dict(mesh.shape) == {"replica": 1, "data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}
+    assert dict(mesh.shape) == {"replica": 1, "data": 1, "fsdp": 4, "tensor": 2, "context": 1}
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
@@ -80,6 +80,23 @@ def test_batch_must_divide_over_the_batch_axes():
         meshes.check_batch(6, mesh, "train.batch_size")
 
 
+def test_a_row_over_several_hosts_is_refused(monkeypatch):
+    """A host reads rows of its own, so that parts of one row would be of two."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+
+    def over_hosts(*shape):
+        numbers = np.arange(8).reshape(shape)
+        of_host = np.vectorize(lambda number: SimpleNamespace(process_index=number // 4), otypes=[object])
+        return SimpleNamespace(devices=of_host(numbers), shape=dict(zip(meshes.AXES, shape, strict=True)))
+
+    meshes.check_batch(8, over_hosts(1, 1, 2, 2, 2), "train.batch_size")
+    message = "mesh.tensor=1 x mesh.context=8 put a row on several hosts.* at most 4, a host's devices, together"
+    for shape, found in {(1, 1, 1, 1, 8): message, (1, 1, 1, 8, 1): "mesh.tensor=8 x mesh.context=1"}.items():
+        with pytest.raises(UserError, match=found):
+            meshes.check_batch(8, over_hosts(*shape), "train.batch_size")
+
+
 def test_put_batch_keeps_rows_in_order():
     mesh = meshes.make_mesh(settings.Mesh(data=2, fsdp=4))
     x = jnp.arange(16).reshape(16, 1)
@@ -88,18 +105,21 @@ def test_put_batch_keeps_rows_in_order():
     assert len({str(s.index) for s in placed.addressable_shards}) == 8
 
 
-def test_a_table_over_a_mesh_gives_the_same_rows_and_gradient():
+@pytest.mark.parametrize(
+    "sizes", [settings.Mesh(data=2, fsdp=2, tensor=2), settings.Mesh(fsdp=2, context=4)], ids=["tensor", "context"]
+)
+def test_a_table_over_a_mesh_gives_the_same_rows_and_gradient(sizes):
     generator = np.random.default_rng(0)
-    table, weight = (generator.normal(size=size).astype(np.float32) for size in ((24, 12), (8, 5, 12)))
-    ids = generator.integers(0, 24, (8, 5)).astype(np.int32)
+    table, weight = (generator.normal(size=size).astype(np.float32) for size in ((24, 12), (8, 4, 12)))
+    ids = generator.integers(0, 24, (8, 4)).astype(np.int32)
     axes = ("vocab", "embed")
 
     def loss(table, ids):
-        x = meshes.constrain_batch(meshes.look_up(table, ids, axes, jnp.float32))
+        x = meshes.constrain_positions(meshes.look_up(table, ids, axes, jnp.float32))
         return jnp.sum(jnp.asarray(weight) * x), x
 
     (_, expected), expected_gradient = jax.value_and_grad(loss, has_aux=True)(table, ids)
-    mesh = meshes.make_mesh(settings.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
+    mesh = meshes.make_mesh(sizes, jax.devices())
     split = NamedSharding(mesh, meshes.partition(axes, table.shape, mesh)[0])
     with jax.set_mesh(mesh):
         run = jax.jit(

@@ -79,6 +79,11 @@ def test_what_answers_no_prompts_is_refused_in_one_line():
     assert "\n" not in str(error.value)
 
 
+def test_answers_have_no_rows_to_split():
+    with pytest.raises(UserError, match="--of generate has no rows to split over context=2; leave it out of --mesh"):
+        planning.plan_one(asked(mesh="fsdp=4,context=2"), POD, jax.devices())
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

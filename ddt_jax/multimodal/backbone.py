@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ddt_jax import settings
 from ddt_jax.errors import UserError
-from ddt_jax.mesh import constrain_batch, look_up
+from ddt_jax.mesh import constrain_positions, look_up
 from ddt_jax.nn import blocks, kv_cache, lora, rope, spans
 from ddt_jax.nn.cross_entropy import cross_entropy
 from ddt_jax.nn.decoder import DecoderBlock, head_dim
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         """Rows of the table, [B, S, D] in the type of activations. ids_BS: int32 in [0, V)."""
         table = jnp.asarray(self.table)  # NumPy cannot be indexed by what is traced
         dtype = compute_dtype(self.config.dtype) or table.dtype
-        return constrain_batch(look_up(table, ids_BS, ("vocab", "embed"), dtype))
+        return constrain_positions(look_up(table, ids_BS, ("vocab", "embed"), dtype))
 
     def __call__(self, x_BSD, positions_BS, visible, cache=None, dropout_keys_B=None, rows_BR=None):
         """Hidden states behind the last norm.

@@ -6,10 +6,12 @@ Legend: B rows, S positions, R positions before a target, D width.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ddt_jax import settings
 from ddt_jax.errors import UserError
+from ddt_jax.mesh import CONTEXT, constrain_positions, position_axis
 from ddt_jax.multimodal import code_embedding
 from ddt_jax.multimodal.blockwise_model import BlockwiseMultimodal
 from ddt_jax.multimodal.diffusion_model import DiffusionMultimodal
@@ -70,6 +72,9 @@ class Multimodal(RowModel):
         else:
             visible = spans.causal(tokens_BS.shape[1], start=batch["start"])
         at_BR, targets_BR, weights_BR = self.targets(batch)
+        wanted_BR, scored, position_BS = at_BR, (targets_BR, weights_BR), batch["position"]
+        if apart := position_axis(tokens_BS.shape[1]):  # hidden states stay where they are: all positions have a loss
+            wanted_BR, scored, position_BS = None, self.everywhere(batch), constrain_positions(position_BS)
         places = self.places(params, extra)
         places_BS = None if places is None else places.of(tokens_BS)
 
@@ -77,14 +82,44 @@ class Multimodal(RowModel):
             x_BSD = module.embed(tokens_BS)
             if places is not None:
                 x_BSD = places.add(x_BSD, tokens_BS, places_BS, batch["given"] if self.config.whole_prompts else None)
-            h_BRD, _ = module(x_BSD, batch["position"], visible, dropout_keys_B=dropout_keys_B, rows_BR=at_BR)
+            h, _ = module(x_BSD, position_BS, visible, dropout_keys_B=dropout_keys_B, rows_BR=wanted_BR)
             more = None
             if places is not None:
-                more = places.ahead(h_BRD, jnp.take_along_axis(places_BS, at_BR, axis=1))
-            return module.loss(h_BRD, targets_BR, weights_BR, more)
+                more = places.ahead(h, places_BS if apart else jnp.take_along_axis(places_BS, at_BR, axis=1))
+            return module.loss(h, *scored, more)
 
         total, rows = self.module.apply({"params": self.all_params(params, extra)}, method=run)
+        if apart:
+            rows = jax.tree.map(lambda x_BS: jnp.take_along_axis(x_BS, at_BR, axis=1), rows)
         return total, rows, targets_BR >= self.first_code
+
+
+def check_context(s: settings.Experiment, mesh) -> None:
+    """Raises UserError unless positions of the model's rows can lie over the mesh's axis context."""
+    parts = mesh.shape[CONTEXT]
+    if parts == 1:
+        return
+    image, context = getattr(s.model, "image", None), s.sequences.context
+    if not isinstance(image, settings.CodeImages):
+        kind = s.model.kind if image is None else f"{s.model.kind} with model.image.kind={image.kind}"
+        raise UserError(
+            f"mesh: mesh.context={parts} splits rows of text and codes, model.kind={kind} has none; set mesh.context=1"
+        )
+    if image.code_places and image.code_vectors:
+        raise UserError(
+            f"mesh: mesh.context={parts} would part the codes of an image, which model.image.code_places with "
+            "code_vectors looks at together; set mesh.context=1"
+        )
+    if context % parts:
+        raise UserError(
+            f"mesh: sequences.context={context} does not divide over mesh.context={parts}; "
+            f"set sequences.context={-(-context // parts) * parts}"
+        )
+    if s.model.transformer.attention == "splash" and context // parts % 128:
+        raise UserError(
+            f"mesh: model.transformer.attention=splash needs parts of a multiple of 128 positions, "
+            f"sequences.context={context} over mesh.context={parts} are {context // parts}; set attention=auto"
+        )
 
 
 def make_multimodal(config: settings.Multimodal, image_size: int) -> RowModel:

@@ -82,6 +82,14 @@ class RowModel(abc.ABC):
         targets_BR = jnp.take_along_axis(batch["tokens"], at_BR + 1, axis=1)
         return at_BR, targets_BR, (rows_BR >= 0).astype(jnp.float32)
 
+    def everywhere(self, batch):
+        """`targets` for a loss of all positions: (what comes next; 1.0 where it is a target, else 0.0), each [B, S]."""
+        tokens_BS, rows_BR = batch["tokens"], batch["rows"]
+        size = tokens_BS.shape[1]
+        at_BR = jnp.where(rows_BR < 0, size, rows_BR)
+        weights_BS = jax.vmap(lambda at: jnp.zeros((size,), jnp.float32).at[at].set(1.0, mode="drop"))(at_BR)
+        return jnp.roll(tokens_BS, -1, axis=1), weights_BS
+
     def text_terms(self, total, rows, some_BR, text_BR):
         """Sums and counts of what every kind of images has:
 

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ddt_jax.mesh import position_parts
 from ddt_jax.nn import spans as spans_lib
 from ddt_jax.nn.attention_chunked import SAVED, attend_chunked
 from ddt_jax.nn.attention_dense import attend_dense
+from ddt_jax.nn.attention_mesh import spread
 from ddt_jax.nn.spans import Spans
 
 Method = Literal["auto", "dense", "chunked", "splash", "blocks"]
@@ -48,25 +50,32 @@ def attend(q_BHSE, k_BGTE, v_BGTE, spans: Spans, *, soft_cap: float = 0.0, metho
     if h % g:
         raise ValueError(f"{h} heads of queries cannot share {g} heads of keys and values evenly")
     q_BHSE = q_BHSE * e**-0.5
-    long = s > 1 and s * t >= CHUNKED_FROM
+    parts = position_parts(s, t)
+    long = s > 1 and s // parts * t >= CHUNKED_FROM
     on_tpu = method == "auto" and long and _platform() == "tpu"
     if method == "splash" or on_tpu:
         from ddt_jax.nn import attention_tpu  # Pallas takes a second to import
 
-        if method == "splash" or attention_tpu.fits(s, t, spans):
+        if method == "splash" or attention_tpu.fits(s // parts, t, spans):
             return attention_tpu.attend_splash(q_BHSE, k_BGTE, v_BGTE, spans, soft_cap)
-    q_BGRSE = q_BHSE.reshape(b, g, h // g, s, e)
     n, size = spans.blocks or (0, 0)
     if method == "blocks" and not n:
         raise ValueError("attention: method='blocks' takes the spans of skip_causal alone")
     if method == "blocks" or (method == "auto" and size >= BLOCK_FROM and n <= BLOCKS_MOST):
-        out = _attend_blocks(q_BGRSE, k_BGTE, v_BGTE, n, size, soft_cap).reshape(q_BHSE.shape)
-        return checkpoint_name(out, SAVED)
-    if method == "chunked" or (method == "auto" and long):
-        return attend_chunked(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
-    seen_BST = None if spans.covers(t) else visible(spans, t)
-    out = attend_dense(q_BGRSE, k_BGTE, v_BGTE, seen_BST, soft_cap).reshape(q_BHSE.shape)
-    return checkpoint_name(out, SAVED)
+        out = _attend_blocks(q_BHSE.reshape(b, g, h // g, s, e), k_BGTE, v_BGTE, n, size, soft_cap)
+        return checkpoint_name(out.reshape(q_BHSE.shape), SAVED)
+    chunked = method == "chunked" or (method == "auto" and long)
+    covers = spans.covers(t)
+
+    def run(q_BHSE, k_BGTE, v_BGTE, spans, _):
+        b, h, s, e = q_BHSE.shape
+        q_BGRSE = q_BHSE.reshape(b, k_BGTE.shape[1], -1, s, e)
+        if chunked:
+            return attend_chunked(q_BGRSE, k_BGTE, v_BGTE, spans, soft_cap).reshape(q_BHSE.shape)
+        out = attend_dense(q_BGRSE, k_BGTE, v_BGTE, None if covers else visible(spans, t), soft_cap)
+        return checkpoint_name(out.reshape(q_BHSE.shape), SAVED)
+
+    return run(q_BHSE, k_BGTE, v_BGTE, spans, None) if parts == 1 else spread(run, q_BHSE, k_BGTE, v_BGTE, spans)
 
 
 def _platform() -> str:

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 
 from ddt_jax import mesh as meshes
 from ddt_jax.nn.attention_chunked import SAVED
+from ddt_jax.nn.attention_mesh import spread
 from ddt_jax.nn.spans import Spans
 
 _LIMIT = 2**15 - 1  # keys; a field of 16 bits in a signed number
@@ -35,9 +35,13 @@ def fits(num_queries: int, num_keys: int, spans: Spans) -> bool:
     return whole and (spans.start2 is None or (spans.second is not None and num_queries == num_keys))
 
 
-def planned_share(num_queries: int, num_keys: int, reach: int) -> float:
-    """Share of all pairs of a row and a key in whose tiles the kernel looks, where no row q sees behind q + reach."""
-    bq, bk = _block(num_queries), _block(num_keys)
+def planned_share(num_queries: int, num_keys: int, reach: int, parts: int = 1) -> float:
+    """Share of all pairs of a row and a key in whose tiles the kernel looks, where no row q sees behind q + reach.
+
+    Args:
+      parts: on as many devices are the queries.
+    """
+    bq, bk = _block(num_queries // parts), _block(num_keys)
     tiles = (min(-(-(end + reach) // bk), num_keys // bk) for end in range(bq, num_queries + 1, bq))
     return sum(tiles) / (num_queries // bq * (num_keys // bk))
 
@@ -45,14 +49,33 @@ def planned_share(num_queries: int, num_keys: int, reach: int) -> float:
 def attend_splash(q_BHSE, k_BGTE, v_BGTE, spans: Spans, soft_cap: float, *, interpret: bool = False):
     """As `attention.attend`, with scaled queries. interpret: run without a TPU, for tests."""
     s, t = q_BHSE.shape[2], k_BGTE.shape[2]
-    if not fits(s, t, spans):
+    parts = meshes.position_parts(s, t)
+    if not fits(s // parts, t, spans):
         raise ValueError(
             f"splash attention needs multiples of {_LANES} rows, at most {_LIMIT} keys and second intervals of one "
-            f"known length; got {s} queries and {t} keys"
+            f"known length; got {s // parts} queries and {t} keys"
         )
-    code_BS, segments = _encoded(spans, q_BHSE.shape[0], s, t)
-    run = functools.partial(_run, mask=_Mask(spans, s, t), soft_cap=soft_cap, interpret=interpret)
-    return _spread(run, q_BHSE, k_BGTE, v_BGTE, code_BS, segments)
+    bq, bk = _block(s // parts), _block(t)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([_Mask(spans, s, t)]),  # of all heads
+        block_sizes=splash.BlockSizes(
+            block_q=bq,
+            block_kv=bk,
+            block_q_dkv=bq,
+            block_kv_dkv=bk,
+            block_q_dq=bq,
+            block_kv_dq=bk,
+        ),
+        head_shards=1,
+        q_seq_shards=parts,
+        attn_logits_soft_cap=soft_cap or None,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
+    planned, settings = kernel.tree_flatten()
+    planned = [info._replace(q_sequence=None) for info in planned]
+    rows = _encoded(spans, q_BHSE.shape[0], s, t)
+    return spread(functools.partial(_run, settings=settings), q_BHSE, k_BGTE, v_BGTE, rows, planned)
 
 
 def _encoded(spans, b, s, t):
@@ -103,49 +126,15 @@ def _block(n):
     return next(size for size in (512, 256, _LANES) if n % size == 0)
 
 
-def _run(q_BHSE, k_BGTE, v_BGTE, code_BS, segments, *, mask, soft_cap, interpret):
-    bq, bk = _block(q_BHSE.shape[2]), _block(k_BGTE.shape[2])
-    sizes = splash.BlockSizes(
-        block_q=bq,
-        block_kv=bk,
-        block_q_dkv=bq,
-        block_kv_dkv=bk,
-        block_q_dq=bq,
-        block_kv_dq=bk,
-    )
-    kernel = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * q_BHSE.shape[1]),
-        block_sizes=sizes,
-        attn_logits_soft_cap=soft_cap or None,
-        residual_checkpoint_name=SAVED,
-        interpret=interpret,
-    )
-    (forward, d_q, d_kv), settings = kernel.tree_flatten()
-
+def _run(q_BHSE, k_BGTE, v_BGTE, rows, planned, *, settings):
     def one(q, k, v, code, segment):
-        infos = (info._replace(q_sequence=code) for info in (forward, d_q, d_kv))
+        infos = (info._replace(q_sequence=code) for info in planned)
         ids = None if segment is None else splash.SegmentIds(segment, segment)
         return splash.SplashAttentionKernel(*infos, **settings)(q, k, v, ids)
 
+    code_BS, segments = rows
     out_BHSE = jax.vmap(one)(q_BHSE, k_BGTE, v_BGTE, code_BS, segments)
     # Of a row that sees nothing the kernel makes an average of what it looked at.
     high, low = code_BS >> 16, code_BS & 0xFFFF
     some_BS = (high < low) if segments is None else (segments < low) | (high < _LIMIT)
     return jnp.where(some_BS[:, None, :, None], out_BHSE, 0).astype(v_BGTE.dtype)
-
-
-def _spread(run, q_BHSE, k_BGTE, v_BGTE, code_BS, segments):
-    """run on every device of the mesh that is set, with its examples and heads: the compiler cannot cut a kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return run(q_BHSE, k_BGTE, v_BGTE, code_BS, segments)
-    rows = meshes.batch_axes(q_BHSE.shape[0], mesh)
-    heads = meshes.RULES["kv_heads"]
-    heads = heads if k_BGTE.shape[1] % mesh.shape[heads] == 0 else None
-    by_head, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
-    specs = (by_head, by_head, by_head, by_row, by_row)
-    if segments is None:
-        run, specs = (lambda *args, run=run: run(*args, None)), specs[:4]
-    return jax.shard_map(run, in_specs=specs, out_specs=by_head, check_vma=False)(
-        *(x for x in (q_BHSE, k_BGTE, v_BGTE, code_BS, segments) if x is not None)
-    )

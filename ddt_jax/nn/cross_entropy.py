@@ -1,9 +1,9 @@
 """Cross-entropy over a large vocabulary, whose logits never exist for more than a chunk of rows.
 
 The gradient is made in the same pass as the loss, while a chunk's logits are there: three products of matrices per
-chunk instead of four, and the head travels once. Under a mesh every device takes its own rows: it gathers the head over
-fsdp before its loop over chunks, adds up a gradient of the head of its own, and that is reduced and scattered after the
-loop. Left to the compiler, both would happen in every chunk.
+chunk instead of four, and the head travels once. Under a mesh every device takes its own rows, those of an example over
+the axis context: it gathers the head over fsdp before its loop over chunks, adds up a gradient of the head of its own,
+and that is reduced and scattered after the loop. Left to the compiler, both would happen in every chunk.
 
 Legend: B examples, R rows, N = B R rows of a device, C rows of a chunk, D width, V vocabulary (a device's part of it,
 where tensor splits it).
@@ -85,7 +85,8 @@ def _spread(h_BRD, head_VD, targets_BR, weights_BR, options, gradient):
     if mesh.empty or mesh.size == 1 or not rows:
         return _local(h_BRD, head_VD, targets_BR, weights_BR, options, gradient, None, None, ())
     head_spec = meshes.partition(("vocab", "embed"), head_VD.shape, mesh)[0]
-    row_spec, whole = PartitionSpec(rows), PartitionSpec()
+    context = meshes.position_axis(h_BRD.shape[1])
+    row_spec, whole = PartitionSpec(rows, context), PartitionSpec()
     several = lambda axis: axis if axis and mesh.shape[axis] > 1 else None  # noqa: E731 - one device says nothing
     local = functools.partial(
         _local,
@@ -93,7 +94,7 @@ def _spread(h_BRD, head_VD, targets_BR, weights_BR, options, gradient):
         gradient=gradient,
         vocabulary_axis=several(head_spec[0]),
         width_axis=several(head_spec[1]),
-        row_axes=tuple(filter(several, rows)),
+        row_axes=tuple(filter(several, (*rows, context))),
     )
     return jax.shard_map(
         local,

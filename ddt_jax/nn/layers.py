@@ -1,7 +1,8 @@
 """Linear maps, norms and the MLP, each declaring its parameters with logical axes and with what Muon may do to them.
 
 Matrix products run on two-dimensional operands: reshaping (B, S, D) to (B S, D) costs nothing, and XLA's CPU backend is
-faster on it. With dtype None a layer computes in the widest type of its input and parameters, so that fp64 stays fp64.
+faster on it. Where a mesh splits S as well as B they stay apart: a device's part of B S would be in pieces. With dtype
+None a layer computes in the widest type of its input and parameters, so that fp64 stays fp64.
 
 Legend: B batch, S sequence, D width, F features.
 """
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ddt_jax import settings
+from ddt_jax.mesh import position_axis
 from ddt_jax.nn import lora
 from ddt_jax.nn.params import declare
 
@@ -62,12 +64,13 @@ class Dense(nn.Module):
             declared = declare(nn.initializers.zeros, self.axes[n:], decay=False)
             operands.append(self.param("bias", declared, self.features))
         x, kernel, *bias = nn.dtypes.promote_dtype(*operands, dtype=self.dtype)
-        y = x.reshape(math.prod(lead), math.prod(read)) @ kernel.reshape(math.prod(read), -1)
+        rows = lead if len(lead) > 1 and position_axis(lead[1]) else (math.prod(lead),)
+        y = x.reshape(*rows, math.prod(read)) @ kernel.reshape(math.prod(read), -1)
         if bias:
             y = y + bias[0].reshape(-1)
         if self.lora and self.lora.rank:
             seen = x if updated is None else updated.astype(x.dtype)
-            y = y + lora.update(self, seen.reshape(math.prod(lead), -1), read)
+            y = y + lora.update(self, seen.reshape(*rows, -1), read)
         return y.reshape(*lead, *self.features)
 
 

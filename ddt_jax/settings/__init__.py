@@ -53,7 +53,7 @@ class Mesh:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
-    sequence: int = 1
+    context: int = 1  # parts of a row's positions (sequences.context), for a multimodal transformer of codes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -281,9 +281,12 @@ def saved_config(workdir, setting: str = "workdir") -> dict:
     if not path.exists():
         raise UserError(f"{setting}: {workdir} holds no run (no config.json); give the --workdir of `ddt-jax train`")
     try:
-        return json_object.loads(path.read_text())
+        tree = json_object.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {path} is damaged ({error}); put it back from a copy") from error
+    if isinstance(mesh := tree.get("mesh"), dict):
+        mesh.pop("sequence", None)  # of an earlier version: an axis over which nothing lay
+    return tree
 
 
 def saved_steps(workdir) -> list[int]:

@@ -60,8 +60,14 @@ def alone(start):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
-    [settings.Mesh(), settings.Mesh(fsdp=4, tensor=2), settings.Mesh(data=2, fsdp=4)],
-    ids=["fsdp 8", "fsdp 4 x tensor 2", "data 2 x fsdp 4"],
+    [
+        settings.Mesh(),
+        settings.Mesh(fsdp=4, tensor=2),
+        settings.Mesh(data=2, fsdp=4),
+        settings.Mesh(fsdp=1, context=8),
+        settings.Mesh(fsdp=2, tensor=2, context=2),
+    ],
+    ids=["fsdp 8", "fsdp 4 x tensor 2", "data 2 x fsdp 4", "context 8", "fsdp 2 x tensor 2 x context 2"],
 )
 def test_every_mesh_gives_the_curve_of_one_device(start, alone, mesh):
     (s, found), (losses, begin) = start, alone

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddt_jax import mesh as meshes
+from ddt_jax import settings
 from ddt_jax.nn import spans
 from ddt_jax.nn.attention import attend
 from ddt_jax.nn.attention_tpu import _block, attend_splash, fits, planned_share
 
 B, H, G, S, E = 2, 2, 1, 256, 8
+DEVICES = jax.devices()
 DOCUMENT = np.where(np.arange(S) < np.array([[150], [40]]), 0, np.array([[150], [40]])).astype(np.int32)
 IMAGE_END = np.zeros((B, S), np.int32)
 IMAGE_END[0, 20:84], IMAGE_END[1, 100:164] = 84, 164
@@ -67,9 +70,30 @@ def test_what_the_kernel_cannot_do_is_refused():
         attend_splash(q, q, q, spans.causal(200), 0.0)
 
 
-@pytest.mark.parametrize(("rows", "reach"), [(1024, 0), (1024, 255), (2048, 1), (4096, 0), (384, 100)])
-def test_planned_share_is_that_of_tiles_in_which_anything_is_seen(rows, reach):
-    block = _block(rows)
+@pytest.mark.parametrize(
+    ("rows", "reach", "parts"),
+    [(1024, 0, 1), (1024, 255, 1), (2048, 1, 1), (4096, 0, 1), (384, 100, 1), (1024, 0, 4), (4096, 255, 2)],
+)
+def test_planned_share_is_that_of_tiles_in_which_anything_is_seen(rows, reach, parts):
+    high, wide = _block(rows // parts), _block(rows)
     seen = np.arange(rows)[None] <= np.arange(rows)[:, None] + reach
-    tiles = seen.reshape(rows // block, block, rows // block, block).any((1, 3))
-    assert planned_share(rows, rows, reach) == tiles.mean()
+    tiles = seen.reshape(rows // high, high, rows // wide, wide).any((1, 3))
+    assert planned_share(rows, rows, reach, parts) == tiles.mean()
+
+
+def test_a_row_over_several_devices_is_that_of_one():
+    """Each has its queries, and plans for them alone: the tiles of the first are fewer than those of the last."""
+    rng = np.random.default_rng(0)
+    qkv = [rng.normal(size=(B, heads, S, E)).astype(np.float32) for heads in (H, G, G)]
+    visible, mesh = CASES["images in packed documents"], meshes.make_mesh(settings.Mesh(fsdp=1, context=2), DEVICES[:2])
+
+    def outcome(attention, *qkv):
+        return jax.jit(jax.grad(lambda *qkv: jnp.sum(jnp.sin(attention(*qkv))), argnums=(0, 1, 2)))(*qkv)
+
+    dense = outcome(lambda *qkv: attend(*qkv, visible, method="dense"), *qkv)
+    with jax.set_mesh(mesh):
+        ours = outcome(lambda q, k, v: attend_splash(q * E**-0.5, k, v, visible, 0.0, interpret=True), *qkv)
+        with pytest.raises(ValueError, match="got 64 queries and 128 keys"):
+            attend_splash(*(x[:, :, :128] for x in qkv), spans.causal(128), 0.0)
+    for got, expected in zip(ours, dense, strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5)

@@ -12,7 +12,7 @@ from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.nn.cross_entropy import cross_entropy
 
-B, R, D, V = 8, 5, 16, 48
+B, R, D, V = 8, 8, 16, 48
 
 
 def inputs(dtype=np.float32):
@@ -108,7 +108,7 @@ MESHES = {
     "fsdp and tensor": settings.Mesh(fsdp=4, tensor=2),
     "data, fsdp and tensor": settings.Mesh(data=2, fsdp=2, tensor=2),
     "tensor": settings.Mesh(fsdp=1, tensor=8),
-    "sequence": settings.Mesh(fsdp=4, sequence=2),
+    "context": settings.Mesh(fsdp=2, context=4),
 }
 
 
@@ -120,8 +120,11 @@ def test_the_same_on_every_mesh(sizes):
     assert_same(compiled(*placed), expected)
 
 
-def test_odd_batches_and_vocabularies_that_a_mesh_does_not_divide_still_work():
+def test_odd_batches_rows_and_vocabularies_that_a_mesh_does_not_divide_still_work():
     h, head, targets, weights = inputs()
+    with jax.set_mesh(meshes.make_mesh(settings.Mesh(fsdp=2, context=4))):
+        odd = (h[:, :5], head, targets[:, :5], weights[:, :5])
+        assert_same(jax.jit(chunked)(*odd), naive(*odd))
     odd = (h[:3], head[:47], np.minimum(targets[:3], 46), weights[:3])
     with jax.set_mesh(meshes.make_mesh(settings.Mesh(fsdp=4, tensor=2))):
         assert_same(jax.jit(chunked)(*odd), naive(*odd))

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from ddt_jax import experiment, settings
+from ddt_jax import config, experiment, settings
 from ddt_jax.errors import UserError
-from ddt_jax.training.checkpoint import Checkpoints, digest
+from ddt_jax.training.checkpoint import Checkpoints, digest, saved_config
 from ddt_jax.training.stored import LIST
 
 # Orbax drops the coroutines of the other arrays when one file is damaged, and Python remarks on each.
@@ -176,3 +176,10 @@ def test_digest_sees_every_part(state):
         first = np.array(leaves[0])
         first.reshape(-1).view(np.uint8)[0] ^= 1
         assert digest(state.replace(**{part: jax.tree.unflatten(tree, [first, *leaves[1:]])})) != original
+
+
+def test_the_config_of_a_run_from_before_the_axis_context_is_read(tmp_path):
+    tree = config.dump(settings.Experiment(mesh=settings.Mesh(tensor=2)))
+    tree["mesh"] = {name: size for name, size in tree["mesh"].items() if name != "context"} | {"sequence": 1}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert config.from_dict(saved_config(tmp_path)) == settings.Experiment(mesh=settings.Mesh(tensor=2))
