@@ -1,5 +1,4 @@
-"""The composition root: from settings to data, model, step, evaluators and hooks. Everything else is given what it
-needs.
+"""The composition root: from settings to data, model, step, evaluators and hooks. All else is given what it needs.
 
 Each function here is what one verb of the command line does, and can be called from a notebook just as well; the verbs
 that judge runs are in `judging`.
