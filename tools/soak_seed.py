@@ -99,39 +99,42 @@ def seed_causal(options, folder: Path) -> dict:
 
 def seed_free(options, folder: Path) -> dict:
     """Transformers on codes of causal queries and of queries that see each other, which may draw anything behind BOV:
-    how many of their answers are images. Reported, not judged.
+    how many of their answers are images. Reported, not judged. --tokenizer: what `seed_causal` has kept.
     """
     number, runs, gates = options.seeds[0], {}, []
-    free = ("--config.evaluate.free_images=True", "--config.evaluate.prompts=1024")
-    for arm, variant in ARMS.items():
-        root, (runs[arm], outcomes) = folder / arm, ({}, [])
-        root.mkdir()
-        if options.tokenizer:
-            (root / "align").symlink_to((options.tokenizer / f"{arm}_{number}").resolve(), target_is_directory=True)
-        sees = f"--config.model.causal={arm == 'causal'}"
-        stages = (("align", f"{CONFIG}:{variant}", ()), ("codes", f"{CONFIG}:codes", (sees, f"{root / 'align'}")))
-        stages += (("draw", f"{CONFIG}:draw", (sees, f"{root / 'codes'}")),)
-        for stage, config, also in stages[1:] if options.tokenizer else stages:
-            note(f"{arm}: {stage}")
-            more = () if not also else (also[0], f"--config.init_from={also[1]}", _steps(stage))
-            found, ran = programs.train_and_evaluate(config, root / stage, number, options, also=more)
-            runs[arm] |= {stage: found} if stage != "draw" else {}
-            outcomes += ran
-        outcomes += programs.codes_of(root / "codes", root, FREE_CODES)
-        note(f"{arm}: transformer")
-        runs[arm]["transformer"], ran = programs.train_and_evaluate(
-            f"configs/seed_llama_scenes.py:{root}",
-            root / "transformer",
-            number,
-            options,
-            also=(_steps("transformer"),),
-            to_evaluate=free,
-        )
-        checks = [at_least("pictures asked for", runs[arm]["transformer"]["prompts"], 1024), *quiet(outcomes + ran)]
+    for arm in ARMS:
+        runs[arm], outcomes = _free(options, folder / arm, arm, number)
+        found = runs[arm]["transformer"]
+        note(f"{arm}: {found['t2i_valid']:.2%} of the answers are images")
+        checks = [at_least("pictures asked for", found["prompts"], 1024), *quiet(outcomes)]
         gates += [{"arm": arm, **check} for check in checks]
-        note(f"{arm}: {runs[arm]['transformer']['t2i_valid']:.4f} of the answers are images")
     config = "configs/seed_llama_scenes.py"
     return {"config": config, "seeds": [number], "steps": FREE, "results": {"arms": runs}, "gates": gates}
+
+
+def _free(options, root: Path, arm: str, number: int) -> tuple[dict, list]:
+    """Results by run, and the outcomes of all commands, of one arm."""
+    root.mkdir()
+    found, outcomes = {}, []
+    if options.tokenizer:
+        (root / "align").symlink_to((options.tokenizer / f"{arm}_{number}").resolve(), target_is_directory=True)
+        found["align"] = {"digest": programs.digest(root / "align")}
+    else:
+        found["align"], outcomes = programs.train_and_evaluate(f"{CONFIG}:{ARMS[arm]}", root / "align", number, options)
+    sees = f"--config.model.causal={arm == 'causal'}"
+    also = (sees, f"--config.init_from={root / 'align'}", _steps("codes"))
+    note(f"{arm}: codes")
+    found["codes"], more = programs.train_and_evaluate(f"{CONFIG}:codes", root / "codes", number, options, also=also)
+    outcomes += [*more, *programs.codes_of(root / "codes", root, FREE_CODES)]
+    also = (sees, f"--config.init_from={root / 'codes'}", _steps("draw"))
+    draw = programs.command("train", "--config", f"{CONFIG}:draw", "--workdir", str(root / "draw"), *also)
+    outcomes.append(programs.must(programs.run(draw), "train"))
+    note(f"{arm}: transformer")
+    free = ("--config.evaluate.free_images=True", "--config.evaluate.prompts=1024")
+    how = {"also": (_steps("transformer"),), "to_evaluate": free}
+    config = f"configs/seed_llama_scenes.py:{root}"
+    found["transformer"], more = programs.train_and_evaluate(config, root / "transformer", number, options, **how)
+    return found, outcomes + more
 
 
 def _steps(what: str) -> str:

@@ -306,28 +306,36 @@ def test_a_language_model_on_seed_codes_reads_what_one_stage_writes_and_another_
 def test_free_transformers_differ_in_what_queries_see_alone(soak, tmp_path, monkeypatch, given):
     trained, written = [], []
 
+    def shown(arguments):
+        return [text.rpartition("/")[2].removeprefix("--config.") for text in arguments]
+
     def train_and_evaluate(config, workdir, seed, options, also=(), to_evaluate=()):
-        shown = [text.rpartition("/")[2].removeprefix("--config.") for text in also]
-        trained.append((workdir.parent.name, workdir.name, config.rpartition(":")[2].rpartition("/")[2], *shown))
+        trained.append([workdir.parent.name, *shown([str(workdir), config.rpartition(":")[2], *also])])
         assert bool(to_evaluate) == (workdir.name == "transformer")
         return {"prompts": 1024, "t2i_valid": 0.5}, []
 
+    def run(args):
+        if "train" in args:
+            workdir = Path(args[args.index("--workdir") + 1])
+            trained.append([workdir.parent.name, "draw", *shown(args[args.index("--workdir") + 2 :])])
+        return soak.programs.Outcome(0, "a digest", 1.0, [], 0, 0)
+
     monkeypatch.setattr(soak.programs, "train_and_evaluate", train_and_evaluate)
+    monkeypatch.setattr(soak.programs, "run", run)
     monkeypatch.setattr(soak.programs, "codes_of", lambda workdir, folder, sources: written.append(folder.name) or [])
     before = ["--tokenizer", str(tmp_path)] if given else []
     assert soak.main(["seed_free", *before, "--out", str(tmp_path)]) == 0
     for arm, first in (("causal", "align"), ("bidirectional", "align_bidirectional")):
         sees = f"model.causal={arm == 'causal'}"
-        of_arm = [rest for name, *rest in trained if name == arm]
-        assert of_arm == [
+        assert [rest for name, *rest in trained if name == arm] == [
             *([] if given else [["align", first]]),
             ["codes", "codes", sees, "align", "train.steps=1200"],
-            ["draw", "draw", sees, "codes", "train.steps=1"],
+            ["draw", sees, "codes", "train.steps=1"],
             ["transformer", arm, "train.steps=2000"],
         ]
     assert written == ["causal", "bidirectional"]
-    record = json.loads((tmp_path / "seed_free.json").read_text())
-    assert record["results"]["arms"]["bidirectional"]["transformer"]["t2i_valid"] == 0.5
+    found = json.loads((tmp_path / "seed_free.json").read_text())["results"]["arms"]["bidirectional"]
+    assert found["transformer"]["t2i_valid"] == 0.5 and found["align"].get("digest") == ("digest" if given else None)
 
 
 def test_both_tokenizers_of_scenes_have_the_same_bits_and_pictures():
