@@ -1,9 +1,4 @@
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +9,7 @@ from ddt_jax import mesh, settings
 from ddt_jax.evaluation import metrics, reconstruction
 from ddt_jax.evaluation.reconstruction import evaluate_reconstruction
 from ddt_jax.tokenizers.base import example_keys
+from tests.evaluation import two_processes
 
 SIZE, GRID, LEVELS = 16, 4, 8  # a code per 4 x 4 block and image: its mean brightness in 8 levels
 
@@ -357,23 +353,7 @@ print(json.dumps(report.results))
 
 @pytest.mark.slow
 def test_two_processes_report_the_figures_of_one():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    env["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
-    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "inf"  # each could read what the other has written in part
-    command = [sys.executable, "-c", _PROCESS, address]
-    root = Path(__file__).resolve().parents[2]
-    processes = [
-        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, cwd=root, env=env) for i in range(2)
-    ]
-    try:
-        results = [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-            p.communicate()
+    results = two_processes.results(_PROCESS, timeout=120)
     assert results[0] == results[1]
     one = _evaluate(WithCommitment(), _batches(_images(20), 8), verifier=lambda x, i: {"count": i % 4 == 0}).results
     # Not the control: "the image before" is that of the same process.

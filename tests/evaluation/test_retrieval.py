@@ -1,11 +1,6 @@
 """Recall against a loop over rankings, and its closed forms; a model's against each image and caption by itself."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -23,6 +18,7 @@ from ddt_jax.evaluation import retrieval, tables
 from ddt_jax.evaluation.retrieval import evaluate_retrieval, gallery, recall
 from ddt_jax.tokenizers.caption_ids import CaptionIds
 from ddt_jax.tokenizers.seed import SEED, Aligner
+from tests.evaluation import two_processes
 
 IMAGES, EACH = 30, 5
 DATA = settings.Data(image_size=8)
@@ -251,22 +247,7 @@ print(json.dumps(t.measured(t.Coded(), source).results))
 @pytest.mark.slow
 def test_two_processes_report_the_figures_of_one(tmp_path):
     source = karpathy_source(tmp_path)
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    env["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
-    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "inf"  # each could read what the other has written in part
-    command, root = [sys.executable, "-c", _PROCESS, address, str(tmp_path)], Path(__file__).resolve().parents[2]
-    processes = [
-        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, cwd=root, env=env) for i in range(2)
-    ]
-    try:
-        results = [json.loads(p.communicate(timeout=240)[0].splitlines()[-1]) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-            p.communicate()
+    results = two_processes.results(_PROCESS, str(tmp_path), timeout=240)
     one = measured(Coded(), source).results
     assert results[0] == results[1] and results[0]["retrieval"] == one["retrieval"]
     assert results[0]["retrieval_texts"] == one["retrieval_texts"] == 56
