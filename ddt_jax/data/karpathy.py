@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ddt_jax.data import files
-from ddt_jax.data.base import BadRecord, Record, did_you_mean, nearest
+from ddt_jax.data.base import BadRecord, Record, nearest
+from ddt_jax.data.fields import field
 from ddt_jax.data.folder import Gone, content
 from ddt_jax.data.patience import Patience
 from ddt_jax.errors import UserError
@@ -175,18 +176,9 @@ def _images_of(path: str, tree: dict[str, Any], split: str) -> list[tuple[str, s
     return found
 
 
-_TYPES = {str: "a text", list: "a list"}
-
-
 def _field(record: Any, name: str, kind: type, where: str) -> Any:
-    """A field that is there, of that type; a text can be written and is one line of a message."""
-    if not isinstance(record, dict):
-        raise UserError(f"data: {where} is not an object with the field {name}")
-    if name not in record:
-        raise UserError(f"data: {where} has no field {name}{did_you_mean(name, filter(str.isprintable, record))}")
-    value = record[name]
-    if not isinstance(value, kind):
-        raise UserError(f"data: {where}: field {name} is not {_TYPES[kind]} but {str(value)[:40]!r}")
+    """`fields.field`; a text can be written and is one line of a message."""
+    value = field(record, name, kind, f"data: {where}")
     if kind is str and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"data: {where}: field {name} holds half of a letter (a surrogate)")
     if name == "split" and not value.isprintable():

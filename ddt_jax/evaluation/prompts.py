@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddt_jax.data import files
+from ddt_jax.data import fields, files
 from ddt_jax.data.base import did_you_mean
 from ddt_jax.errors import UserError
 
@@ -250,18 +250,9 @@ def _image(path: str, session: str, name: str, where: str) -> str:
     raise UserError(f"prompts: {where}: there is no image images/{session}/{name} in {folder}")
 
 
-_TYPES = {str: "a text", int: "a whole number", list: "a list"}
-
-
 def _field(record: Any, name: str, kind: type, where: str) -> Any:
-    """A field that is there, of that type, and says something."""
-    if not isinstance(record, dict):
-        raise UserError(f"prompts: {where} is not an object with the field {name}")
-    if name not in record:
-        raise UserError(f"prompts: {where} has no field {name}{did_you_mean(name, [str(k) for k in record])}")
-    value = record[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"prompts: {where}: field {name} is not {_TYPES[kind]} but {str(value)[:40]!r}")
+    """`fields.field` that says something."""
+    value = fields.field(record, name, kind, f"prompts: {where}")
     if kind is str and not value.strip():
         raise UserError(f"prompts: {where}: field {name} is empty")
     return value
