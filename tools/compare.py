@@ -6,13 +6,16 @@
 `run` trains and evaluates everything that the comparison is made of, and goes on with the same command where it was
 stopped or killed; with --plan it lists the commands and runs none. `table` writes comparison.md, comparison.json and
 plots from the workdirs that are there, as `run` does in the end, and below the tables every way in which the runs do
-not keep the protocol. Exit codes: 0 kept, or --draft; 1 not kept, or a step has failed; 2 something you can mend; 75
-asked to stop.
+not keep the protocol. With --known FILE, rows of an earlier part's comparison.json count as made, on whatever machine
+that was, and nothing that they alone need is run: a comparison can take several sittings, without their weights. Exit
+codes: 0 kept, or --draft; 1 not kept, or a step has failed; 2 something you can mend; 75 asked to stop.
 """
 
 import argparse
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +58,7 @@ def _work(options, **how):
     from ddt_jax.scaling import trial
 
     found, root = trial.load(options.config), str(Path(options.to).resolve())
-    return compare_run.Work(found, compare_plan.priced(found, options.config, root), root, **how)
+    return compare_run.Work(found, compare_plan.priced(found, options.config, root), root, known=options.known, **how)
 
 
 def _write(work, options) -> int:
@@ -72,12 +75,13 @@ def _write(work, options) -> int:
         raise UserError(f"compare: cannot write to {to}: {error.strerror or error}") from error
     rows, lost = [], work.lost()
     for arm, workdirs in compare_run.workdirs(work).items():
-        of = [row for workdir in workdirs for row in ledger.rows(arm, workdir, work.found.codecs)]
+        made = [row for workdir in workdirs for row in ledger.rows(arm, workdir, work.found.codecs)]
+        of = work.known.merged(arm, made)
         if any(row.seed == work.found.seeds[0] for row in of):
             rows += of
         else:
             lost.append(f"{arm} is left out: none of its runs with seed {work.found.seeds[0]} was evaluated")
-    rows += work.diverged()
+    rows = [replace(row, run=os.path.relpath(row.run, work.root)) for row in rows + work.diverged()]
     found = comparison.compare(rows, tolerance=work.found.tolerance, lost=lost)
     drawn = comparison_plots.draw(found, rows, to)
     text = "\n".join([comparison.markdown(found), *(f"![{path.stem}]({path.name})" for path in drawn), ""])
@@ -100,6 +104,8 @@ def parse(argv):
         p.add_argument("--config", required=True, metavar="FILE", help="a trial: configs/sweeps/image_languages.py")
         p.add_argument("--to", required=True, metavar="DIR", help="the folder of all its runs")
         p.add_argument("--out", default="", metavar="DIR", help="where the table and plots go (default: DIR/result)")
+        more = {"metavar": "FILE", "action": "append", "default": []}
+        p.add_argument("--known", **more, help="comparison.json of an earlier part, whose rows are not made again")
         p.add_argument("--draft", action="store_true", help="exit with 0 though the protocol is not kept")
         p.set_defaults(call=verb)
     p = parsers[run]

@@ -164,7 +164,7 @@ def steps(found: Trial, arms: list[Arm], root: str, chosen: Mapping[str, Chosen]
 
 def grid(found: Trial, arm: str) -> dict[float, str]:
     """Rate → name of the evaluation that the choice of a rate looks at."""
-    return {rate: _name(arm, rate, found.seeds[0], found.first_guidance) for rate in found.rates}
+    return {rate: named(arm, rate, found.seeds[0], found.first_guidance) for rate in found.rates}
 
 
 def _read(arm: Arm):
@@ -201,7 +201,7 @@ def _train(found, arm, root, rate, seed) -> Step:
     made = {"workdir": workdir, "made": workdir, "steps": arm.steps, "needs": _codes(arm)}
     known = (("config", arm.named), *overrides)
     return Step(
-        _name(arm.name, rate, seed), arm.name, "training", arguments, known, **made, flops=arm.flops["training"]
+        named(arm.name, rate, seed), arm.name, "training", arguments, known, **made, flops=arm.flops["training"]
     )
 
 
@@ -210,8 +210,8 @@ def _judge(found, arm, root, rate, seed, guidance=None) -> Step:
     overrides, workdir = (("evaluate.text_to_image.guidance", f"{guidance:g}"),), arm.run(root, rate, seed)
     file = f"{workdir}/{ledger.SAMPLING}/{guidance:g}.json"
     arguments = ("evaluate", "--workdir", workdir, *_flags(overrides), "--json", file)
-    made = {"workdir": workdir, "made": file, "steps": arm.steps, "needs": (_name(arm.name, rate, seed),)}
-    return Step(_name(arm.name, rate, seed, guidance), arm.name, "evaluation", arguments, overrides, **made)
+    made = {"workdir": workdir, "made": file, "steps": arm.steps, "needs": (named(arm.name, rate, seed),)}
+    return Step(named(arm.name, rate, seed, guidance), arm.name, "evaluation", arguments, overrides, **made)
 
 
 def _judge_tokenizer(arm: Arm) -> Step:
@@ -247,7 +247,8 @@ def _chosen(found, arm, root, choice: Chosen):
             yield Step(label, name, "evaluation", needs=(step.name,), awaits=looked)
 
 
-def _name(arm, rate, seed, guidance=None) -> str:
+def named(arm: str, rate: float, seed: int, guidance: float | None = None) -> str:
+    """The step that trains a run, or with guidance the one that evaluates it."""
     return f"{arm}-lr{rate:g}-s{seed}" + ("" if guidance is None else f"-g{guidance:g}")
 
 

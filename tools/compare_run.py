@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from compare_known import Known
 from compare_plan import Arm, Chosen, Step, grid, steps
 
 from ddt_jax import ledger
@@ -49,10 +50,11 @@ class Work:
       root: its folder.
       jobs: steps that run at one time, each on its share of the cores.
       retry: also what has failed or diverged.
+      known: comparison.json of earlier parts, whose rows are not made again.
       command: arguments of `ddt-jax` → what is run.
 
     Raises:
-      UserError: more jobs than cores, or a step began with other settings.
+      UserError: more jobs than cores, a step began with other settings, or rows are known that are of another trial.
     """
 
     def __init__(
@@ -63,12 +65,15 @@ class Work:
         *,
         jobs: int = 1,
         retry: bool = False,
+        known: Sequence[str] = (),
         command: Callable[[Sequence[str]], Sequence[str]] = running.program,
     ):
         self.found, self.arms, self.root, self._command = found, list(arms), root, command
         self.slots = [Slot(cores) for cores in _shares(jobs)]
         self.chosen: dict[str, Chosen] = {}
-        self._done: set[str] = set()
+        self.known = Known(known, found, arms, root)
+        self.made: set[str] = set()  # names of the steps that are done here
+        self._done: set[str] = set()  # made, or known from an earlier part
         self._records: dict[str, sweep_state.Record] = {}
         self._paused: set[str] = set()  # that somebody else has stopped: they have to wait for the next time
         self._retry = retry
@@ -82,10 +87,13 @@ class Work:
                 if step.arguments and step.name not in self._records:
                     record = sweep_state.read(self.root, step, step.workdir)
                     again = self._retry and record.state in LOST
+                    row = self.known.diverged.get(step.name)
+                    if row and record.state == "waiting" and not self._retry:
+                        record = sweep_state.Record("diverged", row.diverged)
                     self._records[step.name] = sweep_state.Record() if again else record
                     if step.done():
-                        self._done.add(step.name)
-            self.steps = rows
+                        self.made.add(step.name)
+            self.steps, self._done = rows, self.made | self.known.spared(rows)
             self.stands = self._settle()
             choices = {arm.name: self._choose(arm) for arm in self.arms}
             if choices == self.chosen:
@@ -118,15 +126,24 @@ class Work:
             left = [rate for rate, name in looked.items() if name in self._done]
             if not left or len(left) + len(lost) < len(looked):
                 return before
-            rows = [row for rate in left for row in _rows(arm, self.root, rate, first)]
+            rows = [row for rate in left for row in self._rows(arm, rate, first)]
             return Chosen(comparison.choose(arm.name, rows, first)[0])
         if before.guidance is None:
             swept = [f"{arm.name}-lr{before.rate:g}-s{first}-g{guidance:g}" for guidance in self.found.guidances]
             if not all(name in self._done for name in swept):
                 return before
-            _, point = comparison.choose(arm.name, _rows(arm, self.root, before.rate, first), first)
+            _, point = comparison.choose(arm.name, self._rows(arm, before.rate, first), first)
             return Chosen(before.rate, comparison.guidance(point))
         return before
+
+    def _rows(self, arm: Arm, rate: float, seed: int) -> list[Row]:
+        """What a choice looks at: how a run was evaluated."""
+        place = arm.run(self.root, rate, seed)
+        made = [
+            Row(arm.name, place, seed, rate, found["step"], arm.steps, {}, {}, {}, found["drawn_with"], found)
+            for found in (ledger.evaluations(place) if Path(place).exists() else ())
+        ]
+        return [row for row in self.known.merged(arm.name, made) if (row.lr, row.seed) == (rate, seed)]
 
     def _diverged(self, name) -> bool:
         cause = _cause(name, self.stands)
@@ -171,7 +188,7 @@ class Work:
                 if state == "stopped":
                     self._paused.add(step.name)
             self._records[step.name] = sweep_state.write(self.root, step, record)
-            self._done |= {step.name} if state == "finished" else set()
+            self.made |= {step.name} if state == "finished" else set()
             slot.step = slot.child = None
             changed = True
         if changed:
@@ -347,21 +364,12 @@ def listing(work: Work) -> str:
 
 
 def workdirs(work: Work) -> dict[str, list[str]]:
-    """Arm → workdirs of its runs that were evaluated."""
+    """Arm → workdirs of its runs that were evaluated here."""
     found: dict[str, list[str]] = {arm.name: [] for arm in work.arms}
     for step in work.steps:
-        if step.kind == "evaluation" and work.stands[step.name][0] == "finished":
+        if step.kind == "evaluation" and step.name in work.made:
             found[step.arm] += [step.workdir] if step.workdir not in found[step.arm] else []
     return found
-
-
-def _rows(arm: Arm, root: str, rate: float, seed: int) -> list[Row]:
-    """What a choice looks at: how a run was evaluated."""
-    place = arm.run(root, rate, seed)
-    return [
-        Row(arm.name, place, seed, rate, found["step"], arm.steps, {}, {}, {}, found["drawn_with"], found)
-        for found in ledger.evaluations(place)
-    ]
 
 
 def _cause(name: str, stands: Mapping[str, tuple[str, str]]) -> str:

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from scipy import special
@@ -382,3 +382,10 @@ def as_json(found: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
         "diverged": list(found.diverged),
         "rows": [vars(row) | {"total_flops": row.total_flops} for row in rows],
     }
+
+
+def from_json(tree: dict[str, Any]) -> list[Row]:
+    """The rows of what `as_json` has made. Raises KeyError, TypeError or ValueError if it is something else."""
+    names = {f.name for f in fields(Row)}
+    rows = [Row(**{name: value for name, value in row.items() if name in names}) for row in tree["rows"]]
+    return [replace(row, uncounted=tuple(row.uncounted)) for row in rows]

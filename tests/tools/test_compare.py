@@ -173,6 +173,9 @@ def test_the_table_is_written_and_what_is_not_kept_is_an_error(compare, finished
     tree = json.loads((result / "comparison.json").read_text())
     assert len(tree["rows"]) == 10 and tree["arms"]["two"]["t2i_all_correct"]["value"] == pytest.approx(0.51)
 
+    again = [*arguments[:-1], str(tmp_path / "elsewhere"), "--known", str(result / "comparison.json")]
+    assert compare.main(again) == 0 and (tmp_path / "elsewhere" / "result" / "comparison.md").read_text() == text
+
     arguments = [*finished("one", "dear"), "--out", str(tmp_path / "d")]
     assert compare.main(arguments) == 1
     out = capsys.readouterr().out

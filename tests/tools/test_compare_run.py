@@ -2,7 +2,9 @@
 
 import importlib
 import io
+import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -11,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from ddt_jax import ledger
 from ddt_jax.errors import UserError
+from ddt_jax.evaluation import comparison
+from ddt_jax.evaluation.comparison import Row
 from ddt_jax.scaling import sweep_state
 from ddt_jax.scaling.trial import Arm, Trial
 
@@ -206,6 +211,109 @@ def test_one_process_runs_it_and_no_more_jobs_than_cores(two):
         two.run.run(work, two.said)
     with pytest.raises(UserError, match=r"--jobs 4096 is not between 1 and the \d+ cores"):
         two.work(jobs=4096)
+
+
+def rows_of(work) -> list[Row]:
+    """As `ledger.rows` makes them of what the shell script has left."""
+    made = []
+    for arm in work.arms:
+        for place in work_dirs(work)[arm.name]:
+            rate, seed = re.search(r"lr(.+)_seed(.+)", place).groups()
+            pictures = dict.fromkeys(comparison.TOKENIZER, 1.0) if arm.tokenizer else {}
+            for found in ledger.evaluations(place):
+                of = (arm.name, str(Path(place).relative_to(work.root)), int(seed), float(rate), arm.steps, arm.steps)
+                made.append(Row(*of, arm.flops, {}, {}, found["drawn_with"], found | pictures))
+    return made
+
+
+def work_dirs(work):
+    return importlib.import_module("compare_run").workdirs(work)
+
+
+@pytest.fixture
+def part(two):
+    """(a whole comparison, a function that writes the rows that are wanted of it)."""
+    _, work, _ = two.go()
+    rows = rows_of(work)
+
+    def write(wanted):
+        path = two.root / "comparison.json"
+        found = comparison.Comparison((), ())
+        path.write_text(json.dumps(comparison.as_json(found, [row for row in rows if wanted(row)])))
+        return str(path)
+
+    return work, write
+
+
+def elsewhere(two) -> Comparison:
+    other = Comparison(two.run, two.root / "elsewhere")
+    other.root.mkdir()
+    return other
+
+
+def test_what_an_earlier_part_has_made_is_not_run_again_nor_what_that_alone_needs(two, part):
+    whole, write = part
+    other = elsewhere(two)
+    _, work, calls = other.go(known=[write(lambda row: True)])
+    assert calls == [] and set(work.states()) == {"finished"} and work.lost() == []
+    assert work.chosen == whole.chosen and work_dirs(work) == {"codes": [], "pixels": []}
+
+    # One arm of the grid whole, the first rate of the other: its codes are needed for what is left.
+    _, work, calls = other.go(known=[write(lambda row: row.seed == 0 and (row.arm == "pixels" or row.lr == 1))])
+    assert set(work.states()) == {"finished"} and work.chosen == whole.chosen
+    trained = {line.split()[1] for line in calls if line.startswith("train")}
+    left = {"codes/lr2_seed0", "codes/lr4_seed0", *(f"{a}/lr2_seed{s}" for a in ("codes", "pixels") for s in (1, 2))}
+    assert trained == left | {"codes/tokenizer"} and sum(line.startswith("tokenize") for line in calls) == 2
+    merged = [row for arm in work.arms for row in work.known.merged(arm.name, of_arm(rows_of(work), arm))]
+    assert {(row.arm, row.lr, row.seed, row.point) for row in merged} == {
+        (row.arm, row.lr, row.seed, row.point) for row in rows_of(whole)
+    }
+
+
+def of_arm(rows, arm):
+    return [row for row in rows if row.arm == arm.name]
+
+
+def test_a_run_is_trained_again_if_it_is_to_be_drawn_in_another_way(two, part):
+    whole, write = part
+    known = write(lambda row: (row.lr, row.seed, comparison.guidance(row.point)) != (2, 0, 3))
+    _, work, calls = elsewhere(two).go(known=[known])
+    assert set(work.states()) == {"finished"} and work.chosen == whole.chosen
+    calls = sorted(line for line in calls if "pixels" in line)
+    assert calls == ["evaluate pixels/lr2_seed0 3", "train pixels/lr2_seed0"]
+
+
+def test_a_rate_that_is_known_to_diverge_has_lost(two, part):
+    _, write = part
+    path = Path(write(lambda row: row.arm == "pixels" and row.lr != 4))
+    tree = json.loads(path.read_text())
+    why = {"lr": 4.0, "run": "pixels/lr4_seed0", "flops": {}, "sampling": {}, "results": {}, "diverged": "not finite"}
+    tree["rows"].append(tree["rows"][0] | why)
+    path.write_text(json.dumps(tree))
+    _, work, calls = elsewhere(two).go(known=[str(path)])
+    assert not any("pixels" in line for line in calls) and work.chosen["pixels"].rate == 2.0
+    assert [(row.arm, row.lr, row.diverged) for row in work.diverged()] == [("pixels", 4.0, "not finite")]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"arm": "words"}, "learning rate 1 and seed 0, is not of this trial"),
+        ({"lr": 3.0}, "learning rate 3 and seed 0, is not of this trial"),
+        ({"steps": 9}, "was to have 9 steps, here 4 are paid for"),
+        ({"flops": {"training": 20.0}}, r"cost 2.000e\+01 FLOPs in all, here 1.000e\+01"),
+        ({"sampling": {"text_to_image": {"guidance": 5.0}}}, "was drawn with guidance 5, which is not tried here"),
+        (None, "is no comparison.json that `compare.py` has written"),
+    ],
+)
+def test_rows_of_another_trial_are_not_taken(two, part, change, message):
+    _, write = part
+    path = Path(write(lambda row: row.arm == "pixels" and row.lr == 1))
+    tree = json.loads(path.read_text())
+    tree["rows"][0] = tree["rows"][0] | change if change else {"arm": "pixels"}
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=message):
+        two.work(known=[str(path)])
 
 
 def test_a_changed_plan_takes_another_folder(two):
