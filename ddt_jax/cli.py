@@ -351,9 +351,9 @@ def _generate(args, overrides) -> int:
 
 
 def _data(args, overrides) -> int:
-    from ddt_jax import config, experiment
+    from ddt_jax import config, looking
 
-    result = experiment.look_at_data(config.load(args.config, overrides), args.split, args.count, args.out)
+    result = looking.look_at_data(config.load(args.config, overrides), args.split, args.count, args.out)
     _report(args, result, "\n".join(f"{k}: {v}" for k, v in result.items()))
     return 0
 

@@ -266,13 +266,19 @@ def saved_settings(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) ->
 
 
 def restore(
-    workdir: str, overrides: tuple[tuple[str, str], ...] = (), devices=None, at_most: int | None = None
+    workdir: str,
+    overrides: tuple[tuple[str, str], ...] = (),
+    devices=None,
+    at_most: int | None = None,
+    *,
+    whole: bool = False,
 ) -> tuple[Built, TrainState]:
     """The run in `workdir` with the newest state that verifies, whatever mesh it was trained on.
 
     Args:
       devices: over which it is spread; None: the first one.
       at_most: the newest step to look at.
+      whole: with all that training goes on from, else `evaluated` of it.
 
     Raises:
       UserError: if there is no run, or no checkpoint of it yet.
@@ -282,7 +288,7 @@ def restore(
     note = to_stderr if jax.process_index() == 0 else lambda line: None
     points = checkpoint.Checkpoints(workdir, s.train, note, read_only=True)
     with jax.set_mesh(built.mesh):
-        state = points.restore(built.abstract, at_most)
+        state = points.restore(built.abstract if whole else evaluated(built.abstract), at_most, partial=not whole)
     points.close()
     if state is None:
         raise UserError(
@@ -336,9 +342,16 @@ def weights(state: TrainState):
     return state.params if state.ema is None else state.ema
 
 
+def evaluated(state: TrainState) -> TrainState:
+    """A state without what only training needs, in memory a part of it: no optimizer, and where there is a weight
+    average no other weights.
+    """
+    return state.replace(opt_state=None, params=state.params if state.ema is None else None)
+
+
 def digest(workdir: str) -> str:
     """SHA-256 over step, parameters, optimizer, average and codebook of the newest checkpoint."""
-    return checkpoint.digest(restore(workdir)[1])
+    return checkpoint.digest(restore(workdir, whole=True)[1])
 
 
 def write_latents(s: settings.Experiment, folder: str, spec: str = "", *, per_shard: int = 4096) -> dict:
@@ -357,34 +370,6 @@ def write_latents(s: settings.Experiment, folder: str, spec: str = "", *, per_sh
     options = {"mesh": built.mesh, "batch_size": size, "per_shard": per_shard}
     with jax.set_mesh(built.mesh):
         return latents.write(epath.Path(folder), source, s.data, built.model, params, **options)
-
-
-def look_at_data(s: settings.Experiment, split: str, count: int, out: str) -> dict:
-    """Counts of a source, a grid of its first examples in training order, and how fast they load."""
-    from ddt_jax.evaluation import pictures
-
-    loader = feeds.open_images(s, s.data.source if split == "train" else s.data.eval_source, count)
-    source = loader.source
-    if getattr(source, "arrays", None):
-        raise UserError(f"data: {source.name} holds no pictures; look at the images that it was made of")
-    start = time.perf_counter()
-    batch = loader.batch_at(0)
-    seconds = time.perf_counter() - start
-    captions = [str(source[int(i)].get("caption", "")) for i in batch["index"]]
-    texts = captions if any(captions) else None
-    shown = pictures.contact_sheet(batch["video"], texts) if s.data.frames else pictures.grid(batch["image"], texts)
-    pictures.save_png(shown, out)
-    return {
-        "source": source.name,
-        "images": len(source),
-        "image_size": s.data.image_size,
-        "captions": sum(map(bool, captions)) / count,
-        "labels": sorted({int(x) for x in batch["label"]}),
-        "unreadable": loader.stats.bad,
-        "images_per_second": round(count / seconds, 1),
-        "example": captions[0],
-        "written": out,
-    }
 
 
 def measure(built: Built, state: TrainState, progress=None, captions=None):

@@ -128,7 +128,7 @@ def average(workdir: str, steps: str, to: str) -> dict:
             raise UserError(
                 f"checkpoint: step {row['step']} of {workdir} is damaged: {problem}; leave it out of --steps"
             )
-    built, state = experiment.restore(workdir, at_most=steps[-1])
+    built, state = experiment.restore(workdir, at_most=steps[-1], whole=True)
     stored = [_stored(workdir, s) for s in steps]
 
     def mean(path, leaf):

@@ -103,7 +103,7 @@ def _for_decoding(s: settings.Experiment) -> settings.Experiment:
 
 def _beside(s: settings.Experiment, devices: list, decoding) -> int:
     """Bytes of a chip of the state that `ddt-jax generate` has restored and does not compute with."""
-    state = experiment.build(s, devices, to_train=False).abstract
+    state = experiment.evaluated(experiment.build(s, devices, to_train=False).abstract)
     t, whole = s.model.transformer, sum(memory.of_arguments(state, {}).values())
     is_shared = not t.scan_layers and not t.lora.rank  # the decoder takes the very arrays
     extra = memory.of_tree(state.extra)  # of which it takes the very arrays in any case

@@ -126,7 +126,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return _steps(self._directory)
 
-    def restore(self, abstract: TrainState, at_most: int | None = None) -> TrainState | None:
+    def restore(self, abstract: TrainState, at_most: int | None = None, *, partial: bool = False) -> TrainState | None:
         """The newest state that verifies, laid out as `abstract` says; None if there is no checkpoint at all.
 
         Checkpoints newer than the one that verifies are put aside, as STEP.bad, so that the run can save that step
@@ -134,6 +134,7 @@ class Checkpoints:
 
         Args:
           at_most: the newest step to look at.
+          partial: fields that are None in `abstract` are not read. For checkpoints that are `read_only`.
 
         Raises:
           UserError: if there are checkpoints and none of them verifies.
@@ -142,7 +143,7 @@ class Checkpoints:
         for step in reversed([s for s in self.steps() if at_most is None or s <= at_most]):
             problem = self._agree(self._file_problem(step))
             if problem is None:
-                state, problem = self._verified(step, abstract)
+                state, problem = self._verified(step, abstract, partial)
                 problem = self._agree(problem)
             if problem is None:
                 if not self._read_only:
@@ -169,16 +170,21 @@ class Checkpoints:
             self._note(f"checkpoint: step {step}: {error}; its arrays decide")
         return None  # killed before it was read back: its arrays decide
 
-    def _verified(self, step, abstract):
+    def _verified(self, step, abstract, partial):
         """(state, None), or (None, what is wrong)."""
         try:
             meta = Stored(self._directory / str(step)).meta()
             if meta["format"] != FORMAT:
                 return None, f"format {meta['format']}, this version reads {FORMAT}"
+            saved = meta["checksums"]
             with _quiet_orbax():
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                state = self._manager.restore(step, args=args)["state"]
-            problem = _difference(meta["checksums"], checksums(state))
+                if partial:
+                    saved = _of_fields(saved, abstract)
+                    state = _read_part(self._directory / str(step) / "state", abstract)
+                else:
+                    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                    state = self._manager.restore(step, args=args)["state"]
+            problem = _difference(saved, checksums(state))
             if problem is None and int(state.step) != step:
                 problem = f"holds step {int(state.step)}"
         except Damaged as error:
@@ -318,6 +324,20 @@ def _whole(leaf):
 
         return multihost_utils.process_allgather(leaf, tiled=True)
     return jax.device_get(leaf)
+
+
+def _of_fields(sums: dict, state: TrainState) -> dict:
+    """The checksums of the fields that a state has."""
+    return {name: value for name, value in sums.items() if getattr(state, name.partition("/")[0], None) is not None}
+
+
+def _read_part(folder, abstract: TrainState) -> TrainState:
+    """The fields of an abstract state that are not None; what else the checkpoint holds is not read."""
+    wanted = {name: value for name, value in vars(abstract).items() if value is not None}
+    how = ocp.checkpoint_utils.construct_restore_args(wanted)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        args = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
+        return abstract.replace(**reader.restore(folder, args))
 
 
 def _difference(saved: dict, found: dict) -> str | None:

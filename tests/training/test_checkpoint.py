@@ -68,12 +68,13 @@ def data_files(workdir, step):
     return sorted(files, key=lambda p: -p.stat().st_size)
 
 
-def restore(workdir, built, read_only=False):
+def restore(workdir, built, read_only=False, partial=False):
     notes = []
-    points = Checkpoints(workdir, settings.Train(), notes.append, read_only=read_only)
+    points = Checkpoints(workdir, settings.Train(), notes.append, read_only=read_only or partial)
     try:
         with jax.set_mesh(built.mesh):
-            return points.restore(built.abstract), notes
+            abstract = experiment.evaluated(built.abstract) if partial else built.abstract
+            return points.restore(abstract, partial=partial), notes
     finally:
         points.close()
 
@@ -94,6 +95,28 @@ def test_it_comes_back_on_another_mesh(saved, state):
     )
     back, _ = restore(saved, experiment.build(s, jax.devices()[:1]))
     assert digest(back) == digest(at(state, 3))
+
+
+def test_what_is_evaluated_comes_back_without_what_only_training_needs(saved, built, state):
+    back, notes = restore(saved, built, partial=True)
+    averaged = experiment.evaluated(at(state, 3))
+    assert averaged.params is None and averaged.opt_state is None  # this run has an average
+    assert digest(back) == digest(averaged) and notes == []
+    assert len(jax.tree.leaves(back)) < len(jax.tree.leaves(state)) / 2
+
+    plain = experiment.evaluated(state.replace(ema=None))
+    assert plain.params is state.params and plain.opt_state is None
+
+
+def test_where_a_field_is_not_wanted_the_others_are_verified(saved, built):
+    (saved / "checkpoints" / "3" / LIST).unlink()  # no hashes: the checksums of what was read decide
+    (meta,) = (saved / "checkpoints" / "3" / "meta").glob("metadata")
+    tree = json.loads(meta.read_text())
+    name = next(name for name in tree["checksums"] if name.startswith("ema/"))
+    tree["checksums"][name] = "0" * 16
+    meta.write_text(json.dumps(tree))
+    back, notes = restore(saved, built, partial=True)
+    assert int(back.step) == 2 and f"1 arrays are not what was saved (first: {name})" in notes[0]
 
 
 @pytest.mark.parametrize("how", ["flip", "flip before it was read back", "truncate", "empty folder", "no checksums"])
@@ -149,7 +172,8 @@ def test_none_that_verifies_is_an_error_and_none_at_all_is_not(saved, built, tmp
     assert restore(tmp_path_factory.mktemp("empty"), built) == (None, [])
 
 
-def test_another_model_is_refused_by_the_names_of_its_arrays(saved):
+@pytest.mark.parametrize("partial", [False, True])
+def test_another_model_is_refused_by_the_names_of_its_arrays(saved, partial):
     s = settings.Experiment(
         model=settings.LinearTokenizer(
             width=16, quantizer=settings.Quantizer(normalize_input="none", codebook_size=32)
@@ -158,7 +182,7 @@ def test_another_model_is_refused_by_the_names_of_its_arrays(saved):
         train=settings.Train(batch_size=8),
     )
     with pytest.raises(UserError):
-        restore(saved, experiment.build(s, jax.devices()[:1]))
+        restore(saved, experiment.build(s, jax.devices()[:1]), partial=partial)
 
 
 def test_what_a_killed_process_left_is_removed(saved, built):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddt_jax import cli, config, experiment, settings
+from ddt_jax import cli, config, experiment, looking, settings
 from ddt_jax.data import latents as store
 from ddt_jax.data.array_record import write_array_record
 from ddt_jax.data.base import BadRecord, open_source
@@ -196,7 +196,7 @@ def test_latents_of_another_codec_or_preprocessing_are_refused(kept, tmp_path):
             experiment.train(wrong, str(tmp_path / "run"))
         assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="holds no pictures"):
-        experiment.look_at_data(s, "train", 1, str(tmp_path / "x.png"))
+        looking.look_at_data(s, "train", 1, str(tmp_path / "x.png"))
     with pytest.raises(UserError, match="data.eval_source=latents:x holds no images"):
         config.from_dict(config.override(config.dump(s), (("data.eval_source", "latents:x"),)))
 
