@@ -24,7 +24,7 @@ SECOND = (
 def trained(workdir, overrides):
     """The run's model, its newest state, and the codes of some images by the weights that are evaluated."""
     assert experiment.train(config.load(SMOKE, overrides), str(workdir))["finished"]
-    built, state = experiment.restore(str(workdir))
+    built, state = experiment.restore(str(workdir), whole=True)
     image = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     with jax.set_mesh(built.mesh):
         codes = built.model.encode(experiment.weights(state), state.extra, to_float(jax.numpy.asarray(image)))

@@ -61,7 +61,7 @@ def test_each_stage_goes_on_from_the_one_before(root, tmp_path):
     found, results = found["results"], results["results"]
     assert found["retrieval"].keys() == {"by_embedding"} and found["retrieval_images"] == 40
     assert (codes / "text" / "tokenizer.model").read_bytes() == (align / "text" / "tokenizer.model").read_bytes()
-    (_, first), (_, second) = experiment.restore(str(align)), experiment.restore(str(codes))
+    (_, first), (_, second) = (experiment.restore(str(run), whole=True) for run in (align, codes))
     for name in ("vision", "qformer", "text"):
         jax.tree.map(np.testing.assert_array_equal, experiment.weights(first)[name], second.params[name])
     assert found_later["results"]["retrieval"]["by_embedding"] == found["retrieval"]["by_embedding"]

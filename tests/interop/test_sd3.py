@@ -281,7 +281,7 @@ def test_a_run_starts_from_a_file_and_trains(files, capsys):
     assert "model.pos_embed" in report["copied"] and report["not_copied"]["context_embedder.bias"]
 
     # What does not come from the file is as without it; the average starts there too.
-    built, state = experiment.restore(str(workdir))
+    built, state = experiment.restore(str(workdir), whole=True)
     with jax.set_mesh(built.mesh):
         fresh = built.init()
     table = state.params["decoder"]["positions"]

@@ -493,7 +493,7 @@ def test_a_run_is_exported_with_its_average_and_not_overwritten(files, workdir, 
     assert "cannot write /proc/none/x.pth" in capsys.readouterr().err
 
     # As if it had been trained: parameters move away from the average, which stays.
-    built, state = experiment.restore(str(workdir))
+    built, state = experiment.restore(str(workdir), whole=True)
     state = state.replace(step=state.step + 1, params=jax.tree.map(lambda x: x + 1, state.params))
     points = checkpoint.Checkpoints(workdir, built.settings.train)
     points.save(state, config.dump(built.settings))

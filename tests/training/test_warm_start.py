@@ -50,7 +50,7 @@ def equal(a, b):
 
 
 def test_it_begins_with_the_average_and_the_codebook_and_nothing_else(first):
-    theirs = experiment.restore(first)[1]
+    theirs = experiment.restore(first, whole=True)[1]
     assert not equal(theirs.params, theirs.ema)
     state, said, fresh = begun(second(first))
     assert equal(state.params, theirs.ema) and equal(state.ema, theirs.ema) and equal(state.extra, theirs.extra)
@@ -62,7 +62,7 @@ def test_it_begins_with_the_average_and_the_codebook_and_nothing_else(first):
 def test_without_an_average_it_takes_the_parameters(first, tmp_path):
     s = replace(FIRST, train=replace(FIRST.train, ema=0.0, steps=1))
     experiment.train(s, str(tmp_path))
-    theirs = experiment.restore(str(tmp_path))[1]
+    theirs = experiment.restore(str(tmp_path), whole=True)[1]
     state, said, _ = begun(second(str(tmp_path)))
     assert equal(state.params, theirs.params) and equal(state.ema, theirs.params) and "its parameters" in said
 
