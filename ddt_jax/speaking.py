@@ -315,7 +315,7 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         raise UserError("config: sequences.eval_sources is empty; name held-out ones, of the kind of sequences.sources")
     e, seed = s.evaluate, s.evaluate.seed
     chosen, edits = asked.captioned(s, e.prompts), asked.edits(s, e.prompts, speaker.encode_text)
-    if not chosen and not edits:
+    if not chosen and not edits and asked.has_pictures(s):
         raise UserError("evaluate: no record of sequences.eval_sources has a caption; name one of which some have")
     captions = [r["caption"] for r in chosen]
     told, orders = [e.caption for e in edits], [e.instruction for e in edits]

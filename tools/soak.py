@@ -13,6 +13,7 @@
     python tools/soak.py seed                     configs/seed_scenes.py: retrieval by embedding and by code
     python tools/soak.py seed_causal --seeds 0,1,2    its first stage, causal against bidirectional queries
     python tools/soak.py seed_free                transformers on codes of both, which may draw what is no image
+    python tools/soak.py text_beside_images --seeds 0,1,2    what learning images costs real text
     python tools/soak.py cifar10 --minutes 10     training on the real files, against PCA on the same images
     python tools/soak.py cifar10_device           the same in bfloat16 on an accelerator, its speed, a stand-in for rFID
     python tools/soak.py kill --kills 50          a run that is killed again and again, against an undisturbed one
@@ -42,7 +43,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import soak_runs as programs  # noqa: E402
 from soak_acdit import acdit_blocks, acdit_clips  # noqa: E402
 from soak_cifar10 import cifar10, cifar10_device  # noqa: E402
-from soak_codes import edits, seed_codes, spatial_codes, whole_way  # noqa: E402
+from soak_codes import edits, seed_codes, spatial_codes, text_beside_images, whole_way  # noqa: E402
 from soak_gates import note  # noqa: E402
 from soak_kill import kill  # noqa: E402
 from soak_saves import saves  # noqa: E402
@@ -64,6 +65,7 @@ MEASUREMENTS: dict[str, Callable] = {
     "seed": seed,
     "seed_causal": seed_causal,
     "seed_free": seed_free,
+    "text_beside_images": text_beside_images,
     "cifar10": cifar10,
     "cifar10_device": cifar10_device,
     "kill": kill,

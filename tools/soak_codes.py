@@ -1,17 +1,21 @@
-"""Measurements of transformers on codes of scenes: the whole way of `make quickstart`, edits, spatial and SEED codes.
+"""Measurements of transformers on codes of scenes: the whole way of `make quickstart`, edits, spatial and SEED codes;
+and of text beside images.
 
 Each takes the options of the command line and a folder for its runs, and returns its part of the record. With
 `--tokenizer WORKDIR` a tokenizer that was trained before stands in for the measurement's own; the record says which.
 """
 
+import os
 from pathlib import Path
 
 import soak_runs as programs
-from soak_gates import at_least, at_most, quiet
+from soak_gates import at_least, at_most, note, quiet
 
 CODES = {"codes/train": ("scenes:train", 160_000), "codes/heldout": ("scenes:heldout", 2048)}
 SEED_CODES = {"train_codes": CODES["codes/train"], "heldout_codes": CODES["codes/heldout"]}
 EDITS = {"edits/train": ("scenes_edits:train", 80_000), "edits/heldout": ("scenes_edits:heldout", 2048)}
+HELD_OUT = 0.1  # of the text
+SPEECHES = 8  # that make a document
 
 
 def whole_way(options, folder: Path) -> dict:
@@ -62,6 +66,47 @@ def seed_codes(options, folder: Path) -> dict:
     spoken, more = programs.train_and_evaluate(config, folder / "transformer", seed, options)
     outcomes += more
     return _record(options, "configs/seed_llama_scenes.py", stages, spoken, _sound(spoken, outcomes))
+
+
+def text_beside_images(options, folder: Path) -> dict:
+    """configs/text_beside_images.py: perplexity of real text that was learned alone, beside pixels, beside codes.
+
+    --tokenizer: the folder of `make quickstart`, with its tokenizer and codes; without it there is no arm of codes.
+    What images cost is reported, not judged.
+    """
+    _write_texts(folder / "text")
+    arms = ("alone", "pixels", *(("codes",) if options.tokenizer else ()))
+    for name in ("tokenizer", "codes") if options.tokenizer else ():
+        (folder / name).symlink_to((options.tokenizer / name).resolve(), target_is_directory=True)
+    runs, gates, made = {arm: {} for arm in arms}, [], ()
+    for number in options.seeds:
+        for arm in arms:
+            note(f"{arm}, seed {number}")
+            config, workdir = f"configs/text_beside_images.py:{arm}:{folder}", folder / f"{arm}_{number}"
+            runs[arm][str(number)], outcomes = programs.train_and_evaluate(config, workdir, number, options, also=made)
+            # The first run makes a text tokenizer of the text alone; all others read with it.
+            made = made or (f"--config.sequences.text={workdir / 'text'}",)
+            gates += [{"arm": arm, "seed": number, **check} for check in quiet(outcomes)]
+    costs = [
+        100 * (r["plain_perplexity"] / runs["alone"][n]["plain_perplexity"] - 1) for n, r in runs["pixels"].items()
+    ]
+    note(f"perplexity beside pixels, percent more than alone: {', '.join(f'{x:+.2f}' for x in costs)}")
+    config = "configs/text_beside_images.py"
+    return {"config": config, "seeds": options.seeds, "results": {"arms": runs}, "gates": gates}
+
+
+def _write_texts(folder: Path) -> None:
+    """The text file of the data folder as documents, the last of them held out."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    data = Path(os.environ.get("DDT_JAX_DATA", programs.ROOT.parent / "shared" / "data"))
+    speeches = (data / "text" / "tinyshakespeare.txt").read_text().split("\n\n")
+    texts = ["\n\n".join(speeches[i : i + SPEECHES]) for i in range(0, len(speeches), SPEECHES)]
+    count = round(len(texts) * (1 - HELD_OUT))
+    folder.mkdir()
+    for name, part in {"train": texts[:count], "heldout": texts[count:]}.items():
+        parquet.write_table(pa.table({"text": part}), folder / f"{name}.parquet")
 
 
 def _trained(options, folder: Path, tokenizer_config: str, sources: dict, config: str):

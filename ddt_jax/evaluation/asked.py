@@ -34,6 +34,11 @@ class Edit(NamedTuple):
     caption: str
 
 
+def has_pictures(s: settings.Experiment) -> bool:
+    """Whether held-out sources hold anything but texts."""
+    return any(part.kind != "texts" for part in s.sequences.eval_sources)
+
+
 def captioned(s: settings.Experiment, most: int) -> list[dict]:
     """Records of sequences.eval_sources with a caption and an image, at most so many."""
     parts = (part for part in s.sequences.eval_sources if part.kind != "texts")
