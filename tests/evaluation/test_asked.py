@@ -48,7 +48,8 @@ def test_captions_come_in_the_order_of_folders_and_records(folder):
 def test_nobody_is_asked_to_draw_texts_without_images(folder):
     s = experiment(settings.Texts(source="parquet:/nowhere/*.parquet"), settings.CodesFolder(folder=folder))
     assert [record["caption"] for record in asked.captioned(s, 9)] == ["one", "two", "three"]
-    assert asked.edits(s, 9, encode) == []
+    assert asked.edits(s, 9, encode) == [] and asked.has_pictures(s)
+    assert not asked.has_pictures(experiment(settings.Texts(source="parquet:/nowhere/*.parquet")))
 
 
 def test_edits_are_conversations_of_one_picture_and_its_change(folder):

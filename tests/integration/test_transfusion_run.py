@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -140,3 +142,22 @@ def test_text_and_images_come_in_turns(trained):
     (parts,) = speaker.tell([asked], [3], force_image=True)
     assert isinstance(parts[0], np.ndarray) and parts[0].shape == (32, 32, 3)
     assert all(isinstance(part, str | np.ndarray) for part in parts)
+
+
+def test_text_alone_is_learned_and_measured(tmp_path):
+    pq.write_table(pa.table({"text": ["to be, or not to be", "that is the question"] * 40}), tmp_path / "a.parquet")
+    config = tmp_path / "texts.py"
+    config.write_text(
+        "from ddt_jax import config, settings\n"
+        "def get_config():\n"
+        "    c = config.sibling('configs/transfusion_scenes.py', 'transfusion_scenes').get_config()\n"
+        f"    texts = config.dump(settings.Texts(source='parquet:{tmp_path}/a.parquet'))\n"
+        "    c.sequences.sources = c.sequences.eval_sources = (texts,)\n"
+        "    return c\n"
+    )
+    short = [*SMALL, "--config.train.steps=4", f"--config.data.cache_dir={tmp_path}"]
+    assert run("train", "--config", config, "--workdir", tmp_path / "run", *short) == 0
+    assert run("evaluate", "--workdir", tmp_path / "run", "--config.evaluate.verifier=False") == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert 1 < results["plain_perplexity"] < 400 and results["prompts"] == 0
+    assert not (tmp_path / "run" / "text_to_image.png").exists()
