@@ -16,6 +16,7 @@ CODES, PATCHES = 16, 64  # that an image is
 DOCUMENTS, CONTEXT = 2, 80  # of a row; shorter ones leave long captions alone
 SIBLINGS = dict.fromkeys(("codes", "unordered", "seed"), "llama_scenes")
 SIBLINGS |= {"spatial": "llama_spatial_scenes", "transfusion": "transfusion_scenes", "blocks": "transfusion_scenes"}
+RECORDS = 80_000  # images that denoised arms learn from; as many as `sweeps/image_languages.py` makes codes of
 ROWS = {"transfusion": PATCHES, "blocks": 2 * PATCHES}  # of an image that is no codes; blocks have noised copies
 
 
@@ -37,6 +38,9 @@ def get_config(variant="codes"):
     c.sequences.images = DOCUMENTS
     c.sequences.context = CONTEXT + DOCUMENTS * (ROWS.get(arm, CODES) - CODES)
     c.sequences.targets, c.sequences.text_vocab_size = both.sequences.targets, both.sequences.text_vocab_size
+    for part in c.sequences.sources:
+        if part["kind"] == "pictures":
+            part["records"] = RECORDS
     for parts in (c.sequences.sources, c.sequences.eval_sources):
         for part in parts:
             part["formats"], part["weight"] = both.sequences.sources[0]["formats"], 1.0

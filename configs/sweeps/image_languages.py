@@ -3,7 +3,8 @@
     python tools/compare.py run --config configs/sweeps/image_languages.py --to runs/image_languages --jobs 2
 
 Each arm costs what DDT codes cost in 2,700 steps of the transformer with the quickstart's tokenizer. 30 transformers
-and 6 stages of tokenizers, none of more than 10 minutes on two cores; we expect two and a half hours, two at one time.
+and 6 stages of tokenizers, 5 to 24 minutes on a core each; we expect four to six hours of two cores, in several
+sittings if need be (`--known`, docs/comparison.md).
 """
 
 from ddt_jax.scaling import trial

@@ -82,6 +82,16 @@ def test_a_plan_has_a_grid_of_equal_cost(compare, written, capsys, tmp_path):
     assert sum("once the best are known" in line for line in out.splitlines()) == 2 * 6
 
 
+def test_denoised_arms_learn_from_as_many_images_as_codes_are_made_of():
+    from ddt_jax.scaling import trial
+
+    path = str(CONFIGS / "sweeps" / "image_languages.py")
+    found = trial.load(path)
+    places = [trial.place(path, arm.config, "runs") for arm in found.arms.values() if not arm.tokenizer]
+    sources = [part for place in places for part in config.load(place).sequences.sources]
+    assert [part.records for part in sources] == [found.records] * 2
+
+
 @pytest.mark.slow
 def test_stages_of_a_tokenizer_are_trained_in_turn_and_all_of_them_are_paid(compare, written, tmp_path):
     """SEED's three, each begins with the one before; codes are made by the last."""
