@@ -15,7 +15,6 @@ PYTHON_CHOSEN := 1
 endif
 INSTALL := PYTHON_CHOSEN=$(PYTHON_CHOSEN) tools/venv.sh
 BIN := $(VENV)/bin
-# Of several workers one takes a file whole (--dist loadfile): what its tests share is made once.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 WORKERS ?= 2
 
@@ -44,11 +43,11 @@ tokenizer: ## the first part of it alone: train the tokenizer, evaluate it, writ
 
 test: ## quick tests (at most 15 minutes on 2 cores)
 	@$(INSTALL) $(VENV) test $(PYTHON)
-	$(PYTEST) -m "not slow and not tpu_compile and not transfusion" -n $(WORKERS) --dist loadfile
+	$(PYTEST) -m "not slow and not tpu_compile and not transfusion" -n $(WORKERS)
 
 test-slow: ## oracles, several processes, kills; then test-tpu
 	@$(INSTALL) $(VENV) test,oracle $(PYTHON)
-	DDT_JAX_KEEP_COMPILED=1 $(PYTEST) -m "slow and not tpu_compile" -n $(WORKERS) --dist loadfile
+	DDT_JAX_KEEP_COMPILED=1 $(PYTEST) -m "slow and not tpu_compile" -n $(WORKERS) --dist loadfile # a file prepares for all of its tests
 	@$(MAKE) --no-print-directory test-tpu
 
 test-tpu: ## compile the small configs' train steps for a TPU, in .venv-tpu

@@ -24,7 +24,7 @@ LAYERS = [
     {"planning_answers"},
     {"drawings", "speaking"},
     {"experiment"},
-    {"monitoring"},
+    {"looking", "monitoring"},
     {"scaling", "evaluation", "interop"},
     {"training"},
     {"multimodal", "tokenizers"},
