@@ -3,7 +3,7 @@
 Variants, each with the folder that holds text/train.parquet and text/heldout.parquet: "alone:ROOT"; "pixels:ROOT", half
 of the rows are scenes that are denoised; "codes:ROOT", half are DDT codes of scenes, from ROOT/codes/train and the
 tokenizer ROOT/tokenizer. Half of the rows in twice the steps: the same text. `python tools/soak.py text_beside_images`
-trains them; docs/transformer.md has what came of it.
+trains them; it has not been measured yet.
 """
 
 from ddt_jax import config, settings

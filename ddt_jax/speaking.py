@@ -319,7 +319,8 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         raise UserError("evaluate: no record of sequences.eval_sources has a caption; name one of which some have")
     captions = [r["caption"] for r in chosen]
     told, orders = [e.caption for e in edits], [e.instruction for e in edits]
-    if e.verifier:  # both raise for what they cannot judge, before anything is drawn
+    verified = e.verifier and bool(chosen or edits)
+    if verified:  # both raise for what they cannot judge, before anything is drawn
         compositional.captions(captions, captions)
         wanted = compositional.edited(told, orders)
     fid = None
@@ -357,9 +358,9 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     if clip:
         tables.append(f"CLIP score of {judged['t2i_clip_images']:,} drawn pictures: {judged['t2i_clip_score']:.2f}\n")
     found: compositional.Figures = {}
-    if e.free_images:
+    if e.free_images and (chosen or edits):
         found |= compositional.valid("t2i", drawn.valid) | compositional.valid("edit", changed.valid)
-    if e.verifier:
+    if verified:
         found |= compositional.pictures(drawn.pictures, captions, drawn.valid) | compositional.captions(said, captions)
         found |= compositional.editing(changed.pictures, told, wanted, changed.valid)
     results |= compositional.flat(found)

@@ -74,10 +74,14 @@ class Known:
 
 def _read(path) -> list[Row]:
     try:
-        return comparison.from_json(json.loads(Path(path).read_text()))
+        rows = comparison.from_json(json.loads(Path(path).read_text()))
+        for row in rows:  # what is looked at below is there
+            if not row.diverged:
+                _name(row), row.total_flops
+        return rows
     except OSError as error:
         raise UserError(f"compare: --known {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"compare: --known {path} is no comparison.json that `compare.py` has written ({error!r:.80})"
         ) from error

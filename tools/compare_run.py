@@ -72,6 +72,8 @@ class Work:
         self.slots = [Slot(cores) for cores in _shares(jobs)]
         self.chosen: dict[str, Chosen] = {}
         self.known = Known(known, found, arms, root)
+        if retry:
+            self.known.diverged.clear()
         self.made: set[str] = set()  # names of the steps that are done here
         self._done: set[str] = set()  # made, or known from an earlier part
         self._records: dict[str, sweep_state.Record] = {}
@@ -88,7 +90,7 @@ class Work:
                     record = sweep_state.read(self.root, step, step.workdir)
                     again = self._retry and record.state in LOST
                     row = self.known.diverged.get(step.name)
-                    if row and record.state == "waiting" and not self._retry:
+                    if row and record.state == "waiting":
                         record = sweep_state.Record("diverged", row.diverged)
                     self._records[step.name] = sweep_state.Record() if again else record
                     if step.done():

@@ -94,7 +94,7 @@ def parse(argv=None):
         type=Path,
         metavar="WORKDIR",
         help="whole_way, edits, spatial_codes: this one, trained before; seed_codes: its stage codes; seed_free: what "
-        "seed_causal has kept",
+        "seed_causal has kept; text_beside_images: the folder of `make quickstart`",
     )
     parser.add_argument("--kills", type=int, default=50, help="kill: how many (default: 50)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak", metavar="DIR", help="where NAME.json goes")

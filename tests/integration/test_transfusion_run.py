@@ -157,7 +157,7 @@ def test_text_alone_is_learned_and_measured(tmp_path):
     )
     short = [*SMALL, "--config.train.steps=4", f"--config.data.cache_dir={tmp_path}"]
     assert run("train", "--config", config, "--workdir", tmp_path / "run", *short) == 0
-    assert run("evaluate", "--workdir", tmp_path / "run", "--config.evaluate.verifier=False") == 0
+    assert run("evaluate", "--workdir", tmp_path / "run") == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert 1 < results["plain_perplexity"] < 400 and results["prompts"] == 0
     assert not (tmp_path / "run" / "text_to_image.png").exists()

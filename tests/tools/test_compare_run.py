@@ -247,7 +247,7 @@ def part(two):
 
 def elsewhere(two) -> Comparison:
     other = Comparison(two.run, two.root / "elsewhere")
-    other.root.mkdir()
+    other.root.mkdir(exist_ok=True)
     return other
 
 
@@ -293,6 +293,8 @@ def test_a_rate_that_is_known_to_diverge_has_lost(two, part):
     _, work, calls = elsewhere(two).go(known=[str(path)])
     assert not any("pixels" in line for line in calls) and work.chosen["pixels"].rate == 2.0
     assert [(row.arm, row.lr, row.diverged) for row in work.diverged()] == [("pixels", 4.0, "not finite")]
+    _, work, calls = elsewhere(two).go(known=[str(path)], retry=True)
+    assert "train pixels/lr4_seed0" in calls and work.diverged() == []
 
 
 @pytest.mark.parametrize(
@@ -303,6 +305,7 @@ def test_a_rate_that_is_known_to_diverge_has_lost(two, part):
         ({"steps": 9}, "was to have 9 steps, here 4 are paid for"),
         ({"flops": {"training": 20.0}}, r"cost 2.000e\+01 FLOPs in all, here 1.000e\+01"),
         ({"sampling": {"text_to_image": {"guidance": 5.0}}}, "was drawn with guidance 5, which is not tried here"),
+        ({"sampling": {}}, "is no comparison.json that `compare.py` has written"),
         (None, "is no comparison.json that `compare.py` has written"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -336,6 +337,24 @@ def test_free_transformers_differ_in_what_queries_see_alone(soak, tmp_path, monk
     assert written == ["causal", "bidirectional"]
     found = json.loads((tmp_path / "seed_free.json").read_text())["results"]["arms"]["bidirectional"]
     assert found["transformer"]["t2i_valid"] == 0.5 and found["align"].get("digest") == ("digest" if given else None)
+
+
+def test_text_is_learned_alone_and_beside_images_with_one_text_tokenizer(soak, data_dir, tmp_path, monkeypatch):
+    trained, texts = [], {}
+
+    def train_and_evaluate(config, workdir, seed, options, also=()):
+        trained.append((config.split(":")[1], seed, [text.rpartition("/")[0].rpartition("/")[2] for text in also]))
+        for path in (workdir.parent / "text").glob("*.parquet"):
+            texts[path.stem] = pq.read_table(path)["text"].to_pylist()
+        return {"plain_perplexity": 4.0}, []
+
+    monkeypatch.setattr(soak.programs, "train_and_evaluate", train_and_evaluate)
+    assert soak.main(["text_beside_images", "--seeds", "0,1", "--out", str(tmp_path)]) == 0
+    first = ["alone_0"]
+    assert trained == [("alone", 0, []), ("pixels", 0, first), ("alone", 1, first), ("pixels", 1, first)]
+    whole = (data_dir / "text" / "tinyshakespeare.txt").read_text()
+    assert "\n\n".join(texts["train"] + texts["heldout"]) == whole
+    assert len(texts["heldout"]) / len(texts["train"]) == pytest.approx(1 / 9, rel=0.01)
 
 
 def test_both_tokenizers_of_scenes_have_the_same_bits_and_pictures():
