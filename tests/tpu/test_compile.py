@@ -43,6 +43,7 @@ SIZES = (
 OVERRIDES = {
     "llama_scenes.py": SIZES,
     "llama_spatial_scenes.py": SIZES,
+    "text_beside_images.py": (VOCABULARY,),
     "transfusion_scenes.py": (VOCABULARY,),
     # Two resolutions have every kind of layer; each further one is as many convolutions again to compile.
     "vae.py:small": (("model.sizes.block_out_channels", "16,32"),),
