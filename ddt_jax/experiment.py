@@ -36,7 +36,7 @@ from ddt_jax.training.progress import Progress
 from ddt_jax.training.recheck import Recheck
 from ddt_jax.training.state import TrainState, abstract_state, init_state
 from ddt_jax.training.step_log import StepLog
-from ddt_jax.training.tokenizer_step import compile_step, make_step
+from ddt_jax.training.tokenizer_step import STOP, compile_step, make_step
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def abstract_batch(built: Built) -> dict:
     """A batch of the train step as ShapeDtypeStructs, for ahead-of-time compilation."""
     sharding = meshes.batch_sharding(built.mesh)
     shapes = feeds.batch_shapes(built.settings, built.model)
-    return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, (shape, dtype) in shapes.items()}
+    rows = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, (shape, dtype) in shapes.items()}
+    return rows | {STOP: meshes.flag_shape(built.mesh)}
 
 
 def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
@@ -391,7 +392,7 @@ def measure_rows(built: Built, state: TrainState, found: corpus.Corpus) -> dict[
     batches, seen = [], 0
     while seen < s.evaluate.images:
         batches.append(loader.batch_at(len(batches)))
-        seen += int((batches[-1]["document"].max(axis=1) + 1).sum()) * jax.process_count()
+        seen += int((batches[-1]["document"].max(axis=1) + 1).sum()) * meshes.reader(built.mesh).count
     count = gather.agreed(len(batches))  # rows of other processes may hold more documents, or fewer
     batches = [*batches[:count], *(loader.batch_at(i) for i in range(len(batches), count))]
     marks = [id_ for _, id_ in found.vocabulary.special]

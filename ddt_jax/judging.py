@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from ddt_jax import experiment, settings, speaking
+from ddt_jax import mesh as meshes
 from ddt_jax.data import images
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation import autoencoding, pictures, plots, reconstruction, suite, tables
@@ -40,9 +41,10 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     built, state = experiment.restore(workdir, overrides, jax.devices())
     s, root, first = built.settings, epath.Path(workdir), jax.process_index() == 0
     held_out = feeds.open_images(s, s.data.eval_source)
-    share = -(-min(s.evaluate.images, len(held_out.source)) // jax.process_count())
+    readers = meshes.reader(built.mesh).count
+    share = -(-min(s.evaluate.images, len(held_out.source)) // readers)
     stream = sys.stderr if first else None
-    with Progress(share, batch_size=jax.process_count(), stream=stream, unit="image") as progress:
+    with Progress(share, batch_size=readers, stream=stream, unit="image") as progress:
         found = suite.evaluate(
             built.model,
             experiment.weights(state),

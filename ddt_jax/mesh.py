@@ -5,6 +5,8 @@ Axes: replica (slow links between slices), data, fsdp (batch and parameters), te
 A model names the dimensions of its parameters by what they are; RULES says which mesh axis each name is spread over.
 """
 
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import jax
@@ -122,15 +124,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def row_parts(mesh) -> int:
+    """Parts into which a mesh splits rows."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def batch_axes(rows: int, mesh) -> tuple[str, ...]:
     """The axes over which so many rows are split: all batch axes, or none where they do not divide them."""
-    return BATCH if rows % int(np.prod([mesh.shape[a] for a in BATCH])) == 0 else ()
+    return BATCH if rows % row_parts(mesh) == 0 else ()
 
 
 def batch_parts(rows: int) -> int:
     """Parts into which so many rows are split by the mesh that is set; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else int(np.prod([mesh.shape[a] for a in batch_axes(rows, mesh)]))
+    return 1 if mesh.empty or not batch_axes(rows, mesh) else row_parts(mesh)
 
 
 def constrain_batch(x):
@@ -184,24 +191,87 @@ def look_up(table_VD, ids, axes, dtype):
     return jax.lax.with_sharding_constraint(found, PartitionSpec(rows, context, columns))
 
 
+@dataclass(frozen=True)
+class Reader:
+    """What a host reads of every global batch: of `count` equal parts of its rows the part `index`.
+
+    Hosts that hold the same rows, where tensor or context goes over several, read the same part.
+
+    Attributes:
+      processes: one host of each part, in order: what hosts find out about their rows is put together from these.
+    """
+
+    index: int
+    count: int
+    processes: tuple[int, ...]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this host speaks for its part."""
+        return jax.process_index() == self.processes[self.index]
+
+
+def reader(mesh: Mesh | settings.Mesh | None = None) -> Reader:
+    """Of this host. mesh: or its sizes; None: that which is set, and without one every host has rows of its own.
+
+    Raises:
+      UserError: as `readers`.
+    """
+    here, hosts = jax.process_index(), jax.process_count()
+    if mesh is None and hosts > 1:
+        mesh = jax.sharding.get_mesh()
+    if hosts == 1 or (isinstance(mesh, Mesh) and mesh.empty):
+        return Reader(here, hosts, tuple(range(hosts)))
+    groups = readers(make_mesh(mesh) if isinstance(mesh, settings.Mesh) else mesh)
+    index = next(i for i, group in enumerate(groups) if here in group)
+    return Reader(index, len(groups), tuple(min(group) for group in groups))
+
+
+def readers(mesh: Mesh) -> list[list[int]]:
+    """Hosts that hold the same rows, in the order of these.
+
+    Raises:
+      UserError: if hosts share some of their rows and not all of them.
+    """
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(row_parts(mesh), -1)
+    held, groups = defaultdict(set), defaultdict(list)
+    for part, sharing in enumerate(hosts):
+        for host in sharing:
+            held[int(host)].add(part)
+    for host, parts in sorted(held.items()):
+        groups[tuple(sorted(parts))].append(host)
+    if sum(map(len, groups)) != len(hosts) or len(set(map(len, groups))) > 1:
+        raise UserError(
+            f"mesh: with mesh.tensor={mesh.shape['tensor']} x mesh.context={mesh.shape[CONTEXT]} hosts share some of "
+            f"their rows and not all of them; let the product divide {mesh.size // len(held)}, a host's devices, or be "
+            "divided by it"
+        )
+    return [groups[parts] for parts in sorted(groups)]
+
+
 def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
-    """Raises UserError unless the rows divide over the batch axes, and a host has whole rows, for it reads its own."""
-    if jax.process_count() > 1:
-        hosts = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(-1, *mesh.devices.shape[3:])
-        if (hosts != hosts[:, :1, :1]).any():
-            raise UserError(
-                f"mesh: mesh.tensor={hosts.shape[1]} x mesh.context={hosts.shape[2]} put a row on several hosts, and "
-                f"each reads rows of its own; make them at most {jax.local_device_count()}, a host's devices, together"
-            )
-    parts = int(np.prod([mesh.shape[a] for a in BATCH]))
+    """Raises UserError unless the rows divide over the batch axes, and hosts can read them: see `readers`."""
+    readers(mesh)
+    parts = row_parts(mesh)
     if batch_size % parts:
         raise UserError(f"mesh: {name}={batch_size} does not divide over {parts} devices (replica x data x fsdp)")
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """Host-local rows of a batch (NumPy) as global arrays."""
+    """Host-local rows of a batch (NumPy) as global arrays; hosts that share rows give the same."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def flag_shape(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Of `put_flag`: int32 [devices], one number on each."""
+    return jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=NamedSharding(mesh, PartitionSpec(AXES)))
+
+
+def put_flag(value: bool, mesh: Mesh) -> jax.Array:
+    """What this host says, on each of its devices. No column of the batch: hosts that share rows may say different."""
+    shape = flag_shape(mesh)
+    return jax.make_array_from_callback(shape.shape, shape.sharding, lambda _: np.full(1, value, shape.dtype))
 
 
 def put_whole(value, abstract):

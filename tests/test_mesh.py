@@ -1,12 +1,14 @@
 """Meshes and the rules that lay parameters over them, on 8 fake devices."""
 
+import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddt_jax import mesh as meshes
 from ddt_jax import settings
@@ -80,21 +82,64 @@ def test_batch_must_divide_over_the_batch_axes():
         meshes.check_batch(6, mesh, "train.batch_size")
 
 
-def test_a_row_over_several_hosts_is_refused(monkeypatch):
-    """A host reads rows of its own, so that parts of one row would be of two."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+@dataclass(frozen=True)
+class Device:
+    id: int
+    process_index: int
 
-    def over_hosts(*shape):
-        numbers = np.arange(8).reshape(shape)
-        of_host = np.vectorize(lambda number: SimpleNamespace(process_index=number // 4), otypes=[object])
-        return SimpleNamespace(devices=of_host(numbers), shape=dict(zip(meshes.AXES, shape, strict=True)))
 
-    meshes.check_batch(8, over_hosts(1, 1, 2, 2, 2), "train.batch_size")
-    message = "mesh.tensor=1 x mesh.context=8 put a row on several hosts.* at most 4, a host's devices, together"
-    for shape, found in {(1, 1, 1, 1, 8): message, (1, 1, 1, 8, 1): "mesh.tensor=8 x mesh.context=1"}.items():
-        with pytest.raises(UserError, match=found):
-            meshes.check_batch(8, over_hosts(*shape), "train.batch_size")
+def mesh_of(hosts, shape):
+    """A mesh whose devices, in order, are of these hosts."""
+    devices = [Device(number, int(host)) for number, host in enumerate(hosts)]
+    return Mesh(np.array(devices, object).reshape(shape), meshes.AXES)
+
+
+def over_hosts(of_each, *shape):
+    """A mesh whose hosts have so many devices, one host after the other."""
+    return mesh_of(np.arange(math.prod(shape)) // of_each, shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((1, 1, 8, 1, 1), [[0], [1]]),
+        ((1, 1, 2, 2, 2), [[0], [1]]),
+        ((1, 1, 1, 8, 1), [[0, 1]]),
+        ((1, 2, 1, 1, 8), [[0, 1], [2, 3]]),
+        ((2, 1, 2, 2, 4), [[0, 1], [2, 3], [4, 5], [6, 7]]),
+    ],
+    ids=str,
+)
+def test_hosts_that_hold_the_same_rows_read_the_same(shape, groups):
+    assert meshes.readers(over_hosts(4, *shape)) == groups
+
+
+def test_rows_of_a_host_may_lie_apart():
+    """As on a torus: hosts are squares of it, and rows of devices go through several of them."""
+    hosts = [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    assert meshes.readers(mesh_of(hosts, (1, 1, 4, 4, 1))) == [[0, 1], [2, 3]]
+    assert meshes.readers(mesh_of(hosts, (1, 1, 16, 1, 1))) == [[0], [1], [2], [3]]  # of host 0 parts 0, 1, 4 and 5
+
+
+def test_hosts_that_share_only_some_of_their_rows_are_refused():
+    message = "mesh.tensor=6 x mesh.context=1 hosts share some of their rows and not all of them; .* divide 4, a host's"
+    with pytest.raises(UserError, match=message):
+        meshes.check_batch(8, over_hosts(4, 1, 1, 2, 6, 1), "train.batch_size")
+
+
+def test_a_host_knows_its_part_and_who_speaks_for_it(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    found = meshes.reader(over_hosts(4, 1, 2, 1, 8, 1))
+    assert found == meshes.Reader(1, 2, (0, 2)) and not found.leads
+    assert meshes.reader() == meshes.Reader(3, 4, (0, 1, 2, 3)) and meshes.reader().leads  # no mesh is set
+
+
+def test_a_flag_is_on_every_device():
+    mesh = meshes.make_mesh(settings.Mesh(data=2, fsdp=2, tensor=2))
+    placed, shape = meshes.put_flag(True, mesh), meshes.flag_shape(mesh)
+    assert placed.sum() == 8 and [s.data.shape for s in placed.addressable_shards] == [(1,)] * 8
+    assert (placed.shape, placed.dtype, placed.sharding) == (shape.shape, shape.dtype, shape.sharding)
 
 
 def test_put_batch_keeps_rows_in_order():

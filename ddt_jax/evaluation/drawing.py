@@ -206,10 +206,11 @@ def draw(
         return np.zeros((0, *clip, model.image_size, model.image_size, 3), np.uint8)
     parts = int(np.prod([mesh.shape[axis] for axis in meshes.BATCH]))
     size = min(settings.batch_size, -(-len(label_D) // parts) * parts)
-    share = size // jax.process_count()
+    reader = meshes.reader(mesh)
+    share = size // reader.count
     rows = []
     for start in range(0, len(label_D), size):
-        index_B = start + jax.process_index() * share + np.arange(share)
+        index_B = start + reader.index * share + np.arange(share)
         inside_B = index_B < len(label_D)
         label_B = np.where(inside_B, label_D[np.minimum(index_B, len(label_D) - 1)], -1)
         given = {"label": label_B.astype(np.int32), "slot": index_B.astype(np.int32)}

@@ -6,6 +6,7 @@ Legend: B rows of a batch on this process, N rows of all processes.
 import jax
 import numpy as np
 
+from ddt_jax import mesh as meshes
 from ddt_jax.evaluation.frechet import Moments
 
 
@@ -43,14 +44,18 @@ def valid_rows(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def columns(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Columns [B, ...] of each process, equally long on all of them, as columns [N, ...] on every process."""
+    """Columns [B, ...] of each process, equally long on all of them, as columns [N, ...] on every process.
+
+    Of processes that share their rows, by the mesh that is set, one is asked.
+    """
     if jax.process_count() == 1:
         return table
     from jax.experimental import multihost_utils
 
     # float64 does not pass through JAX arrays; its bytes do.
     as_bytes = {name: np.frombuffer(v.tobytes(), np.uint8).reshape(len(v), -1) for name, v in table.items()}
-    gathered = multihost_utils.process_allgather(as_bytes, tiled=True)
+    asked = list(meshes.reader().processes)
+    gathered = {name: v[asked] for name, v in multihost_utils.process_allgather(as_bytes).items()}
     return {
         name: np.ascontiguousarray(gathered[name]).view(v.dtype).reshape(-1, *v.shape[1:]) for name, v in table.items()
     }

@@ -99,6 +99,8 @@ class SavedImages:
             raise UserError(f"config: evaluate.save_images={folder} holds images already; name another folder")
 
     def see(self, seen: Seen) -> dict[str, np.ndarray]:
+        if not meshes.reader().leads:  # another process has the same images
+            return {}
         for folder, image_BHWC in zip(self._folders, (seen.image_BHWC, seen.decoded_BHWC), strict=True):
             for image, index in zip(image_BHWC[seen.valid_B], seen.index_B[seen.valid_B], strict=True):
                 try:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from ddt_jax import mesh as meshes
 from ddt_jax import settings as settings_lib
 from ddt_jax.evaluation import gather, metrics, pictures, tables
 from ddt_jax.evaluation import judge as judge_lib
@@ -172,7 +173,7 @@ def evaluate_reconstruction(
         b = len(image_BHWC)
         valid_B = np.asarray(batch.get("valid", np.ones(b, bool)))
         index_B = np.asarray(batch["index"] if "index" in batch else _counted(counted, b), np.int32)
-        slot_B = np.asarray(batch.get("slot", np.arange(b) + b * jax.process_index()), np.int32)
+        slot_B = np.asarray(batch.get("slot", np.arange(b) + b * meshes.reader().index), np.int32)
         on_device = put({"image": image_BHWC, "slot": slot_B})
         by_rows = on_device["image"].sharding
         codes_BK = gather.local_rows(run.encode(params, extra, on_device["image"]), by_rows)
@@ -248,7 +249,8 @@ def _tokens(k):
 
 def _counted(start, b):
     """Indices of rows that have none: unique over all processes."""
-    return (start + np.arange(b)) * jax.process_count() + jax.process_index()
+    reader = meshes.reader()
+    return (start + np.arange(b)) * reader.count + reader.index
 
 
 def _shuffled(codes_BK, seed, index_B):

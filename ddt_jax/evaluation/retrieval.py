@@ -187,11 +187,11 @@ def evaluate_retrieval(
         raise UserError(f"data: {source.name} has no captions, which images are retrieved by; name a source with some")
     chosen = chosen or list(range(min(settings.images, len(source))))
     size = data.image_size
-    # Every process takes its share of each batch.
-    share = settings.batch_size // jax.process_count()
+    reader = meshes.reader(mesh)
+    share = settings.batch_size // reader.count  # of each batch
     run, rows, said, seen = program(model), [], [], 0
     for start in range(0, len(chosen), settings.batch_size):
-        first = start + jax.process_index() * share
+        first = start + reader.index * share
         here = chosen[first : min(first + share, start + settings.batch_size)]
         image_BHWC, texts, label_B = np.zeros((share, size, size, 3), np.uint8), [""] * share, np.full(share, -1)
         order = np.zeros((share, model.config.num_tokens), np.int32)
@@ -250,7 +250,7 @@ def _embed(model, params, captions, said, batch_size, mesh) -> tuple[np.ndarray,
     Args:
       said: (place, caption) of the images of this process.
     """
-    share = batch_size // jax.process_count()
+    share = batch_size // meshes.reader(mesh).count
     most = gather.columns({"captions": np.array([len(said)])})["captions"].max()
     run, rows = text_program(model), []
     for start in range(0, int(most), share):  # as often on every process, however many captions its images have

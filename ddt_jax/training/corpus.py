@@ -11,10 +11,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-import jax
 import numpy as np
 from etils import epath
 
+from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.data.base import BadRecord
 from ddt_jax.data.codes import CodesSource
@@ -185,7 +185,7 @@ def copy_text(workdir, folder) -> None:
 
 def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[Part]) -> RowLoader:
     """Batches of this process, of a mixture of sources. Raises UserError if they do not fit the settings."""
-    q, parts = s.sequences, tuple(parts)
+    q, parts, reader = s.sequences, tuple(parts), meshes.reader(s.mesh)
     opened = [open_records(s, part) for part in parts]
     documents, weights = {}, {}
     for number, (part, records) in enumerate(zip(parts, opened, strict=True)):
@@ -202,8 +202,8 @@ def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[Part]) -> 
         RowLimits(q.context, q.images, q.targets, q.truncate),
         seed=s.seed,
         batch_size=s.train.batch_size,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        shard_index=reader.index,
+        shard_count=reader.count,
     )
     return RowLoader(batcher, s.data)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.data.base import open_source
 from ddt_jax.data.loader import BatchLoader, Loader
@@ -16,7 +17,6 @@ from ddt_jax.errors import UserError
 from ddt_jax.io import atomic, json_object
 from ddt_jax.tokenizers.caption_ids import CaptionBytes, CaptionIds
 from ddt_jax.training import captions, corpus, latents
-from ddt_jax.training.tokenizer_step import STOP
 
 _RECORDS = "data.json"  # in a workdir
 
@@ -180,7 +180,7 @@ def open_images(s: settings.Experiment, spec: str, batch_size: int = 0, caption_
     """The loader of a source of images for this process.
 
     Args:
-      batch_size: over all processes; 0: train.batch_size.
+      batch_size: of all processes together; 0: train.batch_size.
       caption_ids: see `Loader`; None: captions are not read, or as bytes if the model takes those.
 
     Raises:
@@ -188,6 +188,7 @@ def open_images(s: settings.Experiment, spec: str, batch_size: int = 0, caption_
     """
     if length := getattr(s.model, "caption_bytes", 0):
         caption_ids = CaptionBytes(length)
+    reader = meshes.reader(s.mesh)
     return Loader(
         open_source(
             spec,
@@ -199,8 +200,8 @@ def open_images(s: settings.Experiment, spec: str, batch_size: int = 0, caption_
         s.data,
         batch_size=batch_size or s.train.batch_size,
         seed=s.seed,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
+        shard_index=reader.index,
+        shard_count=reader.count,
         caption_ids=caption_ids,
     )
 
@@ -222,10 +223,10 @@ def batch_shapes(s: settings.Experiment, model) -> dict:
         shapes["label"] = ((n,), jnp.int32)
     if length := getattr(model, "caption_length", 0):
         shapes["caption_ids"] = ((n, length), model.caption_dtype)
-    return shapes | {"slot": ((n,), jnp.int32), STOP: ((n,), jnp.int32)}
+    return shapes | {"slot": ((n,), jnp.int32)}
 
 
 def step_inputs(batches: Iterator[dict], names) -> Iterator[dict]:
     """Batches without what the step does not take."""
     for batch in batches:
-        yield {name: batch[name] for name in names if name != STOP}
+        yield {name: batch[name] for name in names}

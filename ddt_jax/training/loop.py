@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
 
 from ddt_jax import mesh as meshes
 from ddt_jax import settings
@@ -135,8 +134,8 @@ def train(
             checkpoints.check()
             with progress.waiting(hidden=lambda: not state.step.is_ready()):  # noqa: B023 - called at once
                 batch = next(batches)
-            batch[STOP] = np.full(len(batch["slot"]), stop.event.is_set(), np.int32)
             placed, again = meshes.put_batch(batch, mesh), None
+            placed[STOP] = meshes.put_flag(stop.event.is_set(), mesh)
             if watch.recheck and train.recheck_every and (done + 1) % train.recheck_every == 0:
                 with progress.phase("rechecking"):
                     again = watch.recheck.begin(state, placed)
@@ -190,7 +189,7 @@ class _Log:
         if values["bad_step"]:
             spike = values.get("spike")
             what = "is far above the last ones (optimizer.spike_skip)" if spike else "is not finite"
-            where = self._watch.keep_bad(step, {name: rows for name, rows in batch.items() if name != STOP})
+            where = self._watch.keep_bad(step, batch)
             self._progress.note(
                 f"step {step}: loss or gradient {what}; skipped, nothing but the counter has changed; {where}"
             )

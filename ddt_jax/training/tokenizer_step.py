@@ -16,7 +16,7 @@ from ddt_jax.tokenizers.image_loss import DISCRIMINATOR
 from ddt_jax.training import guards
 from ddt_jax.training.state import TrainState
 
-STOP = "stop"  # a row column: a host that was asked to stop says so to all of them through the step
+STOP = "stop"  # a flag of each device: a host that was asked to stop says so to all of them through the step
 
 
 def make_step(
@@ -154,7 +154,7 @@ def compile_step(step: Callable, state_shardings: TrainState, mesh) -> Callable:
     whole = meshes.replicated(mesh)
     return jax.jit(
         step,
-        in_shardings=(state_shardings, meshes.batch_sharding(mesh)),
+        in_shardings=(state_shardings, None),  # those of the arrays: rows and flags lie differently
         out_shardings=(state_shardings, whole),
         donate_argnums=0,
     )

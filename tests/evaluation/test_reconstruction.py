@@ -322,15 +322,18 @@ _PROCESS = """
 import json, sys
 import jax
 
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))  # before anything makes an array
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[3]))  # before anything makes an array
 import tests.evaluation.test_reconstruction as t
 from ddt_jax import mesh, settings
 from ddt_jax.evaluation import frechet, gather
 from ddt_jax.evaluation.frechet import Moments
 
-devices = mesh.make_mesh(settings.Mesh())
-half = slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
-batches = [{k: v[half] for k, v in b.items()} for b in t._batches(t._images(20), 8)]
+shared = sys.argv[2] == "shared"
+devices = mesh.make_mesh(settings.Mesh(data=1, tensor=4) if shared else settings.Mesh())
+reader = mesh.reader(devices)
+assert reader == (mesh.Reader(0, 1, (0,)) if shared else mesh.Reader(jax.process_index(), 2, (0, 1)))
+part = slice(8 // reader.count * reader.index, 8 // reader.count * (reader.index + 1))
+batches = [{k: v[part] for k, v in b.items()} for b in t._batches(t._images(20), 8)]
 with jax.set_mesh(devices):
     put, verifier = lambda b: mesh.put_batch(b, devices), lambda x, i: {"count": i % 4 == 0}
     report = t._evaluate(t.WithCommitment(), batches, put=put, verifier=verifier)
@@ -352,8 +355,9 @@ print(json.dumps(report.results))
 
 
 @pytest.mark.slow
-def test_two_processes_report_the_figures_of_one():
-    results = two_processes.results(_PROCESS, timeout=120)
+@pytest.mark.parametrize("rows", ["apart", "shared"])
+def test_two_processes_report_the_figures_of_one(rows):
+    results = two_processes.results(_PROCESS, rows, timeout=120)
     assert results[0] == results[1]
     one = _evaluate(WithCommitment(), _batches(_images(20), 8), verifier=lambda x, i: {"count": i % 4 == 0}).results
     # Not the control: "the image before" is that of the same process.

@@ -19,6 +19,7 @@ import pytest
 
 from ddt_jax import cli, experiment, hosts
 from ddt_jax.training import heartbeat
+from ddt_jax.training.loop import EXIT_STOPPED
 from ddt_jax.training.stored import Stored
 from tests.integration import slurm_here
 
@@ -126,9 +127,9 @@ def start_as(processes, devices, workdir, *more):
     ]
 
 
-def train_as(processes, devices, workdir):
+def train_as(processes, devices, workdir, *more):
     """As `start_as`, up to the end. Returns what process 0 said."""
-    started = start_as(processes, devices, workdir)
+    started = start_as(processes, devices, workdir, *more)
     said = [p.communicate(timeout=300)[1] for p in started]
     for process, err in zip(started, said, strict=True):
         assert process.returncode == 0 and "Traceback" not in err and "Warning" not in err, err
@@ -219,6 +220,17 @@ def test_two_processes_train_like_one_and_agree_on_where_to_go_on(eight, two_by_
     assert "checkpoint: step 20 passed over: process 1 found it damaged" in said and "goes on from step 15" in said
     np.testing.assert_array_equal(losses(damaged), losses(two))  # the same mesh, so to the last bit
     assert experiment.digest(damaged) == experiment.digest(two)
+
+
+def test_hosts_that_share_their_rows_train_like_one_and_each_of_them_is_heard(eight, tmp_path):
+    shared = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")  # two processes hold the same rows
+    started = start_as(4, 1, tmp_path, *shared)
+    await_checkpoint_of(tmp_path, started)
+    started[3].send_signal(signal.SIGTERM)  # the second of those that read the second part
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [EXIT_STOPPED] * 4, said
+    assert "goes on from step" in train_as(4, 1, tmp_path, *shared)
+    np.testing.assert_allclose(losses(tmp_path), losses(eight), rtol=1e-5)
 
 
 @pytest.fixture
