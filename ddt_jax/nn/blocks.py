@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddt_jax.mesh import constrain_batch
 from ddt_jax.nn.attention import attend
 from ddt_jax.nn.attention_chunked import SAVED
 from ddt_jax.nn.layers import MLP, Dense, LayerNorm, RMSNorm, zeros_dense
@@ -185,7 +186,16 @@ class _Scanned(nn.Module):
 
     @nn.compact
     def __call__(self, carry, *rest):
-        return self.make(name="block")(carry, *rest), None
+        return self.make(name="block")(_by_rows(carry), *rest), None
+
+
+def _by_rows(carry):
+    """The carry [B, S, D], or a tuple with such, over the batch axes.
+
+    Tables, whose width is split, would else draw it to their side: each device then multiplies its part of the width of
+    all rows, and adds up the products.
+    """
+    return jax.tree.map(lambda x: constrain_batch(x) if getattr(x, "ndim", 0) == 3 else x, carry)
 
 
 class Stack(nn.Module):
@@ -215,7 +225,7 @@ class Stack(nn.Module):
             make = functools.partial(block, *make.args, **make.keywords)
         if not self.scan or self.depth == 0:
             for i in range(self.depth):
-                carry = make(name=f"block_{i}")(carry, *rest, *(last if i == self.depth - 1 else ()))
+                carry = make(name=f"block_{i}")(_by_rows(carry), *rest, *(last if i == self.depth - 1 else ()))
             return carry
         if last:
             raise ValueError("a scan's blocks are all called alike")

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddt_jax import mesh as meshes
 from ddt_jax import settings
-from ddt_jax.nn import blocks, quantize_l2, spans, unet
+from ddt_jax.nn import blocks, embeddings, mmdit, quantize_l2, spans, unet
+from ddt_jax.nn.layers import Dense
 from ddt_jax.scaling import program, wholes
 from ddt_jax.training.state import shardings_of, unbox
 
@@ -115,6 +116,27 @@ def test_layers_of_an_mmdit_are_gathered_one_by_one(over_both):
     assert (
         max(work.collectives[c] for c in work.collectives if c.kind == "all-gather") >= 3 * 2
     )  # forwards, and again backwards
+
+
+class FromTables(nn.Module):
+    """Selftok's encoder: queries begin as a table, whose width lies over `fsdp` as the rows do."""
+
+    @nn.compact
+    def __call__(self, x_BND):
+        b, n, d = x_BND.shape
+        queries_BND = jnp.broadcast_to(embeddings.learned(self, "queries", n, d), x_BND.shape)
+        x_BND = Dense((d,), ("patch", "embed"))(x_BND) + embeddings.learned(self, "places", n, d)
+        make = functools.partial(mmdit.QueryBlock, 2, 2)
+        features_1NF = embeddings.released_sinusoids(mmdit.token_positions(n))[None]
+        return blocks.Stack(make, depth=2, scan=True)((x_BND, queries_BND), features_1NF)
+
+
+def test_no_chip_adds_up_products_of_all_rows():
+    """Else each multiplies the part of the width that it has of a table, for the rows of all, and rows travel."""
+    mesh, rows = meshes.make_mesh(settings.Mesh(data=1, fsdp=8), jax.devices()), 4096
+    work, params = gradients(mesh, FromTables(), jnp.zeros((rows, 16, WIDTH)))
+    of_parameters = sum(x.size * 4 for x in jax.tree.leaves(params))
+    assert max(c.bytes for c in work.collectives) <= of_parameters < rows * 16 * WIDTH * 4 / 8
 
 
 @pytest.mark.slow
