@@ -113,6 +113,15 @@ def test_a_plan_reads_well_and_is_marked_as_an_estimate(scanned):
     assert growth in plan_text.table([grown, scanned])
 
 
+def test_a_plan_warns_of_rows_that_travel(scanned):
+    moved, waits = [{"axis": "data+fsdp", "bytes": 80 * scanned["parameters"]}], {"bound": "communication"}
+    travels = scanned | {"collectives": moved, "estimate": scanned["estimate"] | waits}
+    assert any("move 20 times the parameters" in line for line in plan_text.warnings(travels))
+    for other in ({"collectives": [moved[0] | {"axis": "tensor"}]}, {"estimate": {"bound": "compute"}}):
+        assert "travel" not in " ".join(plan_text.warnings(travels | other))
+    assert "travel" not in " ".join(plan_text.warnings(travels, accumulate=4) + plan_text.warnings(scanned))
+
+
 def test_the_verb_plans_a_tokenizer_and_writes_json(tmp_path, capsys):
     out = tmp_path / "deep" / "plan.json"
     arguments = ["plan", "--config", str(CONFIGS / "smoke.py:linear"), "--topology", "h100:8", "--to", str(out)]
