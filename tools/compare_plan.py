@@ -111,13 +111,21 @@ def priced(found: Trial, path: str, root: str) -> list[Arm]:
       path: of the trial's file; root: the folder that it is run in.
 
     Raises:
-      UserError: a config is wrong, an arm reads codes and has no tokenizer, or what it reads costs too much.
+      UserError: a config is wrong, an arm reads codes and has no tokenizer, or what it reads costs too much; or arms
+        draw from more images than others.
     """
-    arms = []
+    arms, in_codes = [], any(arm.tokenizer for arm in found.arms.values())
     for name, arm in found.arms.items():
         s = config.load(trial.place(path, arm.config, root), _overrides(found.changes))
         if not s.evaluate.verifier:
             raise UserError(f"compare: evaluate.verifier of {arm.config} is False; rates are chosen by what it finds")
+        pictures = [part for part in s.sequences.sources if part.kind == "pictures"]
+        if in_codes and any(part.records != found.records for part in pictures):
+            counts = ", ".join(f"{part.records:,}" if part.records else "all" for part in pictures)
+            raise UserError(
+                f"compare: {arm.config} draws from {counts} images of {pictures[0].source}, and codes are made of "
+                f"{found.records:,}; make `records` of its sequences.sources and of the trial alike"
+            )
         places = [trial.place(path, text, root) for text in arm.tokenizer]
         loaded = [
             config.load(place, (("train.steps", f"{steps}"),))

@@ -24,7 +24,7 @@ def get_trial():
             "denoised": trial.Arm(configs + "/comparison_scenes.py:transfusion"),
         }},
         total=5.6e13, rates=(1.5e-3, 3e-3, 6e-3), guidances=(1.0, 2.0, 4.0), first_guidance=2.0,
-        records=1000, held_out=50, changes={{"train.tensorboard": False}},
+        records=80_000, held_out=50, changes={{"train.tensorboard": False}},
     )
     return trial.Trial("t", **how | dict({changes}))
 """
@@ -65,7 +65,7 @@ def test_a_plan_has_a_grid_of_equal_cost(compare, written, capsys, tmp_path):
         assert line[0] == "ddt-jax"
         cli._arguments(line[1:])  # the command line accepts it
     assert [line[1] for line in lines[:3]] == ["train", "tokenize", "tokenize"]
-    assert [line[line.index("--records") + 1] for line in lines[1:3]] == ["1000", "50"]
+    assert [line[line.index("--records") + 1] for line in lines[1:3]] == ["80000", "50"]
     trained = [line for line in lines[3:] if line[1] == "train"]
     assert [float(overrides_of(line)["optimizer.lr"]) for line in trained] == [1.5e-3, 1.5e-3, 3e-3, 3e-3, 6e-3, 6e-3]
     assert {(overrides_of(line)["seed"], overrides_of(line)["train.tensorboard"]) for line in trained} == {
@@ -73,7 +73,7 @@ def test_a_plan_has_a_grid_of_equal_cost(compare, written, capsys, tmp_path):
     }
     steps = {line[3]: int(overrides_of(line)["train.steps"]) for line in trained}
     codes, denoised = (config.load(path) for path in steps)
-    plans = ledger.plan(codes, config.load(f"{CONFIGS}/quickstart.py"), 1000), ledger.plan(denoised)
+    plans = ledger.plan(codes, config.load(f"{CONFIGS}/quickstart.py"), 80_000), ledger.plan(denoised)
     costs = [plan.total(count) for plan, count in zip(plans, steps.values(), strict=True)]
     assert costs == pytest.approx([5.6e13] * 2, rel=1e-3) and plans[1].step > plans[0].step
     judged = [line for line in lines if line[1] == "evaluate" and "--json" in line]
@@ -82,14 +82,11 @@ def test_a_plan_has_a_grid_of_equal_cost(compare, written, capsys, tmp_path):
     assert sum("once the best are known" in line for line in out.splitlines()) == 2 * 6
 
 
-def test_denoised_arms_learn_from_as_many_images_as_codes_are_made_of():
-    from ddt_jax.scaling import trial
-
-    path = str(CONFIGS / "sweeps" / "image_languages.py")
-    found = trial.load(path)
-    places = [trial.place(path, arm.config, "runs") for arm in found.arms.values() if not arm.tokenizer]
-    sources = [part for place in places for part in config.load(place).sequences.sources]
-    assert [part.records for part in sources] == [found.records] * 2
+def test_arms_that_draw_from_more_images_than_others_are_refused(compare, written, capsys):
+    assert compare.main(["run", "--config", written({"records": 1000}), "--to", "runs", "--plan"]) == 2
+    said = capsys.readouterr().err
+    assert "comparison_scenes.py:transfusion draws from 80,000 images of scenes:train" in said
+    assert "codes are made of 1,000; make `records`" in said and said.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -121,8 +118,14 @@ def test_stages_of_a_tokenizer_are_trained_in_turn_and_all_of_them_are_paid(comp
     [
         ("total=1e12", "comparison_scenes_codes reads costs"),
         ("arms={'a': trial.Arm(configs + '/smoke.py'), 'b': trial.Arm('y.py')}", "name configs of transformers"),
-        ("arms={'a': trial.Arm(configs + '/comparison_scenes.py:codes'), 'b': 0}", "reads codes; name the tokenizer"),
-        ("arms={'a': trial.Arm(configs + '/comparison_scenes.py:seeds'), 'b': 0}", "has no arm 'seeds'; choose from"),
+        (
+            "arms={'a': trial.Arm(configs + '/comparison_scenes.py:codes'), 'b': trial.Arm('')}",
+            "reads codes; name the tokenizer",
+        ),
+        (
+            "arms={'a': trial.Arm(configs + '/comparison_scenes.py:seeds'), 'b': trial.Arm('')}",
+            "has no arm 'seeds'; choose from",
+        ),
         ("changes={'train.stepz': 1}", "train.stepz is not a setting"),
         ("changes={'evaluate.verifier': False}", "rates are chosen by what it finds"),
     ],
