@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddt_jax import config, ledger
+from ddt_jax import config, ledger, settings
 from ddt_jax.errors import UserError
 from ddt_jax.scaling import trial
 from ddt_jax.scaling.trial import Trial
@@ -114,18 +114,14 @@ def priced(found: Trial, path: str, root: str) -> list[Arm]:
       UserError: a config is wrong, an arm reads codes and has no tokenizer, or what it reads costs too much; or arms
         draw from more images than others.
     """
-    arms, in_codes = [], any(arm.tokenizer for arm in found.arms.values())
+    arms, loaded_arms = [], {}
+    for name, arm in found.arms.items():  # of all of them, before the work of counting begins
+        loaded_arms[name] = config.load(trial.place(path, arm.config, root), _overrides(found.changes))
+        _check_records(found, arm, loaded_arms[name])
     for name, arm in found.arms.items():
-        s = config.load(trial.place(path, arm.config, root), _overrides(found.changes))
+        s = loaded_arms[name]
         if not s.evaluate.verifier:
             raise UserError(f"compare: evaluate.verifier of {arm.config} is False; rates are chosen by what it finds")
-        pictures = [part for part in s.sequences.sources if part.kind == "pictures"]
-        if in_codes and any(part.records != found.records for part in pictures):
-            counts = ", ".join(f"{part.records:,}" if part.records else "all" for part in pictures)
-            raise UserError(
-                f"compare: {arm.config} draws from {counts} images of {pictures[0].source}, and codes are made of "
-                f"{found.records:,}; make `records` of its sequences.sources and of the trial alike"
-            )
         places = [trial.place(path, text, root) for text in arm.tokenizer]
         loaded = [
             config.load(place, (("train.steps", f"{steps}"),))
@@ -152,6 +148,19 @@ def priced(found: Trial, path: str, root: str) -> list[Arm]:
             Arm(name, place, arm.config, steps, flops, tuple(stages), workdir, folders, tuple(planned.uncounted))
         )
     return arms
+
+
+def _check_records(found: Trial, arm: trial.Arm, s: settings.Experiment) -> None:
+    """Images that are denoised are as many as those that other arms' codes are made of."""
+    if not isinstance(s.model, settings.Multimodal) or not any(other.tokenizer for other in found.arms.values()):
+        return
+    for part in s.sequences.sources:
+        if part.kind == "pictures" and part.records != found.records:
+            raise UserError(
+                f"compare: {arm.config} draws from {f'{part.records:,}' if part.records else 'all'} images of "
+                f"{part.source}, and codes are made of {found.records:,}; make `records` of its sequences.sources and "
+                "of the trial alike"
+            )
 
 
 def steps(found: Trial, arms: list[Arm], root: str, chosen: Mapping[str, Chosen]) -> list[Step]:

@@ -117,13 +117,13 @@ def test_stages_of_a_tokenizer_are_trained_in_turn_and_all_of_them_are_paid(comp
     ("changes", "message"),
     [
         ("total=1e12", "comparison_scenes_codes reads costs"),
-        ("arms={'a': trial.Arm(configs + '/smoke.py'), 'b': trial.Arm('y.py')}", "name configs of transformers"),
+        ("arms=dict.fromkeys('ab', trial.Arm(configs + '/smoke.py'))", "name configs of transformers"),
         (
-            "arms={'a': trial.Arm(configs + '/comparison_scenes.py:codes'), 'b': trial.Arm('')}",
+            "arms=dict.fromkeys('ab', trial.Arm(configs + '/comparison_scenes.py:codes'))",
             "reads codes; name the tokenizer",
         ),
         (
-            "arms={'a': trial.Arm(configs + '/comparison_scenes.py:seeds'), 'b': trial.Arm('')}",
+            "arms=dict.fromkeys('ab', trial.Arm(configs + '/comparison_scenes.py:seeds'))",
             "has no arm 'seeds'; choose from",
         ),
         ("changes={'train.stepz': 1}", "train.stepz is not a setting"),
