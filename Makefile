@@ -16,7 +16,9 @@ endif
 INSTALL := PYTHON_CHOSEN=$(PYTHON_CHOSEN) tools/venv.sh
 BIN := $(VENV)/bin
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+# Each worker takes whole files, which prepare for all of their tests, and reads again what it has compiled.
 WORKERS ?= 2
+SHARED_OUT := -n $(WORKERS) --dist loadfile
 
 # libtpu reads these when it is loaded; without them it looks for a TPU and complains that there is none.
 TPU_ENV := JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-4
@@ -43,11 +45,11 @@ tokenizer: ## the first part of it alone: train the tokenizer, evaluate it, writ
 
 test: ## quick tests (at most 15 minutes on 2 cores)
 	@$(INSTALL) $(VENV) test $(PYTHON)
-	$(PYTEST) -m "not slow and not tpu_compile and not transfusion" -n $(WORKERS)
+	DDT_JAX_KEEP_COMPILED=1 $(PYTEST) -m "not slow and not tpu_compile and not transfusion" $(SHARED_OUT)
 
 test-slow: ## oracles, several processes, kills; then test-tpu
 	@$(INSTALL) $(VENV) test,oracle $(PYTHON)
-	DDT_JAX_KEEP_COMPILED=1 $(PYTEST) -m "slow and not tpu_compile" -n $(WORKERS) --dist loadfile # a file prepares for all of its tests
+	DDT_JAX_KEEP_COMPILED=1 $(PYTEST) -m "slow and not tpu_compile" $(SHARED_OUT)
 	@$(MAKE) --no-print-directory test-tpu
 
 test-tpu: ## compile the small configs' train steps for a TPU, in .venv-tpu
