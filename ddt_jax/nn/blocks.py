@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddt_jax.mesh import constrain_batch
+from ddt_jax.mesh import constrain_positions
 from ddt_jax.nn.attention import attend
 from ddt_jax.nn.attention_chunked import SAVED
 from ddt_jax.nn.layers import MLP, Dense, LayerNorm, RMSNorm, zeros_dense
@@ -190,12 +190,12 @@ class _Scanned(nn.Module):
 
 
 def _by_rows(carry):
-    """The carry [B, S, D], or a tuple with such, over the batch axes.
+    """The carry [B, S, D], or a tuple with such, as its batch lies: rows over the batch axes, positions over context.
 
     Tables, whose width is split, would else draw it to their side: each device then multiplies its part of the width of
     all rows, and adds up the products.
     """
-    return jax.tree.map(lambda x: constrain_batch(x) if getattr(x, "ndim", 0) == 3 else x, carry)
+    return jax.tree.map(lambda x: constrain_positions(x) if getattr(x, "ndim", 0) == 3 else x, carry)
 
 
 class Stack(nn.Module):
