@@ -84,7 +84,7 @@ def plan_one(request: Request, pod: Topology, devices: list) -> dict:
         return _plan_answers(request, pod, devices)
     s, notes = prepare(request, pod, len(devices))
     found = plan.report(replace(step(s, devices), effort=request.effort), pod)
-    notes += plan_text.warnings(found, s.train.accumulate)
+    notes += plan_text.warnings(found) + plan_text.rows_that_travel(found, s.train.accumulate)
     return {
         "config": request.config,
         "name": s.name,

@@ -57,7 +57,7 @@ def report(s: settings.Experiment, asked: Asked, pod: Topology, devices: list) -
     built = experiment.build(plain, devices, to_train=False)
     if (parts := built.mesh.shape[meshes.CONTEXT]) > 1:
         raise UserError(f"plan: --of {asked.of} has no rows to split over context={parts}; leave it out of --mesh")
-    parts = int(np.prod([built.mesh.shape[axis] for axis in meshes.BATCH]))
+    parts = meshes.row_parts(built.mesh)
     rows, notes = asked.rows * parts or -(-BATCH // parts) * parts, []
     if not asked.rows and rows != BATCH:
         notes.append(f"{BATCH} prompts do not divide over {parts} parts of the mesh; planned with {rows}")

@@ -116,10 +116,11 @@ def test_a_plan_reads_well_and_is_marked_as_an_estimate(scanned):
 def test_a_plan_warns_of_rows_that_travel(scanned):
     moved, waits = [{"axis": "data+fsdp", "bytes": 80 * scanned["parameters"]}], {"bound": "communication"}
     travels = scanned | {"collectives": moved, "estimate": scanned["estimate"] | waits}
-    assert any("move 20 times the parameters" in line for line in plan_text.warnings(travels))
+    (note,) = plan_text.rows_that_travel(travels, 1)
+    assert "move 20 times the parameters" in note
     for other in ({"collectives": [moved[0] | {"axis": "tensor"}]}, {"estimate": {"bound": "compute"}}):
-        assert "travel" not in " ".join(plan_text.warnings(travels | other))
-    assert "travel" not in " ".join(plan_text.warnings(travels, accumulate=4) + plan_text.warnings(scanned))
+        assert plan_text.rows_that_travel(travels | other, 1) == []
+    assert plan_text.rows_that_travel(travels, 4) == plan_text.rows_that_travel(scanned, 1) == []
 
 
 def test_the_verb_plans_a_tokenizer_and_writes_json(tmp_path, capsys):

@@ -204,7 +204,7 @@ def draw(
     if not len(label_D):
         clip = (frames or model.frames,) if model.frames else ()
         return np.zeros((0, *clip, model.image_size, model.image_size, 3), np.uint8)
-    parts = int(np.prod([mesh.shape[axis] for axis in meshes.BATCH]))
+    parts = meshes.row_parts(mesh)
     size = min(settings.batch_size, -(-len(label_D) // parts) * parts)
     reader = meshes.reader(mesh)
     share = size // reader.count

@@ -6,27 +6,9 @@ _GB = 1e9
 _STATE = ("parameters", "optimizer", "average", "other_state", "padding")  # what a run keeps from step to step
 
 
-# Bytes that collectives over the batch axes move, by bytes of the parameters in fp32: weights that are gathered twice
-# or three times and gradients that are added up make 1.4 to 1.7 in bf16, at most 5 in fp32.
-_MOST_MOVED = 8
-
-
-def warnings(report: dict, accumulate: int = 1) -> list[str]:
-    """What a reader must know about how a report was made, and of a step that waits for rows of other chips.
-
-    Args:
-      accumulate: micro-batches, for each of which weights are gathered anew.
-    """
+def warnings(report: dict) -> list[str]:
+    """What a reader must know about how a report was made."""
     found = []
-    axes = {"replica", "data", "fsdp"}
-    moved = sum(c["bytes"] for c in report.get("collectives", ()) if set(c["axis"].split("+")) <= axes)
-    times = moved / (4 * report["parameters"] * accumulate)
-    if times > _MOST_MOVED and report["estimate"]["bound"] == "communication":
-        found.append(
-            f"collectives over replica, data and fsdp move {times:.0f} times the parameters, where gathering weights "
-            "and adding up gradients takes 2 to 5: rows travel between chips that should stay; "
-            "`mesh.constrain_batch` holds them"
-        )
     if report["compiler"] == "cpu":
         found.append(
             "memory and collectives are those of a program that the CPU's compiler made for as many fake devices, in "
@@ -39,6 +21,31 @@ def warnings(report: dict, accumulate: int = 1) -> list[str]:
     if report.get("uncounted"):
         found.append(f"not counted as often as they run: {', '.join(report['uncounted'][:4])}")
     return found
+
+
+# Bytes that collectives over the batch axes move, by bytes of the parameters in fp32: weights that are gathered twice
+# or three times and gradients that are added up make 1.4 to 1.7 in bf16, at most 5 in fp32.
+_MOST_MOVED = 8
+
+
+def rows_that_travel(report: dict, accumulate: int) -> list[str]:
+    """A note on a train step that waits for more than its weights and gradients, or none.
+
+    Args:
+      accumulate: micro-batches, for each of which weights are gathered anew.
+    """
+    if "estimate" not in report or report["estimate"]["bound"] != "communication":
+        return []
+    axes = {"replica", "data", "fsdp"}
+    moved = sum(c["bytes"] for c in report["collectives"] if set(c["axis"].split("+")) <= axes)
+    times = moved / (4 * report["parameters"] * accumulate)
+    if times <= _MOST_MOVED:
+        return []
+    return [
+        f"collectives over replica, data and fsdp move {times:.0f} times the parameters, where gathering weights and "
+        "adding up gradients takes 2 to 5: rows travel between chips that should stay; `mesh.constrain_batch` holds "
+        "them"
+    ]
 
 
 def text(report: dict) -> str:

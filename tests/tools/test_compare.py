@@ -89,6 +89,16 @@ def test_arms_that_draw_from_more_images_than_others_are_refused(compare, writte
     assert "codes are made of 1,000; make `records`" in said and said.count("\n") == 1
 
 
+def test_denoised_arms_learn_from_as_many_images_as_codes_are_made_of():
+    from ddt_jax.scaling import trial
+
+    path = str(CONFIGS / "sweeps" / "image_languages.py")
+    found = trial.load(path)
+    places = [trial.place(path, arm.config, "runs") for arm in found.arms.values() if not arm.tokenizer]
+    sources = [part for place in places for part in config.load(place).sequences.sources]
+    assert [part.records for part in sources] == [found.records] * 2
+
+
 @pytest.mark.slow
 def test_stages_of_a_tokenizer_are_trained_in_turn_and_all_of_them_are_paid(compare, written, tmp_path):
     """SEED's three, each begins with the one before; codes are made by the last."""
