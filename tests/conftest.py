@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from tests import xla
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-for flag, value in {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}.items():
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
+os.environ["XLA_FLAGS"] = xla.flags(8, os.environ.get("XLA_FLAGS", ""))
 
 # What a test or a process that it starts has compiled, later ones read, where the tier asks for it (`make test-slow`).
 # The folder is a fresh one of this process, removed at its end: nothing comes from another session or worker.

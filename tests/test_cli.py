@@ -17,11 +17,12 @@ from ddt_jax.errors import UserError
 from ddt_jax.training import checkpoint, goodput, heartbeat
 from ddt_jax.training.loop import EXIT_STOPPED
 from ddt_jax.training.stored import Stored
+from tests import xla
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.py:linear")]
 SHORT = ["--config.train.steps=6", "--config.train.checkpoint_every=3", "--config.train.log_every=2"]
-ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(1)}
 ENV["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "inf"  # what is interrupted leaves no half-written program
 
 

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import xla
+
 
 def results(script: str, *arguments: str, timeout: float) -> list:
     """What each process prints last, as JSON. Its arguments are the coordinator's address, `arguments`, its number."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(2)}
     env["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "inf"  # each could read what the other has written in part
     command, root = [sys.executable, "-c", script, address, *arguments], Path(__file__).resolve().parents[2]

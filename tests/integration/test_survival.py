@@ -21,6 +21,7 @@ from ddt_jax import cli, experiment, hosts
 from ddt_jax.training import heartbeat
 from ddt_jax.training.loop import EXIT_STOPPED
 from ddt_jax.training.stored import Stored
+from tests import xla
 from tests.integration import slurm_here
 
 ROOT = Path(__file__).parents[2]
@@ -48,8 +49,7 @@ def environment(devices, *, keep_compiled=False):
       keep_compiled: later processes read what this one compiles. JAX writes that file in place: not for a process that
         is killed, nor for one with another beside it, which could read a part.
     """
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    found = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    found = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(devices)}
     return found if keep_compiled else {**found, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "inf"}
 
 

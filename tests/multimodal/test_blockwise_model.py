@@ -62,7 +62,7 @@ def compiled(model):
 
 
 def quick(function, **how):
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **how)
+    return jax.jit(function, **how)
 
 
 def forward(model, batch, x, t, clean, seed=0):

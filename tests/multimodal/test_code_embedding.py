@@ -34,9 +34,7 @@ def make(tied=False, whole_prompts=False, **options):
 
 def state(model, seed=3):
     # Without the optimizations of a program that runs often.
-    init = jax.jit(
-        lambda: split(model.init(jax.random.key(seed)))[0], compiler_options={"xla_backend_optimization_level": 0}
-    )
+    init = jax.jit(lambda: split(model.init(jax.random.key(seed)))[0])
     params, extra = init()
     # Larger than at initialisation, so that the likeliest token is clearly so.
     params = jax.tree.map(lambda x: 5 * np.asarray(x), params)

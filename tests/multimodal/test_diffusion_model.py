@@ -38,7 +38,7 @@ def make(image=LINEAR, lora=0):
 @functools.cache
 def compiled(model, name):
     """One of the model's methods under jit, compiled once for all tests; each runs a few times, so quickly."""
-    return jax.jit(getattr(model, name), compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(getattr(model, name))
 
 
 def draw(model, extra, batch, seed=1):

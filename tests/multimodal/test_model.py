@@ -45,7 +45,7 @@ def state(model):
         params, extra = model.init(jax.random.key(0))
         return split(params)[0], {k: split(v)[0] for k, v in extra.items()}
 
-    return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})()
+    return jax.jit(init)()
 
 
 def given(model, batch):

@@ -15,7 +15,6 @@ from ddt_jax.nn.params import split
 B, SIDE, P, CLASSES = 2, 4, 6, 5
 TOKENS = SIDE * SIDE
 CONFIG = settings.ACDiT(depth=2, width=32, heads=2, block_size=4, classes=CLASSES, scan_layers=False, places=True)
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def network(frames=0, **changes):
@@ -25,7 +24,7 @@ def network(frames=0, **changes):
 
 @functools.cache
 def forward(module):
-    return jax.jit(lambda params, *a: module.apply({"params": params}, *a), compiler_options=QUICK)
+    return jax.jit(lambda params, *a: module.apply({"params": params}, *a))
 
 
 def parameters(module, dtype=np.float32, seed=0, text=None):
@@ -106,9 +105,7 @@ def test_rotations_say_how_far_tokens_are_from_each_other_and_places_where_they_
 def test_a_fresh_network_predicts_zero():
     module = network(depth=1)
     clean, noised, t, label = inputs(module)
-    params = split(jax.jit(module.init, compiler_options=QUICK)(jax.random.key(0), clean, noised, t, label)["params"])[
-        0
-    ]
+    params = split(jax.jit(module.init)(jax.random.key(0), clean, noised, t, label)["params"])[0]
     out = forward(module)(params, clean, noised, t, label)
     np.testing.assert_array_equal(out, np.zeros_like(clean))
 
@@ -127,7 +124,7 @@ def test_clean_and_noised_tokens_share_all_weights_but_the_modulation():
         visible = acdit.spans.skip_causal(1, TOKENS)
         return m._run(m._rows(both), None, m._condition(t, m.told(label)), rotation, visible)[0]
 
-    run = jax.jit(lambda p: module.apply({"params": p}, clean, method=rows), compiler_options=QUICK)
+    run = jax.jit(lambda p: module.apply({"params": p}, clean, method=rows))
     out = np.asarray(run(params))
     np.testing.assert_allclose(out[:, :TOKENS], out[:, TOKENS:], atol=1e-5)
     gates[2] = 0.5
@@ -139,7 +136,7 @@ def cached(module, params, clean, noised, t, label):
     """The same block after block, each bringing the clean one before it into the cache; and what that holds."""
     r = module.config.block_size
     step, after = (
-        jax.jit(functools.partial(module.apply, {"params": params}, method=method), compiler_options=QUICK)
+        jax.jit(functools.partial(module.apply, {"params": params}, method=method))
         for method in ("denoise", "denoise_after")
     )
     cache, told = garbage(module, clean.dtype), module.apply({"params": params}, label, method="told")
@@ -200,7 +197,7 @@ def test_a_window_brought_into_the_cache_at_once_equals_the_whole_sequence(rope)
     module = network(4, rope=rope)
     params, (clean, noised, t, label) = parameters(module), inputs(module)
     whole = np.asarray(forward(module)(params, clean, noised, t, label))[:, 12:]
-    after = jax.jit(functools.partial(module.apply, {"params": params}, method="denoise_after"), compiler_options=QUICK)
+    after = jax.jit(functools.partial(module.apply, {"params": params}, method="denoise_after"))
     told = module.apply({"params": params}, label, method="told")
     found, cache = after(clean[:, :12], noised[:, 12:], t[:, 3], told, jnp.int32(3), garbage(module, np.float32))
     np.testing.assert_allclose(found, whole, atol=1e-5 * np.abs(whole).max())
@@ -211,7 +208,7 @@ def test_clean_rows_alone_are_those_beside_noised_ones():
     """Keys and values of both are equal: what is probed is what drawing reads."""
     module = network()
     params, (clean, noised, t, label) = parameters(module), inputs(module)
-    rows = jax.jit(functools.partial(module.apply, {"params": params}, method="clean_rows"), compiler_options=QUICK)
+    rows = jax.jit(functools.partial(module.apply, {"params": params}, method="clean_rows"))
     before = rows(clean)
     assert before.shape == (B, TOKENS, 32)
     for j in range(4):  # block by block, causally
@@ -225,7 +222,7 @@ def test_clean_rows_alone_are_those_beside_noised_ones():
         condition = m._condition(t, m.told(label))
         return m._run(both, None, condition, rotation, acdit.spans.skip_causal(4, 4))[0][:, :TOKENS]
 
-    beside_noised = jax.jit(lambda p: module.apply({"params": p}, method=beside), compiler_options=QUICK)
+    beside_noised = jax.jit(lambda p: module.apply({"params": p}, method=beside))
     np.testing.assert_allclose(before, beside_noised(params), atol=1e-5)
 
 
@@ -245,10 +242,10 @@ def test_captions_reach_noised_blocks_only_and_leave_the_cache_alone():
     clean, noised, t, _ = inputs(module)
     texts = [np.array([list(text)] * B, np.uint8) for text in (b"ab\0\0\0\0", b"ba\0\0\0\0", b"\0\0\0\0\0\0")]
     params = parameters(module, text=texts[0][:1])
-    told = jax.jit(functools.partial(module.apply, {"params": params}, None, method="told"), compiler_options=QUICK)
+    told = jax.jit(functools.partial(module.apply, {"params": params}, None, method="told"))
     vectors = [np.asarray(told(text)) for text in texts]
     assert min(np.abs(vectors[i] - vectors[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
-    after = jax.jit(functools.partial(module.apply, {"params": params}, method="denoise_after"), compiler_options=QUICK)
+    after = jax.jit(functools.partial(module.apply, {"params": params}, method="denoise_after"))
     given = clean[:, :4], noised[:, 4:8], t[:, 1]
     (first, cache), (second, other) = (after(*given, v, jnp.int32(1), garbage(module, np.float32)) for v in vectors[:2])
     assert (np.asarray(first) != np.asarray(second)).any(axis=(1, 2)).all()

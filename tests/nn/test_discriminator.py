@@ -28,7 +28,7 @@ def test_an_image_is_judged_without_the_others():
     net, params, images = make()
     together = net.apply({"params": params}, images)
     alone = jnp.concatenate([net.apply({"params": params}, image[None]) for image in images])
-    np.testing.assert_allclose(together, alone, atol=1e-6)  # sums over another number of rows
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)  # sums over another number of rows
 
 
 def test_a_judgement_sees_a_patch_only():

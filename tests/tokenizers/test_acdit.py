@@ -21,7 +21,6 @@ from tests.tokenizers.acdit_small import SIZE, random_state, small
 CLASSES, B = 3, 4
 CONFIG = small()
 FLOW = settings.RectifiedFlow(solver_steps=4)
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
@@ -41,7 +40,7 @@ def batch(rows=B, seed=1):
 
 @functools.cache
 def compiled(model, name):
-    return jax.jit(getattr(model, name), compiler_options=QUICK)
+    return jax.jit(getattr(model, name))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +77,7 @@ def test_loss_is_the_mean_over_all_noised_blocks(diffusion):
         noised, target = np.sqrt(kept) * clean + np.sqrt(1 - kept) * noise, noise
     else:
         noised, target = (1 - level) * clean + level * noise, noise - clean
-    forward = jax.jit(model.network.apply, compiler_options=QUICK)
+    forward = jax.jit(model.network.apply)
     predicted = forward({"params": params}, clean, noised.astype(np.float32), t, label)
     error = np.square(predicted - target)
     assert float(counts["diffusion"]) == B * 4 and stats == {}
@@ -163,7 +162,7 @@ def test_drawing_behind_a_cache_equals_drawing_by_whole_sequences(name):
     model, params, extra = made(diffusion=SAMPLERS[name], guidance=2.0)
     label, keys = jnp.array([1, 0]), jax.random.split(jax.random.key(5), 2)
     found = compiled(model, "sample")(params, extra, label, keys)
-    naive = jax.jit(functools.partial(without_cache, model), compiler_options=QUICK)
+    naive = jax.jit(functools.partial(without_cache, model))
     assert found.shape == (2, SIZE, SIZE, 3) and 0.1 < float(jnp.abs(found).mean()) <= 1
     raster = naive(params, label, keys)[:, square_blocks.inverse(square_blocks.order(4, 4))]
     np.testing.assert_allclose(found, jnp.clip(unpatchify(raster, 2, SIZE), -1, 1), atol=1e-4)
@@ -176,13 +175,14 @@ CLIPS = {"patch_size": 4, "block_size": 4, "heads": 1}  # frames of 2 x 2 tokens
 def test_clips_longer_than_those_that_were_learned_are_drawn_through_a_window_of_them(frames):
     model, params, extra = made(3, diffusion=SAMPLERS["dpmpp_2m"], guidance=2.0, **CLIPS)
     label, keys = jnp.array([1, 0]), jax.random.split(jax.random.key(5), 2)
-    sample = jax.jit(functools.partial(model.sample, frames=frames), compiler_options=QUICK)
+    sample = jax.jit(functools.partial(model.sample, frames=frames))
     found = sample(params, extra, label, keys)
-    naive = jax.jit(functools.partial(without_cache, model, total=frames), compiler_options=QUICK)
+    naive = jax.jit(functools.partial(without_cache, model, total=frames))
     tokens = naive(params, label, keys)  # one frame follows the other, and in it the raster
     frame_by_frame = unpatchify(tokens.reshape(2 * frames, 4, 48), 4, SIZE).reshape(2, frames, SIZE, SIZE, 3)
     assert found.shape == (2, frames, SIZE, SIZE, 3)
-    np.testing.assert_allclose(found, jnp.clip(frame_by_frame, -1, 1), atol=1e-4)
+    # Each frame is drawn behind others that were rounded otherwise; behind the wrong ones it is off by 0.01 and more.
+    np.testing.assert_allclose(found, jnp.clip(frame_by_frame, -1, 1), atol=5e-4)
 
 
 def captions(*texts):
@@ -205,9 +205,9 @@ def test_drawing_of_captions_with_guidance_equals_drawing_by_whole_sequences():
         classes=0, caption_bytes=6, caption_depth=1, diffusion=SAMPLERS["dpmpp_2m"], guidance=2.0
     )
     nothing, keys = jnp.zeros((2,), jnp.int32), jax.random.split(jax.random.key(5), 2)
-    sample = jax.jit(lambda text: model.sample(params, extra, nothing, keys, text_BZ=text), compiler_options=QUICK)
+    sample = jax.jit(lambda text: model.sample(params, extra, nothing, keys, text_BZ=text))
     found = sample(captions("ab", "ba"))
-    naive = jax.jit(functools.partial(without_cache, model, text=captions("ab", "ba")), compiler_options=QUICK)
+    naive = jax.jit(functools.partial(without_cache, model, text=captions("ab", "ba")))
     raster = naive(params, nothing, keys)[:, square_blocks.inverse(square_blocks.order(4, 4))]
     np.testing.assert_allclose(found, jnp.clip(unpatchify(raster, 2, SIZE), -1, 1), atol=1e-4)
     assert float(jnp.abs(sample(captions("ab", "ab")) - found)[1].max()) > 0.01
@@ -246,7 +246,8 @@ def test_a_picture_depends_on_its_label_and_key_alone():
     keys = jax.random.split(jax.random.key(5), 3)
     sample = compiled(model, "sample")
     whole = sample(params, extra, jnp.array([1, 0, 0]), keys)
-    np.testing.assert_allclose(sample(params, extra, jnp.array([0]), keys[1:2])[0], whole[1], atol=1e-5)
+    # One row is summed in another order than three; steps of a network with random weights enlarge the difference.
+    np.testing.assert_allclose(sample(params, extra, jnp.array([0]), keys[1:2])[0], whole[1], atol=1e-4)
     assert float(jnp.abs(whole[1] - whole[2]).max()) > 0.01
     assert float(jnp.abs(sample(params, extra, jnp.array([0, 0, 0]), keys)[0] - whole[0]).max()) > 0.01
 

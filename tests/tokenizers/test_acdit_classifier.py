@@ -29,7 +29,6 @@ CONFIG = settings.ACDiTClassifier(
     scan_layers=False,
     codec=settings.IdentityCodec(),
 )
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 PLAIN = {"mixup": 0.0, "erase": 0.0}
@@ -51,7 +50,7 @@ def batch(rows=B, seed=1):
 
 @functools.cache
 def compiled(model, name):
-    return jax.jit(getattr(model, name), compiler_options=QUICK)
+    return jax.jit(getattr(model, name))
 
 
 def logits(params, images):
@@ -99,7 +98,7 @@ def test_a_fresh_head_says_all_classes_are_alike_and_all_parameters_are_learned(
     sums, counts, _ = compiled(model, "loss_fn")(fresh, extra, *given)
     assert float(sums["cross_entropy"] / counts["cross_entropy"]) == pytest.approx(np.log(CLASSES), abs=1e-5)
     loss = lambda p: model.loss_fn(p, extra, *given)[0]["cross_entropy"]  # noqa: E731
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss), compiler_options=QUICK)(params)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
         assert np.abs(leaf).max() > 0, path
 
 
@@ -121,7 +120,7 @@ def test_it_begins_with_all_layers_of_an_acdit_and_gives_the_same_rows():
 
     def rows(network):
         run = lambda: network.apply({"params": theirs}, tokens, method="clean_rows")  # noqa: E731
-        return jax.jit(run, compiler_options=QUICK)()
+        return jax.jit(run)()
 
     np.testing.assert_array_equal(rows(there.network), rows(model.network))
 
@@ -184,6 +183,6 @@ def test_no_mesh_changes_what_is_erased_and_mixed():
     key, alone = jax.random.key(3), compiled(model, "loss_fn")
     mesh = meshes.make_mesh(settings.Mesh(data=2, fsdp=4), jax.devices())
     with jax.set_mesh(mesh):
-        spread = jax.jit(model.loss_fn, compiler_options=QUICK)(params, extra, meshes.put_batch(batch(), mesh), key)
+        spread = jax.jit(model.loss_fn)(params, extra, meshes.put_batch(batch(), mesh), key)
     for a, b in zip(spread, alone(params, extra, batch(), key), strict=True):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), a, b)

@@ -18,7 +18,6 @@ from ddt_jax.training.state import unbox
 from tests.tokenizers.acdit_small import SIZE, small
 
 LENGTHS = (3, 9, 2, 6, 4, 7, 5)  # frames; one clip is too short for three, one has exactly as many
-QUICK = {"xla_backend_optimization_level": 0}
 CODEC = settings.VAECodec(
     preset="custom",
     random_weights=True,
@@ -44,7 +43,7 @@ def kept(tmp_path_factory):
         evaluate=settings.Evaluate(batch_size=8),
     )
     model = make_tokenizer(s.model, SIZE, 8, 3)
-    params = unbox(jax.jit(model.codec.init, compiler_options=QUICK)(jax.random.key(0)))["codec"]
+    params = unbox(jax.jit(model.codec.init)(jax.random.key(0)))["codec"]
     return s, model, params, root / "kept", write(s, model, params, root / "kept")
 
 
@@ -72,7 +71,7 @@ def test_every_frame_of_every_clip_has_its_latent(kept):
     assert [len(source[i]["latent_mean"]) for i in range(n)] == [LENGTHS[k] for k in order]
     assert [source[i]["label"] for i in range(n)] == [k % 2 for k in order]
     frames = np.stack(clips[1]["video"].read(range(LENGTHS[order[1]]), s.data))[:, 1:-1]
-    encode = jax.jit(model.codec.posterior, compiler_options=QUICK)
+    encode = jax.jit(model.codec.posterior)
     posterior = encode(params, frames / np.float32(127.5) - 1)
     for name, expected in zip(("latent_mean", "latent_logvar"), posterior, strict=True):
         np.testing.assert_allclose(source[1][name], expected, atol=1e-5)
@@ -84,7 +83,7 @@ def test_every_frame_of_every_clip_has_its_latent(kept):
 @pytest.mark.parametrize("data", [{}, {"frames": 2, "frame_step": 3}, {"clip_start": "middle"}])
 def test_batches_are_those_of_the_clips(kept, data):
     _, model, params, _, _ = kept
-    encode = jax.jit(model.codec.posterior, compiler_options=QUICK)
+    encode = jax.jit(model.codec.posterior)
     for step in (0, 3):
         of_clips, of_latents = (loader.batch_at(step) for loader in loaders(kept, **data))
         for name in ("index", "label", "slot"):
@@ -100,7 +99,7 @@ def test_a_step_learns_from_them_what_it_learns_from_the_clips(kept):
     s, model, params, folder, _ = kept
     codec = {"codec": params}
     batches = [loader.batch_at(0) for loader in loaders(kept)]
-    draw = jax.jit(model.draw, compiler_options=QUICK)
+    draw = jax.jit(model.draw)
     keys = example_keys(jax.random.key(1), batches[0]["slot"])
     clean, kept_clean = (draw(codec, batch, keys)[0] for batch in batches)
     np.testing.assert_allclose(clean, kept_clean, atol=1e-4)
