@@ -134,7 +134,7 @@ def compare(rows: Sequence[Row], *, tolerance: float = TOLERANCE, lost: Sequence
         *_costs(rows, tolerance),
         *_unfinished(rows),
         *_grids(grids, seed),
-        *_edges(grids, chosen),
+        *_edges(grids, chosen, seed),
         *_seeds(by_arm, chosen),
         *_sweeps(by_arm, chosen, seed),
         *_missing(arms),
@@ -257,11 +257,22 @@ def _grids(by_arm, seed) -> Iterable[str]:
             yield f"{name}: learning rates {_rates(lacking)} have no run with seed {seed}, on which rates are chosen"
 
 
-def _edges(by_arm, chosen) -> Iterable[str]:
+def _edges(by_arm, chosen, seed) -> Iterable[str]:
     for name, (lr, _) in chosen.items():
         grid = sorted({row.lr for row in by_arm[name]})
-        if lr in (grid[0], grid[-1]):
-            yield f"{name}: the best learning rate, {lr:g}, is at the edge of its grid, {_rates(grid)}; go beyond it"
+        if lr not in (grid[0], grid[-1]):
+            continue
+        line = f"{name}: the best learning rate, {lr:g}, is at the edge of its grid, {_rates(grid)}"
+        if len(grid) > 1:
+            beside = grid[1] if lr == grid[0] else grid[-2]
+            mine, others = (
+                {r.point: _score(r) or 0.0 for r in by_arm[name] if (r.lr, r.seed) == (rate, seed)}
+                for rate in (lr, beside)
+            )
+            if common := mine.keys() & others.keys():
+                more = max(mine[point] for point in common) - max(others[point] for point in common)
+                line += f" (shares are {100 * more:.1f} points better than at {beside:g})"
+        yield f"{line}; go beyond it"
 
 
 def _seeds(by_arm, chosen) -> Iterable[str]:
