@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,10 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ddt_jax.peers import EXIT_ALONE
 from ddt_jax.scaling import sweep_jobs
+from ddt_jax.training.loop import EXIT_STOPPED
+from ddt_jax.training.watchdog import EXIT_SILENT
 from tests import jobset_rules
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
@@ -97,6 +101,16 @@ def test_gke_pod_starts_with_its_place(run):
     assert run(*container["command"], **pod | {"CHIP": "v0"})[:2] == (1, [])
 
 
+def test_xpk_is_told_the_codes_after_which_our_manifest_starts_again():
+    """It fails a JobSet after all others up to 126, our manifest only after a mistake of the user's."""
+    (command,) = re.findall(r"xpk workload create (?:.*\\\n)*.*", (LAUNCH.parent / "docs" / "launching.md").read_text())
+    (codes,) = re.findall(r"--restart-on-exit-codes=(\S+)", command)
+    assert [int(code) for code in codes.split(",")] == [1, EXIT_STOPPED, EXIT_ALONE, EXIT_SILENT]
+    pod = MANIFEST["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert f"--termination-grace-period-seconds={pod['terminationGracePeriodSeconds']} " in command
+    assert f"--max-restarts={MANIFEST['spec']['failurePolicy']['maxRestarts']} " in command
+
+
 def test_the_manifest_keeps_the_rules_of_jobsets():
     assert jobset_rules.problems(MANIFEST) == []
 
@@ -147,6 +161,8 @@ RUNS = [SimpleNamespace(name="a b"), SimpleNamespace(name="c")]
 
 @settings(max_examples=20, deadline=None)  # reading YAML takes milliseconds
 @given(st.text(PRINTED, min_size=1, max_size=70))
+@example("null")
+@example("yes")
 def test_a_sweep_of_any_name_keeps_them_too(name):
     text = sweep_jobs.jobset(name, RUNS, ["ddt-jax", "sweep"], "jobs.yaml")
     assert jobset_rules.problems(yaml.safe_load(text)) == []

@@ -38,7 +38,7 @@ _JOBSET = """# {count} runs of the sweep {name}, one in each pod. Change what is
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: {label}
+  name: "{label}"
 spec:
   failurePolicy:
     maxRestarts: 0  # runs that fail are recorded; what ends a job is a mistake in the sweep
