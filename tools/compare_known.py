@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from compare_plan import Arm, Step, named
+from compare_plan import Arm, Step, named, on_ladder
 
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation import comparison
@@ -89,7 +89,7 @@ def _read(path) -> list[Row]:
 
 def _check(row, path, found, by_name) -> None:
     where = f"compare: --known {path}: {row.run} of {row.arm}"
-    if row.arm not in by_name or row.lr not in found.rates or row.seed not in found.seeds:
+    if row.arm not in by_name or not on_ladder(found, row.lr) or row.seed not in found.seeds:
         raise UserError(f"{where}, learning rate {row.lr:g} and seed {row.seed}, is not of this trial; leave it out")
     arm = by_name[row.arm]
     if row.steps != arm.steps:

@@ -4,7 +4,7 @@ Which steps come after a choice, of a learning rate or of guidance, is known bef
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,10 +56,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Of an arm, on the first seed; None: not yet."""
+    """Of an arm, on the first seed; None: not yet. beyond: rates that its grid went on to."""
 
     rate: float | None = None
     guidance: float | None = None
+    beyond: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,23 +166,41 @@ def _check_records(found: Trial, arm: trial.Arm, s: settings.Experiment) -> None
 
 def steps(found: Trial, arms: list[Arm], root: str, chosen: Mapping[str, Chosen]) -> list[Step]:
     """Everything that a comparison runs, what is to come first first: tokenizers and codes; the grids, all arms at one
-    rate before the next; other seeds, guidance, and the other seeds at the best guidance.
+    rate before the next, and beyond them where that was chosen; other seeds, guidance, and the other seeds at the best
+    guidance.
     """
     rows: list[Step] = []
     for arm in arms:
         rows += _read(arm)
-    for rate in found.rates:
-        for arm in arms:
-            rows += [_train(found, arm, root, rate, found.seeds[0]), _judge(found, arm, root, rate, found.seeds[0])]
+    tried = [(rate, arm) for rate in found.rates for arm in arms]
+    tried += [(rate, arm) for arm in arms for rate in chosen.get(arm.name, Chosen()).beyond]
+    for rate, arm in tried:
+        rows += [_train(found, arm, root, rate, found.seeds[0]), _judge(found, arm, root, rate, found.seeds[0])]
     rows += [_judge_tokenizer(arm) for arm in arms if arm.tokenizer]
     for arm in arms:
         rows += _chosen(found, arm, root, chosen.get(arm.name, Chosen()))
     return rows
 
 
-def grid(found: Trial, arm: str) -> dict[float, str]:
-    """Rate → name of the evaluation that the choice of a rate looks at."""
-    return {rate: named(arm, rate, found.seeds[0], found.first_guidance) for rate in found.rates}
+def grid(found: Trial, arm: str, beyond: tuple[float, ...]) -> dict[float, str]:
+    """Rate → name of the evaluation that the choice of a rate looks at, the lowest first."""
+    rates = sorted((*found.rates, *beyond))
+    return {rate: named(arm, rate, found.seeds[0], found.first_guidance) for rate in rates}
+
+
+def next_rate(rates: Sequence[float], best: float) -> float | None:
+    """What comes beyond the edge of a rising grid at which its best rate is; None if it is at none."""
+    if best == rates[0]:
+        return float(f"{best * rates[0] / rates[1]:.6g}")
+    return float(f"{best * rates[-1] / rates[-2]:.6g}") if best == rates[-1] else None
+
+
+def on_ladder(found: Trial, rate: float) -> bool:
+    """Whether a rate is one of the grid, or one that it may go on to."""
+    down = up = found.rates
+    for _ in range(found.beyond):
+        down, up = (next_rate(down, down[0]), *down), (*up, next_rate(up, up[-1]))
+    return rate in (*down, *up)
 
 
 def _read(arm: Arm):
@@ -244,7 +263,7 @@ def _chosen(found, arm, root, choice: Chosen):
     """The steps after a choice. Those that await it have neither a command nor a number of their own."""
     first, *others = found.seeds
     name, rate = arm.name, choice.rate
-    waits = () if rate else tuple(grid(found, name).values())
+    waits = () if rate else tuple(grid(found, name, choice.beyond).values())
     swept = []
     for guidance in (g for g in found.guidances if g != found.first_guidance):
         step = _judge(found, arm, root, rate, first, guidance) if rate else None

@@ -13,11 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compare_known import Known
-from compare_plan import Arm, Chosen, Step, grid, steps
+from compare_plan import Arm, Chosen, Step, grid, next_rate, steps
 
 from ddt_jax import ledger
 from ddt_jax.errors import UserError
@@ -122,20 +122,23 @@ class Work:
     def _choose(self, arm: Arm) -> Chosen:
         """What can be chosen of an arm now. What has been chosen stays as it is while this goes on."""
         before, first = self.chosen.get(arm.name, Chosen()), self.found.seeds[0]
-        looked = grid(self.found, arm.name)
         if before.rate is None:
+            looked = grid(self.found, arm.name, before.beyond)
             lost = {rate for rate, name in looked.items() if self._diverged(name)}
             left = [rate for rate, name in looked.items() if name in self._done]
             if not left or len(left) + len(lost) < len(looked):
                 return before
             rows = [row for rate in left for row in self._rows(arm, rate, first)]
-            return Chosen(comparison.choose(arm.name, rows, first)[0])
+            best, _ = comparison.choose(arm.name, rows, first)
+            if len(before.beyond) < self.found.beyond and (further := next_rate(tuple(looked), best)):
+                return Chosen(beyond=(*before.beyond, further))
+            return replace(before, rate=best)
         if before.guidance is None:
             swept = [f"{arm.name}-lr{before.rate:g}-s{first}-g{guidance:g}" for guidance in self.found.guidances]
             if not all(name in self._done for name in swept):
                 return before
             _, point = comparison.choose(arm.name, self._rows(arm, before.rate, first), first)
-            return Chosen(before.rate, comparison.guidance(point))
+            return replace(before, guidance=comparison.guidance(point))
         return before
 
     def _rows(self, arm: Arm, rate: float, seed: int) -> list[Row]:

@@ -22,6 +22,7 @@ from ddt_jax.errors import UserError
 from ddt_jax.evaluation.metrics import binomial_interval
 
 MIN_SEEDS = 3
+MIN_RATES = 3  # that all arms have, where some have more
 TOLERANCE = 0.02  # by how much total training costs may differ, largest over smallest
 
 # Figure of results.json → heading. Perplexity of text without marks: the only text that all arms predict alike.
@@ -247,8 +248,11 @@ def _unfinished(rows) -> Iterable[str]:
 
 
 def _grids(by_arm, seed) -> Iterable[str]:
+    """One grid for all, of three rates or more where some arms went on beyond its edges."""
     grids = {name: sorted({row.lr for row in of}) for name, of in by_arm.items()}
-    if len({tuple(grid) for grid in grids.values()}) > 1:
+    common = sorted(set.intersection(*map(set, grids.values())))
+    within = {lr for grid in grids.values() for lr in grid if common and common[0] <= lr <= common[-1]}
+    if len({tuple(grid) for grid in grids.values()}) > 1 and (len(common) < MIN_RATES or within != set(common)):
         listed = "; ".join(f"{name} {_rates(grid)}" for name, grid in grids.items())
         yield f"learning rates were not tuned over the same grid: {listed}"
     for name, of in by_arm.items():

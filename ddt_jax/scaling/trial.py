@@ -37,7 +37,9 @@ class Trial:
 
     Attributes:
       total: FLOPs of training that each arm may cost, all that it reads included.
-      rates: the grid of learning rates of every arm.
+      rates: the grid of learning rates of every arm, rising.
+      beyond: how many rates more an arm may have, one after the other and each as far from the last as that is from its
+        neighbour, as long as its best one is at an edge.
       guidances: that every arm is tried with.
       first_guidance: of these, the one that rates are compared at.
       seeds: of every arm; rates and guidance are chosen on the first alone.
@@ -58,6 +60,7 @@ class Trial:
     held_out: int = 2048
     changes: Mapping[str, Any] = field(default_factory=dict)
     codecs: Mapping[str, str] = field(default_factory=dict)
+    beyond: int = 0
     tolerance: float = 0.02
 
 
@@ -79,6 +82,10 @@ def load(path: str) -> Trial:
             raise UserError(f"compare: {name} of {path} must be above 0, got {getattr(found, name)}")
     if not min(*found.rates, *found.guidances) > 0:
         raise UserError(f"compare: rates and guidances of {path} must be above 0")
+    if list(found.rates) != sorted(found.rates) or (found.beyond and len(found.rates) < 2):
+        raise UserError(f"compare: rates of {path} must rise, and be two or more to go beyond; got {found.rates}")
+    if found.beyond < 0:
+        raise UserError(f"compare: beyond of {path} must be 0 or more, got {found.beyond}")
     if found.seeds[0] != min(found.seeds):
         raise UserError(f"compare: seeds of {path} must begin with the lowest, on which is chosen; got {found.seeds}")
     if found.first_guidance not in found.guidances:

@@ -56,6 +56,14 @@ def test_what_keeps_the_protocol_has_nothing_against_it():
     assert len(tree["rows"]) == 22 and tree["arms"]["codes"]["lr"] == BEST
 
 
+def test_the_grid_of_one_arm_may_go_on_beyond_that_of_all():
+    more = [replace(r, lr=8e-3, run=f"{r.run}/beyond") for r in kept() if of(lr=4e-3)(r)]
+    assert comparison.compare([*kept(), *more]).violations == ()
+    between = [replace(r, lr=3e-3) for r in more]
+    (line,) = comparison.compare([*kept(), *between]).violations
+    assert "not tuned over the same grid: codes 0.001, 0.002, 0.004; denoised 0.001, 0.002, 0.003, 0.004" in line
+
+
 def edited(change, where=lambda r: r.arm == "denoised"):
     """The rows that keep the protocol, some of them changed; None leaves one out."""
     made = [change(r) if where(r) else r for r in kept()]

@@ -71,7 +71,7 @@ class Comparison:
     """Of two arms in a folder."""
 
     def __init__(self, run, root: Path):
-        self.run, self.root = run, root
+        self.run, self.root, self.trial = run, root, TRIAL
         plan = importlib.import_module("compare_plan")
         stages = (plan.Stage("t.py", "t.py", 3, 1.0),)
         folders = tuple((f"scenes:{x}", 9, f"{root}/codes/codes/{x}") for x in ("train", "heldout"))
@@ -84,7 +84,7 @@ class Comparison:
         def command(arguments):
             return ["sh", "-c", PROGRAM, str(self.root), *arguments]
 
-        return self.run.Work(TRIAL, self.arms, str(self.root), command=command, **how)
+        return self.run.Work(self.trial, self.arms, str(self.root), command=command, **how)
 
     def go(self, **how):
         """(whether nothing is left, the work, what was called)"""
@@ -125,6 +125,34 @@ def test_all_is_run_once_in_an_order_that_works_and_the_second_time_nothing(two)
     assert jobs == 1 or (len(cores) > 1 and all(core.isdigit() for core in cores))
     assert two.go(jobs=jobs)[2] == [] and "26 steps: 26 finished" in two.said.getvalue()
     assert work.lost() == []
+
+
+@pytest.mark.parametrize(
+    ("rates", "beyond", "tried", "best"),
+    [
+        ((1.0, 2.0), 2, (1.0, 2.0, 4.0), 2.0),  # up, until the best is inside
+        ((4.0, 8.0), 2, (1.0, 2.0, 4.0, 8.0), 2.0),  # down
+        ((4.0, 8.0), 1, (2.0, 4.0, 8.0), 2.0),  # as often as is allowed
+        ((1.0, 2.0), 0, (1.0, 2.0), 2.0),
+    ],
+)
+def test_the_grid_of_an_arm_goes_on_while_its_best_rate_is_at_an_edge(two, rates, beyond, tried, best):
+    two.trial = replace(TRIAL, rates=rates, beyond=beyond)
+    two.end("lr2_seed0", "[ $workdir = $root/pixels/lr2_seed0 ] || exit 3\n")
+    ended, work, _ = two.go()
+    pixels = sorted(path.name for path in (two.root / "pixels").glob("lr*_seed0"))
+    assert ended and pixels == sorted(f"lr{rate:g}_seed0" for rate in tried)
+    assert work.chosen["pixels"].rate == best
+    assert work.chosen["codes"].rate is None  # whose best is not known, as one rate has failed
+    assert two.go()[2] == []
+
+
+def test_a_rate_beyond_that_diverges_has_lost(two):
+    two.trial = replace(TRIAL, rates=(1.0, 2.0), beyond=3)
+    two.end("lr4_seed0", "echo 'ddt-jax: train: 50 steps in a row were not finite'; exit 2\n")
+    ended, work, _ = two.go()
+    assert ended and {(c.rate, c.beyond) for c in work.chosen.values()} == {(2.0, (4.0,))}
+    assert [(row.arm, row.lr) for row in work.diverged()] == [("codes", 4.0), ("pixels", 4.0)]
 
 
 def test_a_step_that_fails_stops_what_needs_it_and_nothing_else(two):
