@@ -325,6 +325,19 @@ def test_a_rate_that_is_known_to_diverge_has_lost(two, part):
     assert "train pixels/lr4_seed0" in calls and work.diverged() == []
 
 
+def test_rates_are_known_that_a_grid_may_go_on_to(two, part):
+    _, write = part
+    path = write(lambda row: row.arm == "pixels" and row.lr == 4)
+    other = elsewhere(two)
+    other.trial = replace(TRIAL, rates=(1.0, 2.0), beyond=1)
+    _, work, calls = other.go(known=[path])
+    assert "train pixels/lr4_seed0" not in calls and "train codes/lr4_seed0" in calls
+    assert work.chosen["pixels"] == work.chosen["codes"] and work.chosen["pixels"].beyond == (4.0,)
+    other.trial = replace(TRIAL, rates=(1.0, 2.0))
+    with pytest.raises(UserError, match="learning rate 4 and seed 0, is not of this trial"):
+        other.work(known=[path])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
