@@ -270,7 +270,7 @@ def _edges(by_arm, chosen, seed) -> Iterable[str]:
         if len(grid) > 1:
             beside = grid[1] if lr == grid[0] else grid[-2]
             mine, others = (
-                {r.point: _score(r) or 0.0 for r in by_arm[name] if (r.lr, r.seed) == (rate, seed)}
+                {r.point: s for r in by_arm[name] if (r.lr, r.seed) == (rate, seed) and (s := _score(r)) is not None}
                 for rate in (lr, beside)
             )
             if common := mine.keys() & others.keys():
