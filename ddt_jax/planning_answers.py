@@ -13,7 +13,7 @@ import numpy as np
 from ddt_jax import experiment, settings
 from ddt_jax import mesh as meshes
 from ddt_jax.errors import UserError
-from ddt_jax.multimodal import documents
+from ddt_jax.multimodal import backbone, documents
 from ddt_jax.multimodal.answers import Answerer, Call
 from ddt_jax.multimodal.diffusion_answers import DiffusionAnswerer
 from ddt_jax.multimodal.documents import Image
@@ -71,12 +71,12 @@ def report(s: settings.Experiment, asked: Asked, pod: Topology, devices: list) -
         notes.append("what makes pictures of codes, the run's image tokenizer, is not part of this plan")
     found = plan.where(built.mesh, pod, built.abstract.params, asked.effort)
     found |= {"of": asked.of, "answer": ANSWERS[asked.of], "answers": rows}
-    beside = _beside(s, devices, built.abstract)
+    answerer = _answerer(built, rows)
+    weights = _weights(answerer)
     try:
-        planned, spent = _planned(built, asked, rows, beside)
+        planned, spent = _planned(built, answerer, asked, _restored(s, devices) + weights)
     except plan.Refused as error:
-        held = {"parameters": memory.of_tree(built.abstract.params), "run": beside}
-        return found | {"fits": False, "hbm_bytes_per_chip": error.needed + beside, "memory": held}, notes
+        return found | {"fits": False, "hbm_bytes_per_chip": error.needed, "memory": {"parameters": weights}}, notes
     found |= {"unit": planned.unit, f"{planned.unit}s": planned.units, "prompt_positions": planned.prompt}
     return found | spent | generation.measured(planned, pod), notes
 
@@ -95,39 +95,42 @@ def _for_decoding(s: settings.Experiment) -> settings.Experiment:
     are: its layers are unrolled, its low-rank updates merged, and maps of code vectors are in its tables.
     """
     t, image = s.model.transformer, s.model.image
-    t = replace(t, scan_layers=False, remat="none", dropout=0.0, lora=settings.LoRA())
+    t = backbone.decoder(t)
     if image.kind == "codes" and not image.code_places:
         image = replace(image, code_vectors=False)
     return replace(s, model=replace(s.model, transformer=t, image=image))
 
 
-def _beside(s: settings.Experiment, devices: list, decoding) -> int:
-    """Bytes of a chip of the state that `ddt-jax generate` has restored and does not compute with."""
+def _restored(s: settings.Experiment, devices: list) -> int:
+    """Bytes of a chip of the state that `ddt-jax generate` restores, and lets go when it has made weights of it."""
     state = experiment.evaluated(experiment.build(s, devices, to_train=False).abstract)
-    t, whole = s.model.transformer, sum(memory.of_arguments(state, {}).values())
-    is_shared = not t.scan_layers and not t.lora.rank  # the decoder takes the very arrays
-    extra = memory.of_tree(state.extra)  # of which it takes the very arrays in any case
-    return whole - extra - (memory.of_tree(decoding.params) if is_shared else 0)
+    return sum(memory.of_arguments(state, {}).values())
 
 
-def _planned(built: experiment.Built, asked: Asked, rows: int, beside: int) -> tuple[Answers, dict]:
-    """(compiled programs, the seconds that it took)."""
+def _answerer(built: experiment.Built, rows: int) -> Answerer | DiffusionAnswerer:
+    """Of abstract weights."""
     s, abstract = built.settings, built.abstract
-    codes, draws = s.model.image.kind == "codes", asked.of == "generate"
+    codes = s.model.image.kind == "codes"
     make = Answerer if codes else DiffusionAnswerer
     form = ImageForm("codes", s.model.image.num_tokens) if codes else built.model.form
     sizes = {"context": s.sequences.context, "batch": rows}
-    answerer = make(built.model, abstract.params, abstract.extra, _vocabulary(s.model), form, **sizes)
+    return make(built.model, abstract.params, abstract.extra, _vocabulary(s.model), form, **sizes)
+
+
+def _planned(built: experiment.Built, answerer, asked: Asked, loading: int) -> tuple[Answers, dict]:
+    """(compiled programs, the seconds that it took)."""
+    s, rows = built.settings, answerer.batch
+    codes, draws = isinstance(answerer, Answerer), asked.of == "generate"
     text = np.zeros(asked.prompt, np.int32)
     given = [documents.text_to_image(text, Image()) if draws else documents.image_to_text([], Image())] * rows
     how = given, s.evaluate.text_to_image if draws else s.evaluate.image_to_text, range(rows)
     compiler = _Compiler(built.mesh, asked.effort)
-    held = {"parameters": memory.of_tree((abstract.params, abstract.extra))}
+    held = {"parameters": _weights(answerer)}
     if codes:
         call = next(answerer.image_calls(*how, free=s.evaluate.free_images) if draws else answerer.text_calls(*how))
-        _, _, prompts, seeds, unconditional = call.arguments
-        found, width = compiler.shapes(call), prompts.ids_BP.shape[1]
-        held["batch"] = _host_bytes((prompts, seeds, unconditional))
+        _, _, *from_host = call.arguments
+        found, width = compiler.shapes(call), from_host[0].ids_BP.shape[1]
+        held["batch"] = _host_bytes(from_host)
         slots = width + found.tokens_BN.shape[1], head_dim(s.model.transformer)
         stages = [Stage("prompts", compiler.compile(call), held, "token", slots)]
     else:
@@ -148,8 +151,8 @@ def _planned(built: experiment.Built, asked: Asked, rows: int, beside: int) -> t
     planned = Answers(
         stages,
         built.mesh,
-        abstract.params,
-        beside,
+        built.abstract.params,
+        loading,
         prompt=width,
         answer=ANSWERS[asked.of],
         answers=rows,
@@ -157,6 +160,11 @@ def _planned(built: experiment.Built, asked: Asked, rows: int, beside: int) -> t
         units=found.tokens_BN.size if by_token else rows,
     )
     return planned, compiler.spent
+
+
+def _weights(answerer) -> int:
+    """Bytes of a chip of what answers are computed with."""
+    return memory.of_tree([x for x in jax.tree.leaves(answerer.weights) if isinstance(x, jax.ShapeDtypeStruct)])
 
 
 def _vocabulary(m: settings.Multimodal) -> Vocabulary:

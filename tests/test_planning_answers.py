@@ -43,13 +43,21 @@ def test_every_turn_of_the_loop_over_tokens_is_counted(drawn):
     assert drawn["answers"] == ROWS and drawn["tokens"] == ROWS * CODES and not drawn["uncounted"]
 
 
-def test_memory_is_that_of_weights_cache_and_the_run_beside(drawn):
+def test_memory_is_that_of_weights_and_cache_and_before_that_of_weights_as_they_are_restored(drawn):
     kinds = drawn["memory"]
     weights = 4 * (MATRICES + 2 * V * W + 5 * W)
     assert kinds["parameters"] == weights
     assert kinds["cache"] == L * 2 * 2 * ROWS * G * (PROMPT + CODES) * E * 4  # keys, values; two rows for each prompt
-    assert kinds["run"] == pytest.approx(weights, abs=64)  # their average as trained, in a loop; nothing else is read
-    assert drawn["fits"] and drawn["hbm_bytes_per_chip"] == sum(kinds.values())
+    # Their average as trained, in a loop, and the decoder's copies; nothing else is read.
+    assert drawn["loading_bytes_per_chip"] == pytest.approx(2 * weights, abs=64)
+    assert drawn["fits"] and drawn["hbm_bytes_per_chip"] == max(sum(kinds.values()), drawn["loading_bytes_per_chip"])
+
+
+def test_weights_are_kept_in_the_type_that_they_are_computed_with(drawn):
+    half = planning.plan_one(asked(**{"model.transformer.dtype": "bfloat16"}), POD, jax.devices())
+    kept = 2 * (MATRICES + 2 * V * W) + 4 * 5 * W  # norms stay
+    assert half["memory"]["parameters"] == kept
+    assert half["loading_bytes_per_chip"] == pytest.approx(drawn["memory"]["parameters"] + kept, abs=64)
 
 
 def test_a_token_is_bound_by_what_it_reads(drawn):

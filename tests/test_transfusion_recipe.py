@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +35,25 @@ def test_rates_and_amounts(variant, steps, tokens):
     assert float(rate(third)) == pytest.approx(cosine, rel=1e-4)
     o = s.optimizer
     assert (o.name, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == ("adamw", 0.9, 0.95, 1e-8, 0.1, 1.0)
+
+
+def test_an_error_of_the_first_prediction_does_not_grow_beyond_what_images_are():
+    """At t = 1 the signal is 5e-5: x0 implied by a predicted noise that is off by 0.03 is off by 600."""
+    from ddt_jax.diffusion.process import make_process
+
+    image = config.load(f"{CONFIG}:7b").model.image
+    rng = np.random.default_rng(0)
+    x0, noise, error = rng.normal(size=(3, 64, 64)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), len(x0))
+    for solver in ("ddpm", "ddim", "dpmpp_2m"):
+        process = make_process(replace(image.diffusion, solver=solver, solver_steps=50))
+
+        def predict(x, t, process=process):
+            a, s = process.scales(t)
+            return (x - a * x0) / s + jnp.where(t == 1, 0.03 * error, 0)
+
+        drawn = process.solve(predict, noise, keys)
+        assert np.isfinite(drawn).all() and 0.8 < float(np.std(drawn)) < 1.3
 
 
 def test_half_of_the_tokens_are_text_and_four_of_five_captions_come_first(tmp_path):

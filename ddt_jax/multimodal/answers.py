@@ -46,14 +46,15 @@ class Answerer:
       params, extra: of the run; of an unrolled one without low-rank updates they may be ShapeDtypeStructs, and the
         calls can be compiled for devices that are not there.
       context: positions that prompt and answer may take together.
-      batch: prompts that are answered at once.
+      batch: prompts that are answered at once, at most.
     """
 
     def __init__(
         self, model: Multimodal, params, extra, vocabulary: Vocabulary, form: ImageForm, *, context: int, batch: int
     ):
         c = model.config.transformer
-        self.config, self.params = backbone.for_decoding(c, model.all_params(params, extra))
+        params_of = backbone.as_computed(c, model.all_params(params, extra))
+        self.config, self.params = backbone.for_decoding(c, params_of)
         self.places, self.whole_prompts = model.places(params, extra), model.config.whole_prompts
         self.vocabulary, self.form = vocabulary, form
         self.context, self.batch = context, batch
@@ -61,6 +62,11 @@ class Answerer:
         self._whole_images = generate.WholeImages(
             vocabulary.size, vocabulary["BOV"], vocabulary["EOV"], first, vocabulary.num_codes, form.rows
         )
+
+    @property
+    def weights(self):
+        """What answers are computed with."""
+        return self.params, self.places
 
     def images(
         self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int], done=None, *, free: bool = False
@@ -81,7 +87,7 @@ class Answerer:
         for call in self.image_calls(given, s, seeds, free=free):
             parts.append(np.asarray(call.run().tokens_BN))
             if done is not None:
-                done(min(len(parts) * self.batch, len(given)))
+                done(min(sum(map(len, parts)), len(given)))
         ids = np.concatenate([*parts, np.zeros((0, k + free), np.int32)])[: len(given)]
         whole = self.vocabulary.is_code(ids[:, :k]).all(axis=1)
         if free:
@@ -120,10 +126,11 @@ class Answerer:
     def text_calls(self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int]) -> Iterator[Call]:
         """What `texts` runs for one batch after the other, each of which makes `generate.Generated`. As `texts`."""
         layouts = [self._prompt(document, force_image=False) for document in given]
-        room = self.context - max(map(len, layouts), default=0)
+        room = self.context - min(map(len, layouts), default=0)
         s = replace(s, guidance=1.0, tokens=min(s.tokens, room))
         for prompts, some in self._batches(layouts, seeds):
-            yield self._call(prompts, some, s, self._whole_images, (self.vocabulary["EOS"],), None)
+            left_B = np.minimum(self.context - prompts.lengths_B, s.tokens)
+            yield self._call(prompts, some, s, self._whole_images, (self.vocabulary["EOS"],), None, left_B)
 
     def _prompt(self, document, force_image):
         return sequence.lay_out_prompt(
@@ -144,12 +151,12 @@ class Answerer:
         lengths = np.array([len(layout) for layout in layouts], np.int32)
         return generate.Prompts(ids, lengths, given if self.whole_prompts else None)
 
-    def _call(self, prompts, seeds, sampling, constraint, stop, unconditional) -> Call:
+    def _call(self, prompts, seeds, sampling, constraint, stop, unconditional, left_B=None) -> Call:
         if not sampling.tokens:
             raise UserError("generate: tokens=0 leaves nothing to write; set how many a text may have")
         pad = self.vocabulary["PAD"]
         program = _program(self.config, sampling, constraint, stop, pad)
-        return Call(program, (self.params, self.places, prompts, seeds, unconditional))
+        return Call(program, (self.params, self.places, prompts, seeds, unconditional, left_B))
 
 
 def width_of(layouts: Sequence[sequence.Layout]) -> int:
@@ -158,7 +165,12 @@ def width_of(layouts: Sequence[sequence.Layout]) -> int:
 
 
 def filled_batches(count: int, batch: int) -> Iterator[list[int]]:
-    """Numbers of the prompts of each batch, the last one filled up with its first prompt."""
+    """Numbers of the prompts of each batch, the last one filled up with its first prompt.
+
+    Batches are of 2, 4, 8 ... up to `batch`, so that one prompt does not cost a whole batch, and a handful of programs
+    serve all.
+    """
+    batch = min(batch, max(2, 1 << (count - 1).bit_length()))
     for at in range(0, count, batch):
         some = list(range(at, min(at + batch, count)))
         yield some + some[:1] * (batch - len(some))
@@ -168,8 +180,8 @@ def filled_batches(count: int, batch: int) -> Iterator[list[int]]:
 def _program(c, sampling, constraint, stop, pad):
     """`generate` compiled for settings; jit adds the shapes."""
 
-    def run(params, places, prompts, seeds, unconditional):
+    def run(params, places, prompts, seeds, unconditional, left_B):
         options = {"constraint": constraint, "stop": stop, "pad": pad, "unconditional": unconditional, "places": places}
-        return generate.generate(c, params, prompts, seeds, sampling, **options)
+        return generate.generate(c, params, prompts, seeds, sampling, left_B=left_B, **options)
 
     return jax.jit(run)

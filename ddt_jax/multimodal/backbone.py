@@ -185,12 +185,35 @@ def empty_cache(c: settings.Transformer, batch: int, slots: int) -> kv_cache.Cac
     return kv_cache.empty(c.depth, (batch, c.kv_heads, slots, head_dim(c)), dtype, stacked=c.scan_layers)
 
 
+def decoder(c: settings.Transformer) -> settings.Transformer:
+    """Settings for generation: unrolled, which a loop over tokens runs in place. A step of it has one query, which the
+    kernel that attention="splash" names does not take.
+    """
+    attention = "auto" if c.attention == "splash" else c.attention
+    return replace(c, scan_layers=False, remat="none", dropout=0.0, attention=attention, lora=settings.LoRA())
+
+
 def for_decoding(c: settings.Transformer, params) -> tuple[settings.Transformer, Any]:
-    """Settings and parameters (plain arrays) for generation: unrolled, which a loop over tokens runs in place."""
+    """Settings and parameters (plain arrays) of `decoder`."""
     if c.lora.rank:
         params = lora.merge(params, c.lora)
-    params = blocks.unrolled(params) if c.scan_layers else params
-    return replace(c, scan_layers=False, remat="none", dropout=0.0, lora=settings.LoRA()), params
+    return decoder(c), blocks.unrolled(params) if c.scan_layers else params
+
+
+def as_computed(c: settings.Transformer, params):
+    """Parameters in the type that they are computed with, where that is another one than they are kept in: what a layer
+    would make of them at every step, once. Norms and biases, which are small and partly kept exact, stay.
+
+    Leaves may be ShapeDtypeStructs.
+    """
+    dtype = compute_dtype(c.dtype)
+
+    def cast(path, x):
+        if dtype is None or path[-1].key in ("scale", "bias"):
+            return x
+        return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x, dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def count_parameters(c: settings.Transformer) -> int:

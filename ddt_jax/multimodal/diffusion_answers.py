@@ -25,9 +25,6 @@ from ddt_jax.nn.images import to_uint8
 class DiffusionAnswerer:
     """As `answers.Answerer`; images are pixels, uint8 [S, S, 3], in documents and as answers.
 
-    Prompts are answered 2, 4, 8 ... at once, so that one picture does not cost a batch of them, and a handful of
-    programs serve all.
-
     Args:
       params, extra: of the run; or ShapeDtypeStructs, as `Answerer` takes them.
       context: positions that prompt and answer may take together.
@@ -57,6 +54,11 @@ class DiffusionAnswerer:
         self._prefill = jax.jit(segments.prefill, static_argnums=2)
         self._write = jax.jit(segments.write, static_argnums=(4, 5), donate_argnums=1)
         self._draw = jax.jit(draw, static_argnums=5, donate_argnums=1)
+
+    @property
+    def weights(self):
+        """What answers are computed with."""
+        return self._segments.weights
 
     def images(
         self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int], done=None, *, free: bool = False
@@ -190,7 +192,7 @@ class DiffusionAnswerer:
         """
         width, all_of_them = width_of(layouts), len(layouts)
         slots = min(width + more, max(width, self.context)) + self._segments.slack
-        for filled in filled_batches(all_of_them, min(self.batch, max(2, 1 << (all_of_them - 1).bit_length()))):
+        for filled in filled_batches(all_of_them, self.batch):
             prompts = self._arrays([layouts[i] for i in filled], width)
             prefill = Call(self._prefill, (self._segments.weights, prompts, slots))
             count = min(len(filled), all_of_them - filled[0])

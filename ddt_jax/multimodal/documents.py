@@ -16,10 +16,11 @@ from ddt_jax.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """A special token by its name in the vocabulary."""
+    """A special token by its name in the vocabulary. learned: False where the loss is not to count it in any case."""
 
     name: str
     answer: bool = False
+    learned: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,8 @@ class Document:
 
     def learns(self, segment: Segment) -> bool:
         """Whether the loss counts what a segment holds."""
+        if isinstance(segment, Mark) and not segment.learned:
+            return False
         return self.learn == "all" or (self.learn == "answer" and segment.answer)
 
     def prompt(self) -> "Document":
@@ -158,7 +161,8 @@ def text_length(document: Document) -> int:
 
 
 def truncate_text(document: Document, excess: int) -> Document:
-    """The document without its last `excess` text tokens; marks and images stay as they are.
+    """The document without its last `excess` text tokens; marks and images stay as they are, but a mark behind a text
+    that was cut is not learned: the text did not end there.
 
     Raises:
       UserError: it has no so much text.
@@ -167,9 +171,10 @@ def truncate_text(document: Document, excess: int) -> Document:
         raise UserError(f"documents: {excess} positions too many, and images are never cut; take a longer context")
     kept = []
     for segment in reversed(document.segments):
-        if isinstance(segment, Text) and excess:
-            cut = min(excess, len(segment.ids))
+        if isinstance(segment, Text) and (cut := min(excess, len(segment.ids))):
             segment = replace(segment, ids=np.asarray(segment.ids)[: len(segment.ids) - cut])
             excess -= cut
+            if kept and isinstance(kept[-1], Mark):
+                kept[-1] = replace(kept[-1], learned=False)
         kept.append(segment)
     return replace(document, segments=tuple(reversed(kept)))

@@ -93,6 +93,7 @@ def generate(
     pad: int = 0,
     unconditional: Prompts | None = None,
     places: Places | None = None,
+    left_B=None,
 ) -> Generated:
     """Tokens that follow the prompts. Pure: to be jitted with all but the arrays fixed, one compilation for a shape.
 
@@ -103,6 +104,7 @@ def generate(
       stop: ids behind which a row ends.
       unconditional: B or 1 of them, for guidance; one row is computed once and shared.
       places: of the model.
+      left_B: int32, tokens that each row may have, from 1 to s.tokens; None: s.tokens.
     """
     model = backbone.Backbone(c)
     guided = s.guidance != 1.0
@@ -112,7 +114,7 @@ def generate(
     if b == 1 and not guided:
         # XLA drops an axis of length one, and then its CPU loop copies the cache in every step: two rows are faster.
         twice = lambda x: None if x is None else jnp.repeat(jnp.asarray(x), 2, axis=0)  # noqa: E731
-        how = {"constraint": constraint, "stop": stop, "pad": pad, "places": places}
+        how = {"constraint": constraint, "stop": stop, "pad": pad, "places": places, "left_B": twice(left_B)}
         found = generate(c, params, Prompts(*map(twice, prompts)), twice(seeds_B), s, **how)
         return Generated(*(x[:1] for x in found))
     width = max(prompts.ids_BP.shape[1], unconditional.ids_BP.shape[1] if guided else 0)
@@ -172,6 +174,8 @@ def generate(
         if constraint is not None:
             state = constraint.advance(state, token_B)
         stopped_B = jnp.isin(token_B, jnp.array(stop, jnp.int32)) if stop else jnp.zeros_like(done_B)
+        if left_B is not None:
+            stopped_B |= n + 1 >= left_B
         return token_B, state, done_B, done_B | stopped_B, tokens_BN
 
     state = None if constraint is None else _after_prompts(constraint, prompts)

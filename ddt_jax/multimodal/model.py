@@ -96,10 +96,17 @@ class Multimodal(RowModel):
 
 def check_context(s: settings.Experiment, mesh) -> None:
     """Raises UserError unless positions of the model's rows can lie over the mesh's axis context."""
-    parts = mesh.shape[CONTEXT]
+    parts, context = mesh.shape[CONTEXT], s.sequences.context
+    is_splash = isinstance(s.model, settings.Multimodal) and s.model.transformer.attention == "splash"
+    if is_splash and context % parts == 0 and context // parts % 128:
+        of = f"sequences.context={context}" + (f" over mesh.context={parts}" if parts > 1 else "")
+        raise UserError(
+            f"config: model.transformer.attention=splash needs multiples of 128 positions, {of} is "
+            f"{context // parts}; set attention=auto"
+        )
     if parts == 1:
         return
-    image, context = getattr(s.model, "image", None), s.sequences.context
+    image = getattr(s.model, "image", None)
     if not isinstance(image, settings.CodeImages):
         kind = s.model.kind if image is None else f"{s.model.kind} with model.image.kind={image.kind}"
         raise UserError(
@@ -114,11 +121,6 @@ def check_context(s: settings.Experiment, mesh) -> None:
         raise UserError(
             f"mesh: sequences.context={context} does not divide over mesh.context={parts}; "
             f"set sequences.context={-(-context // parts) * parts}"
-        )
-    if s.model.transformer.attention == "splash" and context // parts % 128:
-        raise UserError(
-            f"mesh: model.transformer.attention=splash needs parts of a multiple of 128 positions, "
-            f"sequences.context={context} over mesh.context={parts} are {context // parts}; set attention=auto"
         )
 
 

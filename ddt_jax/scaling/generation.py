@@ -12,8 +12,7 @@ from ddt_jax.scaling import program, roofline, wholes
 from ddt_jax.scaling.program import Loop, Work
 from ddt_jax.scaling.topology import Topology
 
-# Of memory. "run": what a restored run has beside what its answers are computed with.
-KINDS = ("parameters", "run", "cache", "batch", "padding", "temporary", "outputs", "code")
+KINDS = ("parameters", "cache", "batch", "padding", "temporary", "outputs", "code")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Answers:
       stages: in the order in which they run.
       mesh: over abstract or fake devices.
       params: what the programs compute with, ShapeDtypeStructs with shardings.
-      beside: bytes of a chip that are there while they run, and that they do not use.
+      loading: bytes of a chip before they run, when what was restored becomes what they compute with.
       prompt: positions that prompts are filled up to.
       answer: "image" or "text"; answers: how many of them.
       unit: "token" or "image"; units: of them in all answers, at most.
@@ -54,7 +53,7 @@ class Answers:
     stages: Sequence[Stage]
     mesh: Any
     params: Any
-    beside: int
+    loading: int
     prompt: int
     answer: str
     answers: int
@@ -72,14 +71,14 @@ def measured(planned: Answers, topology: Topology) -> dict:
         total.add(work)
         parts += _parts(stage, work, program.loops(text, mesh.size), mesh, topology)
     kinds = max((_memory(stage, mesh) for stage in planned.stages), key=lambda kinds: sum(kinds.values()))
-    kinds["run"] = planned.beside
     needed, hardware, traffic = sum(kinds.values()), total.flops * mesh.size, total.hbm_bytes * mesh.size
     seconds = sum(part["times"] * part["seconds"] for part in parts)
     longest = max(parts, key=lambda part: part["times"] * part["seconds"])
     return {
-        "fits": needed <= chip.hbm_bytes,
-        "hbm_bytes_per_chip": needed,
+        "fits": max(needed, planned.loading) <= chip.hbm_bytes,
+        "hbm_bytes_per_chip": max(needed, planned.loading),
         "memory": kinds,
+        "loading_bytes_per_chip": planned.loading,
         "hardware_flops": hardware,
         f"hardware_flops_per_{unit}": hardware / planned.units,
         "hbm_traffic_bytes_per_chip": total.hbm_bytes,

@@ -7,6 +7,8 @@ _GB = 1e9
 
 def text(r: dict) -> str:
     lines = [*_head(r), "", *plan_text.memory_lines(r)]
+    if "loading_bytes_per_chip" in r:
+        lines.append(f"before that, while weights are restored: {r['loading_bytes_per_chip'] / _GB:,.2f} GB")
     if "estimate" in r:
         lines += ["", *_work(r), "", *plan_text.collective_lines(r, "all of it"), "", *_estimate(r)]
     lines += [f"note: {note}" for note in r["notes"]]

@@ -91,7 +91,8 @@ def memory_lines(r) -> Iterable[str]:
     for kind, count in r["memory"].items():
         if count:
             yield f"  {kind.replace('_', ' '):<16}{count / _GB:>10,.2f}"
-    yield f"  {'all':<16}{r['hbm_bytes_per_chip'] / _GB:>10,.2f} of {r['hbm_bytes_of_chip'] / _GB:,.0f}"
+    whole = sum(r["memory"].values()) if "loading_bytes_per_chip" in r else r["hbm_bytes_per_chip"]
+    yield f"  {'all':<16}{whole / _GB:>10,.2f} of {r['hbm_bytes_of_chip'] / _GB:,.0f}"
 
 
 def _flops(r):

@@ -102,7 +102,8 @@ class DiffusionImages:
     weight: float = 5.0  # of the diffusion loss beside that of the next token
     noise_limit: float = 0.5  # highest noise level of images that stand before what describes them; 1 = none (§4.3.4)
     attention: Literal["bidirectional", "causal"] = "bidirectional"  # inside an image; causal: Transfusion's ablation
-    diffusion: DDPM | RectifiedFlow = field(default_factory=DDPM)
+    # Where a network predicts the noise, nothing but `clip` holds the first steps from pure noise.
+    diffusion: DDPM | RectifiedFlow = field(default_factory=lambda: DDPM(clip=5.0))
     codec: IdentityCodec | VAECodec = field(default_factory=IdentityCodec)
 
 

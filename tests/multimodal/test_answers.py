@@ -124,6 +124,34 @@ def test_texts_end_and_hold_text_only(answerer):
     assert len(texts) == 2 and all(set(ids) <= set(range(40)) for ids in texts)
 
 
+def test_how_long_a_text_may_be_is_a_matter_of_its_own_prompt(answerer):
+    def asked(n):
+        return documents.chat([("USER", [documents.Text(np.arange(n) % 40)]), ("ASSISTANT", [documents.Text([])])])
+
+    def say(*given):
+        return answerer.texts(given, replace(GREEDY, tokens=40), range(len(given)), lambda ids: ids.tolist())
+
+    (alone,) = say(asked(3))
+    beside, long = say(asked(3), asked(50))
+    room = 64 - len(sequence.lay_out_prompt(asked(50), VOCABULARY, FORM))
+    assert alone == beside and len(long) <= room < len(alone)  # nothing here has learned to end
+
+
+def test_a_few_prompts_do_not_cost_a_whole_batch(answerer):
+    rows = [
+        [len(call.arguments[3]) for call in answerer.image_calls(prompts([3] * n), GREEDY, range(n))]
+        for n in (1, 2, 3, 4, 6)
+    ]
+    assert rows == [[2], [2], [4], [4], [4, 4]]
+
+
+def test_the_kernel_that_takes_no_single_query_does_not_answer(model, params, answerer):
+    splash = Multimodal(replace(model.config, transformer=replace(model.config.transformer, attention="splash")))
+    other = Answerer(splash, params, {}, VOCABULARY, FORM, context=64, batch=4)
+    given = prompts([3, 9])
+    np.testing.assert_array_equal(other.images(given, GREEDY, [0, 1]), answerer.images(given, GREEDY, [0, 1]))
+
+
 def test_what_does_not_fit_is_one_line(answerer):
     with pytest.raises(UserError, match="leaves no room for an answer"):
         answerer.images(prompts([60]), GREEDY, [0])

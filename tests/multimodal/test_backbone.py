@@ -66,6 +66,16 @@ def test_scanned_and_unrolled_are_equal():
     np.testing.assert_allclose(logits_of(TINY, values, ids_of()), loose, atol=1e-5)
 
 
+@pytest.mark.parametrize("more", [{}, {"qk_norm": True, "tied_head": True}])
+def test_weights_of_the_type_that_they_are_computed_with_change_no_bit(more):
+    c = replace(TINY, dtype="bfloat16", **more)
+    values = random_params(c)
+    cast = backbone.as_computed(c, values)
+    assert cast["embed"].dtype == jnp.bfloat16 and cast["norm"]["scale"].dtype == np.float32
+    np.testing.assert_array_equal(logits_of(c, values, ids_of()), logits_of(c, cast, ids_of()))
+    assert jax.tree.leaves(backbone.as_computed(TINY, values))[0] is jax.tree.leaves(values)[0]
+
+
 @pytest.mark.parametrize(
     "remat", ["full", "dots_attention", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dots", "attention"))]
 )

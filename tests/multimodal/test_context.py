@@ -139,7 +139,7 @@ def test_memory_of_activations_falls_with_the_parts_of_a_row(without_remat):
         (replace(RUN, sequences=replace(RUN.sequences, context=510)), "sequences.context=510 does not divide over"),
         (
             changed(replace(RUN, sequences=replace(RUN.sequences, context=256)), attention="splash"),
-            "attention=splash needs parts of a multiple of 128 positions, sequences.context=256 over mesh.context=4",
+            "attention=splash needs multiples of 128 positions, sequences.context=256 over mesh.context=4 is 64",
         ),
         (
             replace(RUN, model=replace(RUN.model, image=replace(RUN.model.image, code_places=True, code_vectors=True))),

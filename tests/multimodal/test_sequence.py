@@ -164,7 +164,15 @@ def test_a_prompt_that_just_fits_is_taken():
 
 def test_only_text_is_cut_from_its_end():
     document = documents.interleaved([Text([1, 2]), A, Text([3, 4])])
-    assert words(documents.truncate_text(document, 3)) == "BOS 1* BOV* v7* v8* v9* EOV* EOS*"
+    assert words(documents.truncate_text(document, 3)) == "BOS 1* BOV* v7* v8* v9* EOV* EOS"
+
+
+def test_nothing_is_learned_of_where_a_text_was_cut():
+    """It did not end there; where it did not begin to be cut, its end is learned."""
+    assert words(documents.truncate_text(documents.text_only([1, 2, 3]), 1)) == "BOS 1* 2* EOS"
+    assert words(documents.truncate_text(documents.text_to_image([1, 2], A), 1)) == "BOS 1* BOV* v7* v8* v9* EOV* EOS*"
+    turns = documents.chat([("USER", [Text([1])]), ("ASSISTANT", [Text([2])])] * 2)
+    assert words(documents.truncate_text(turns, 1)) == "BOS USER 1 ASSISTANT 2* EOS* USER 1 ASSISTANT EOS"
 
 
 texts = st.lists(st.integers(0, 49), max_size=5).map(Text)
