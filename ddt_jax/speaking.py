@@ -4,6 +4,7 @@ Where images are codes, their image tokenizer goes along.
 """
 
 import collections
+import functools
 import itertools
 import json
 import sys
@@ -18,12 +19,15 @@ from etils import epath
 
 from ddt_jax import config, experiment, settings
 from ddt_jax.data import images
+from ddt_jax.data.base import open_source
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation import (
     asked,
+    classifying,
     clip_score,
     compositional,
     drawn_fid,
+    named_classes,
     pictures,
     plots,
     prompts,
@@ -34,10 +38,11 @@ from ddt_jax.evaluation import (
 from ddt_jax.interop import hf_clip
 from ddt_jax.io import atomic
 from ddt_jax.multimodal import documents
-from ddt_jax.multimodal.answers import Answerer
+from ddt_jax.multimodal.answers import Answerer, filled_batches
 from ddt_jax.multimodal.diffusion_answers import DiffusionAnswerer
 from ddt_jax.multimodal.documents import Image
 from ddt_jax.multimodal.records import images_of
+from ddt_jax.tokenizers.acdit_classifier import ACDiTClassifier
 from ddt_jax.tokenizers.text import open_text_tokenizer
 from ddt_jax.training import corpus
 from ddt_jax.training.progress import Progress
@@ -111,13 +116,10 @@ class Eyes(Sight):
         codes, seeds, found = np.asarray(codes)[:, :: self._step], np.asarray(seeds, np.int32), []
         all_visible = np.int32(self._model.num_tokens)
         with jax.set_mesh(self._mesh):
-            for at in range(0, len(codes), batch):
-                some, keys = codes[at : at + batch], seeds[at : at + batch]
-                missing = batch - len(some)
-                filled, keys = (np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in (some, keys))
-                drawn = self._run.decode(*self._arrays, filled, keys, np.uint32(0), all_visible)
-                found.append(np.asarray(drawn)[: len(some)])
-        return np.concatenate([*found, self.blank(0)])
+            for some in filled_batches(len(codes), batch):
+                drawn = self._run.decode(*self._arrays, codes[some], seeds[some], np.uint32(0), all_visible)
+                found.append(np.asarray(drawn))
+        return np.concatenate([*found, self.blank(0)])[: len(codes)]
 
     def are_images(self, answers):
         return (answers >= 0).all(axis=1)
@@ -141,15 +143,33 @@ class Drawn(NamedTuple):
         return [text if valid else f"(no image) {text}" for text, valid in zip(texts, self.valid, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Speaker:
-    """A run that answers."""
+    """A run that answers.
+
+    Attributes:
+      state: as it was restored; None once there is an answerer, whose weights have another form: both would be too much
+        of a large model.
+    """
 
     built: experiment.Built
     state: Any
     corpus: corpus.Corpus
     eyes: Sight
-    answerer: Answerer | DiffusionAnswerer
+
+    @functools.cached_property
+    def answerer(self) -> Answerer | DiffusionAnswerer:
+        """What answers. It takes the state."""
+        s, (state, self.state) = self.built.settings, (self.state, None)
+        return (Answerer if s.model.image.kind == "codes" else DiffusionAnswerer)(
+            self.built.model,
+            experiment.weights(state),
+            state.extra,
+            self.corpus.vocabulary,
+            self.corpus.form,
+            context=s.sequences.context,
+            batch=BATCH,
+        )
 
     def draw(self, given: Sequence[documents.Document], seeds: Sequence[int], done=None) -> Drawn:
         """Pictures that answer documents; see `Answerer.images`."""
@@ -193,19 +213,8 @@ def open_speaker(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> S
     if not isinstance(s.model, settings.Multimodal):
         raise UserError(f"workdir: {workdir} is a run of kind {s.model.kind}; name one of kind multimodal")
     found = corpus.load(workdir, s)
-    in_codes = s.model.image.kind == "codes"
-    eyes = Eyes(s) if in_codes else Sight(s.data)
-    built, state = experiment.restore(workdir, overrides)
-    answerer = (Answerer if in_codes else DiffusionAnswerer)(
-        built.model,
-        experiment.weights(state),
-        state.extra,
-        found.vocabulary,
-        found.form,
-        context=s.sequences.context,
-        batch=BATCH,
-    )
-    return Speaker(built, state, found, eyes, answerer)
+    eyes = Eyes(s) if s.model.image.kind == "codes" else Sight(s.data)
+    return Speaker(*experiment.restore(workdir, overrides), found, eyes)
 
 
 def generate(
@@ -319,10 +328,10 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         raise UserError("evaluate: no record of sequences.eval_sources has a caption; name one of which some have")
     captions = [r["caption"] for r in chosen]
     told, orders = [e.caption for e in edits], [e.instruction for e in edits]
-    verified = e.verifier and bool(chosen or edits)
-    if verified:  # both raise for what they cannot judge, before anything is drawn
-        compositional.captions(captions, captions)
-        wanted = compositional.edited(told, orders)
+    verifier = _verifier(s, speaker.eyes) if chosen or edits else None
+    if verifier:  # both raise for what they cannot judge, before anything is drawn
+        verifier.captions(captions, captions)
+        wanted = compositional.edited(told, orders) if e.verifier else ()
     fid = None
     if e.inception_file and e.fid_images and chosen:
         fid = drawn_fid.DrawnFID(*suite.read_inception(e), s, speaker.eyes.data, speaker.built.mesh)
@@ -360,8 +369,17 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     found: compositional.Figures = {}
     if e.free_images and (chosen or edits):
         found |= compositional.valid("t2i", drawn.valid) | compositional.valid("edit", changed.valid)
-    if verified:
-        found |= compositional.pictures(drawn.pictures, captions, drawn.valid) | compositional.captions(said, captions)
+    marks: dict[str, list[bool]] = {}
+    if verifier:
+        found |= verifier.pictures(drawn.pictures, captions, drawn.valid) | verifier.captions(said, captions)
+        marks["t2i"] = verifier.right_pictures(drawn.pictures, captions, drawn.valid)
+        marks["caption"] = verifier.right_captions(said, captions)
+        # Of each prompt: by which two runs can be compared that were asked the same.
+        results["marks"] = {name: "".join("01"[right] for right in of) for name, of in marks.items()}
+    if isinstance(verifier, named_classes.NamedClasses):
+        real = [picture for _, picture in asked.with_pictures(s, speaker.eyes.data, len(chosen))]
+        found |= verifier.real(real, captions)
+    elif verifier:
         found |= compositional.editing(changed.pictures, told, wanted, changed.valid)
     results |= compositional.flat(found)
     if found:
@@ -375,9 +393,9 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         shown = speaker.eyes.decode([images_of(r)[0] for r in chosen[:count]], seeds[:count])
         grids["text_to_image"] = pictures.grid(drawn.pictures[:count], drawn.labels(captions)[:count])
         grids["image_to_text"] = pictures.grid(shown, said[:count])
-        drew, wrote = (drawn.pictures, captions, drawn.valid), (said, captions)
-        singly["text_to_image"] = samples.drawn(*(x[:count] for x in drew), verified=e.verifier)
-        singly["image_to_text"] = samples.described(shown, *(x[:count] for x in wrote), verified=e.verifier)
+        right = {name: of[:count] for name, of in marks.items()}
+        singly["text_to_image"] = samples.of(drawn.pictures[:count], captions[:count], right.get("t2i"))
+        singly["image_to_text"] = samples.of(shown, said[:count], right.get("caption"))
     if count := min(4 * e.pictures, len(edits)):
         before, after = (
             speaker.eyes.decode(side[:count], edit_seeds[:count])
@@ -393,6 +411,37 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     ]
     written += plots.loss_curve(root / "metrics.jsonl", root / "loss.png")
     return {"results": results, "table": table, "written": [str(p) for p in written]}
+
+
+def _verifier(s: settings.Experiment, eyes: Sight) -> Any:
+    """What judges pictures and captions: `compositional`, a `NamedClasses`, or None. Raises UserError for a classifier
+    that cannot.
+    """
+    folder = s.evaluate.classifier
+    if not folder:
+        return compositional if s.evaluate.verifier else None
+    built, state = experiment.restore(folder)
+    data, size = built.settings.data, eyes.data.image_size
+    if not isinstance(built.model, ACDiTClassifier) or built.model.frames:
+        raise UserError(f"config: evaluate.classifier={folder} is no run of kind acdit_classifier on images")
+    if data.image_size != size:
+        raise UserError(
+            f"config: evaluate.classifier={folder} reads {data.image_size} px, pictures here have {size}; name another"
+        )
+    names = open_source(data.source, image_size=size, cache_dir=data.cache_dir).label_names
+    if not names:
+        raise UserError(f"config: evaluate.classifier={folder} has learned from {data.source}, which names no classes")
+    weights, run = (experiment.weights(state), state.extra), classifying.program(built.model)
+
+    def classify(pictures):
+        found, blank = [], eyes.blank(BATCH)
+        for at in range(0, len(pictures), BATCH):
+            some = pictures[at : at + BATCH]
+            batch = {"image": np.concatenate([some, blank[len(some) :]]), "slot": np.arange(BATCH)}
+            found.append(np.asarray(run(*weights, batch, np.uint32(0)).argmax(-1))[: len(some)])
+        return np.concatenate(found)
+
+    return named_classes.NamedClasses(names, classify)
 
 
 def _clip(s: settings.Experiment, mesh) -> clip_score.ClipScore:

@@ -28,6 +28,7 @@ NOT_KEPT = 1
 
 def run(options) -> int:
     """Runs what is not done, then makes the table."""
+    import compare_plan
     import compare_run
 
     from ddt_jax.training.loop import EXIT_STOPPED
@@ -36,6 +37,7 @@ def run(options) -> int:
     if options.plan:
         print(compare_run.listing(work))
         return 0
+    compare_plan.check_judges(work.arms)
     if not compare_run.run(work):
         print("stopped; the same command goes on")
         return EXIT_STOPPED

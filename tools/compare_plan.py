@@ -37,6 +37,7 @@ class Arm:
       workdir: of the tokenizer, where the transformer's config expects it.
       folders: (source, records, folder of codes) of each part that the transformer reads.
       uncounted: as in `comparison.Row`.
+      classifier: workdir of the run that judges its pictures; "" = a program does.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Arm:
     workdir: str = ""
     folders: tuple[tuple[str, int, str], ...] = ()
     uncounted: tuple[str, ...] = ()
+    classifier: str = ""
 
     def run(self, root: str, rate: float, seed: int) -> str:
         """The workdir of a run."""
@@ -121,8 +123,11 @@ def priced(found: Trial, path: str, root: str) -> list[Arm]:
         _check_records(found, arm, loaded_arms[name])
     for name, arm in found.arms.items():
         s = loaded_arms[name]
-        if not s.evaluate.verifier:
-            raise UserError(f"compare: evaluate.verifier of {arm.config} is False; rates are chosen by what it finds")
+        if not (s.evaluate.verifier or s.evaluate.classifier):
+            raise UserError(
+                f"compare: evaluate.verifier of {arm.config} is False and evaluate.classifier empty; rates are chosen "
+                "by what they find"
+            )
         places = [trial.place(path, text, root) for text in arm.tokenizer]
         loaded = [
             config.load(place, (("train.steps", f"{steps}"),))
@@ -145,10 +150,19 @@ def priced(found: Trial, path: str, root: str) -> list[Arm]:
         flops = {"training": steps * planned.step, **planned.before}
         place = trial.place(path, arm.config, root)
         workdir = s.sequences.tokenizer if loaded else ""
-        arms.append(
-            Arm(name, place, arm.config, steps, flops, tuple(stages), workdir, folders, tuple(planned.uncounted))
-        )
+        read, uncounted = (tuple(stages), workdir, folders), tuple(planned.uncounted)
+        arms.append(Arm(name, place, arm.config, steps, flops, *read, uncounted, s.evaluate.classifier))
     return arms
+
+
+def check_judges(arms: Sequence[Arm]) -> None:
+    """Raises UserError if a classifier that judges pictures is not there: evaluations would fail, hours later."""
+    for arm in arms:
+        if arm.classifier and not checkpoint.saved_steps(arm.classifier):
+            raise UserError(
+                f"compare: evaluate.classifier={arm.classifier} of {arm.named} has no checkpoint; train it first, as "
+                "the head of that config says, or name another in the trial's `changes`"
+            )
 
 
 def _check_records(found: Trial, arm: trial.Arm, s: settings.Experiment) -> None:

@@ -148,13 +148,13 @@ def _at_1(results: dict, by: str) -> dict[str, float]:
 
 def _cost(runs: dict, name: str) -> dict:
     """How much more of a figure queries have that see each other: seed by seed, mean, Student's interval."""
-    from ddt_jax.evaluation.comparison import interval
+    from ddt_jax.evaluation.metrics import mean_interval
 
     differences = [runs["bidirectional"][n][name] - runs["causal"][n][name] for n in runs["causal"]]
     return {
         "by_seed": [round(x, 4) for x in differences],
         "mean": round(sum(differences) / len(differences), 4),
-        "interval": [round(x, 4) for x in interval(differences)],
+        "interval": [round(x, 4) for x in mean_interval(differences)],
     }
 
 

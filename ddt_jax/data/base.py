@@ -65,6 +65,11 @@ class Source(Protocol):
         ...
 
 
+def class_caption(name: str) -> str:
+    """What `?caption=label` writes of a class: "a photo of a deer"."""
+    return f"a photo of {'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
 class CaptionFromLabel:
     """A source whose captions are made from class names: "a photo of a deer"."""
 
@@ -84,9 +89,7 @@ class CaptionFromLabel:
         record.pop("caption", None)
         label = record.get("label", -1)
         if 0 <= label < len(self.label_names):
-            name = self.label_names[label]
-            article = "an" if name[:1].lower() in "aeiou" else "a"
-            record["caption"] = f"a photo of {article} {name}"
+            record["caption"] = class_caption(self.label_names[label])
         return record
 
     def describe(self, index):

@@ -16,10 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from scipy import special
-
 from ddt_jax.errors import UserError
-from ddt_jax.evaluation.metrics import binomial_interval
+from ddt_jax.evaluation import paired
+from ddt_jax.evaluation.metrics import binomial_interval, mean_interval
 
 MIN_SEEDS = 3
 MIN_RATES = 3  # that all arms have, where some have more
@@ -85,23 +84,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Arm:
-    """What is reported of an arm: its runs at the chosen rate and sampling settings, one for each seed."""
+    """What is reported of an arm: its runs at the chosen rate and sampling settings, one for each seed.
+
+    Attributes:
+      rates: how many learning rates were tried, of which the best is one.
+      untuned: figures without the seed that rate and sampling settings were chosen on, which choosing flatters.
+    """
 
     name: str
     lr: float
     rows: tuple[Row, ...]
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rates: int = 1
+    untuned: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Attributes:
     diverged: a line for each run that did.
+    differences: between every two arms.
     """
 
     arms: tuple[Arm, ...]
     violations: tuple[str, ...]
     diverged: tuple[str, ...] = ()
+    differences: tuple[paired.Difference, ...] = ()
 
 
 def compare(rows: Sequence[Row], *, tolerance: float = TOLERANCE, lost: Sequence[str] = ()) -> Comparison:
@@ -128,7 +136,11 @@ def compare(rows: Sequence[Row], *, tolerance: float = TOLERANCE, lost: Sequence
     arms = []
     for name, (lr, point) in chosen.items():
         final = tuple(sorted((r for r in by_arm[name] if r.lr == lr and r.point == point), key=lambda row: row.seed))
-        arms.append(Arm(name, lr, final, {figure: _figure(figure, final) for figure in FIGURES}))
+        figures, untuned = (
+            {figure: _figure(figure, of) for figure in FIGURES}
+            for of in (final, [row for row in final if row.seed != seed])
+        )
+        arms.append(Arm(name, lr, final, figures, len({row.lr for row in grids[name]}), untuned))
     violations = [
         *lost,
         *_unlike(rows),
@@ -137,20 +149,14 @@ def compare(rows: Sequence[Row], *, tolerance: float = TOLERANCE, lost: Sequence
         *_grids(grids, seed),
         *_edges(grids, chosen, seed),
         *_seeds(by_arm, chosen),
+        *_survivors(grids, chosen, seed),
         *_sweeps(by_arm, chosen, seed),
         *_missing(arms),
     ]
     lines = tuple(f"{row.arm}: {row.run} diverged: {row.diverged}" for row in tried if row.diverged)
-    return Comparison(tuple(arms), tuple(dict.fromkeys(violations)), lines)
-
-
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Student's interval of the mean of independent values. Infinite for fewer than two."""
-    n, mean = len(values), statistics.fmean(values)
-    if n < 2:
-        return -math.inf, math.inf
-    half = special.stdtrit(n - 1, 0.5 + confidence / 2) * statistics.stdev(values) / math.sqrt(n)
-    return mean - float(half), mean + float(half)
+    by_seed = {arm.name: {row.seed: row.results for row in arm.rows} for arm in arms}
+    differences = paired.differences(by_seed, FIGURES)
+    return Comparison(tuple(arms), tuple(dict.fromkeys(violations)), lines, tuple(differences))
 
 
 def _figure(name: str, rows: Sequence[Row]) -> dict[str, Any]:
@@ -162,7 +168,7 @@ def _figure(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     values = [row.results[name] for row in rows if row.results.get(name) is not None]
     if not values:
         return {}
-    low, high = interval(values)
+    low, high = mean_interval(values)
     found = {"value": statistics.fmean(values), "low": low, "high": high, "of": "seeds", "values": values}
     counts = [row.results.get(f"{name}_n", 0) for row in rows if row.results.get(name) is not None]
     if name in SHARES and all(counts):
@@ -295,6 +301,14 @@ def _seeds(by_arm, chosen) -> Iterable[str]:
         yield f"seeds, and with them the order of data, are not the same: {listed}"
 
 
+def _survivors(grids, chosen, seed) -> Iterable[str]:
+    """A mean over the seeds that did not diverge is no mean over seeds."""
+    for name, (lr, _) in chosen.items():
+        for row in grids[name]:
+            if row.diverged and row.lr == lr and row.seed != seed:
+                yield f"{name}: seed {row.seed} diverged at its rate, {lr:g}; its figures are of the runs that did not"
+
+
 def _sweeps(by_arm, chosen, seed) -> Iterable[str]:
     """The tuning seed is evaluated with all sampling settings, the others with those that it has chosen."""
     guidances, sizes, texts = {}, {}, {}
@@ -336,7 +350,9 @@ def _rates(rates) -> str:
 
 
 def markdown(found: Comparison) -> str:
-    """Three tables, figures, tokenizers and costs, and below them what diverged and what does not keep the protocol."""
+    """Four tables, figures, differences, tokenizers and costs, and below them what diverged and what does not keep the
+    protocol.
+    """
     lines = ["| arm | seeds | " + " | ".join(FIGURES.values()) + " |", "|---|---:|" + "---:|" * len(FIGURES)]
     for arm in found.arms:
         cells = (_cell(name, arm.figures[name]) for name in FIGURES)
@@ -346,20 +362,29 @@ def markdown(found: Comparison) -> str:
         "Means over seeds with intervals of 95 %: of seeds, Student's over runs; of answers, Wilson's over all",
     ]
     lines += ["answers of all runs, where that is wider.", ""]
+    lines += paired.table(found.differences, FIGURES, SHARES)
     lines += _tokenizers(found.arms)
     parts = list(dict.fromkeys(name for arm in found.arms for row in arm.rows for name in row.flops))
     seen = list(dict.fromkeys(name for arm in found.arms for row in arm.rows for name in row.seen))
-    heads = ["steps", "learning rate", "total FLOPs", *parts, *(f"{name} seen" for name in seen), "sampling"]
+    heads = [
+        "steps",
+        "learning rate",
+        "rates tried",
+        "total FLOPs",
+        *parts,
+        *(f"{name} seen" for name in seen),
+        "sampling",
+    ]
     lines += [f"| arm | {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}---|"]
     for arm in found.arms:
         first = arm.rows[0]  # costs of seeds are alike, or it is said below
-        cells = [f"{first.steps:,}", f"{arm.lr:g}", f"{first.total_flops:.3e}"]
+        cells = [f"{first.steps:,}", f"{arm.lr:g}", f"{arm.rates}", f"{first.total_flops:.3e}"]
         cells += [f"{first.flops[part]:.3e}" if part in first.flops else "0" for part in parts]
         cells += [f"{first.seen.get(name, 0):,.0f}" for name in seen]
         drawn = ", ".join(f"{name} {value}" for name, value in first.sampling["text_to_image"].items())
         lines.append(f"| {arm.name} | {' | '.join([*cells, drawn])} |")
     if found.diverged:
-        lines += ["", "Runs that have diverged, so that their learning rates have lost:", ""]
+        lines += ["", "Runs that have diverged; on the first seed, their learning rates have lost by it:", ""]
         lines += [f"- {line}" for line in found.diverged]
     if found.violations:
         lines += ["", f"NOT KEPT: {len(found.violations)} of the protocol's demands.", ""]
@@ -392,7 +417,12 @@ def _cell(name, figure) -> str:
 def as_json(found: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
     """Everything that the tables are made of, the grid and the sweeps included."""
     return {
-        "arms": {arm.name: {"lr": arm.lr, "runs": [r.run for r in arm.rows], **arm.figures} for arm in found.arms},
+        "arms": {
+            arm.name: {"lr": arm.lr, "rates": arm.rates, "runs": [r.run for r in arm.rows], **arm.figures}
+            | {"untuned": arm.untuned}
+            for arm in found.arms
+        },
+        "differences": [vars(difference) for difference in found.differences],
         "violations": list(found.violations),
         "diverged": list(found.diverged),
         "rows": [vars(row) | {"total_flops": row.total_flops} for row in rows],

@@ -96,7 +96,17 @@ def pictures(images_BSSC, captions: Sequence[Truth], valid_B=None) -> Figures:
     }
     for task, (asks, is_right) in _TASKS.items():
         right[f"t2i_{task}"] = [r is not None and is_right(a, r.keys) for a, r in pairs if asks(a)]
-    return _figures(right)
+    return shares(right)
+
+
+def right_pictures(images_BSSC, captions: Sequence[Truth], valid_B=None) -> list[bool]:
+    """Which pictures `t2i_all_correct` of `pictures` counts."""
+    return [_is_exact(a, r) for a, r in zip(_keys(captions), _read(images_BSSC, captions, valid_B), strict=True)]
+
+
+def right_captions(said: Sequence[str], truth: Sequence[Truth]) -> list[bool]:
+    """Which captions `caption_all_correct` of `captions` counts."""
+    return [parse_caption(text) == keys for text, keys in zip(said, _keys(truth), strict=True)]
 
 
 def captions(said: Sequence[str], truth: Sequence[Truth]) -> Figures:
@@ -116,7 +126,7 @@ def captions(said: Sequence[str], truth: Sequence[Truth]) -> Figures:
     if len(said) != len(truth):
         raise ValueError(f"compositional: {len(said)} captions said but {len(truth)} scenes")
     pairs = list(zip(map(parse_caption, said), _keys(truth), strict=True))
-    return _figures(
+    return shares(
         {
             "caption_all_correct": [s == t for s, t in pairs],
             "caption_count": [s is not None and len(s) == len(t) for s, t in pairs],
@@ -155,7 +165,7 @@ def editing(images_BSSC, before: Sequence[Truth], wanted: Sequence[Truth], valid
         for name, cells in (("edit_changed", changing), ("edit_kept", staying)):
             if cells:
                 right[name].append(now is not None and all(now.get(cell) == want.get(cell) for cell in cells))
-    return _figures(right)
+    return shares(right)
 
 
 def edited(captions: Sequence[str], instructions: Sequence[str]) -> list[Keys]:
@@ -179,7 +189,7 @@ def edited(captions: Sequence[str], instructions: Sequence[str]) -> list[Keys]:
 
 def valid(task: str, valid_B: Sequence[bool]) -> Figures:
     """TASK_valid: the share of answers ("t2i", "edit") that are images."""
-    return _figures({f"{task}_valid": [bool(v) for v in valid_B]})
+    return shares({f"{task}_valid": [bool(v) for v in valid_B]})
 
 
 def flat(figures: Figures) -> dict[str, float]:
@@ -213,7 +223,8 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _figures(right: dict[str, list[bool]]) -> Figures:
+def shares(right: dict[str, list[bool]]) -> Figures:
+    """The share of what is right in each list that has anything in it, with its interval."""
     found = {}
     for name, values in right.items():
         if values:

@@ -5,9 +5,10 @@ Legend: N images, H height, W width, C channels, K tokens.
 
 import math
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, special
 
 MAX_PSNR = 100.0  # dB, given to identical images, whose PSNR would be infinite and spoil a mean
 SSIM_WINDOW = 11
@@ -89,6 +90,15 @@ def _ssim(a, b):
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (var_a + var_b + c2)
     return np.mean(luminance * structure, axis=(1, 2, 3))
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of independent values. Infinite for fewer than two."""
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2:
+        return -math.inf, math.inf
+    half = special.stdtrit(n - 1, 0.5 + confidence / 2) * statistics.stdev(values) / math.sqrt(n)
+    return mean - float(half), mean + float(half)
 
 
 def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

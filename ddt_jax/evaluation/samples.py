@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ddt_jax.evaluation import compositional
 from ddt_jax.io import atomic
 
 FILE = "samples.json"
@@ -28,25 +27,12 @@ class Sample(NamedTuple):
     right: bool | None = None
 
 
-def drawn(pictures, captions: Sequence[str], valid, *, verified: bool) -> list[Sample]:
-    """Pictures uint8 [N, H, W, 3] of captions. verified: whether they are scenes, which a program can judge."""
-    found = []
-    for i, text in enumerate(captions):
-        one = pictures[i : i + 1], [text], valid[i : i + 1]
-        found.append(Sample(pictures[i], text, _right(compositional.pictures(*one)) if verified else None))
-    return found
-
-
-def described(pictures, said: Sequence[str], captions: Sequence[str], *, verified: bool) -> list[Sample]:
-    """What was said of pictures. captions: the truth."""
-    return [
-        Sample(picture, text, _right(compositional.captions([text], [truth])) if verified else None)
-        for picture, text, truth in zip(pictures, said, captions, strict=True)
-    ]
-
-
-def _right(figures) -> bool:
-    return next(figure["value"] for name, figure in figures.items() if name.endswith("_all_correct")) == 1
+def of(pictures, texts: Sequence[str], right: Sequence[bool] | None = None) -> list[Sample]:
+    """Pictures uint8 [N, H, W, 3] beside their texts. right: what the verifier says of each pair; None: it was not
+    asked.
+    """
+    marks = [None] * len(texts) if right is None else right
+    return [Sample(*each) for each in zip(pictures, texts, marks, strict=True)]
 
 
 def write(path, by_kind: dict[str, Sequence[Sample]]):

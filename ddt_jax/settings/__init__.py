@@ -406,6 +406,7 @@ class Evaluate:
     visible: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)  # shares of the tokens shown
     pictures: int = 8
     verifier: bool = False  # read scenes back with data.scenes
+    classifier: str = ""  # multimodal: workdir of an acdit_classifier that judges pictures of class names instead
     seed: int = 0
     lpips_backbone: Literal["alexnet", "vgg16"] = "alexnet"
     lpips_backbone_file: str = ""  # torchvision's .pth of the classifier; without files LPIPS is left out

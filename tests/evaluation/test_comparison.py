@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddt_jax.errors import UserError
-from ddt_jax.evaluation import comparison, comparison_plots
+from ddt_jax.evaluation import comparison, comparison_plots, metrics
 from ddt_jax.evaluation.comparison import Row
 
 RATES, BEST, GUIDANCES = (1e-3, 2e-3, 4e-3), 2e-3, (1.0, 2.0, 3.0)
@@ -181,10 +181,20 @@ def test_a_rate_that_diverged_has_been_tried_and_is_shown():
     found = comparison.compare(rows)
     assert found.violations == () and found.arms[1].lr == BEST
     assert found.diverged == ("denoised: denoised/0.004/0 diverged: 50 steps in a row",)
-    assert "their learning rates have lost:\n\n- denoised: denoised/0.004/0" in comparison.markdown(found)
-    # A seed that diverged at the chosen rate is not one of three.
-    (line,) = comparison.compare([diverged(r) if of(lr=BEST, seed=2)(r) else r for r in kept()]).violations[:1]
-    assert "denoised: 2 seeds at learning rate 0.002" in line
+    assert "their learning rates have lost by it:\n\n- denoised: denoised/0.004/0" in comparison.markdown(found)
+    # A seed that diverged at the chosen rate is not one of three, and its arm's figures are those of the others.
+    few, _, survived = comparison.compare(edited(diverged, of(lr=BEST, seed=2))).violations
+    assert "denoised: 2 seeds at learning rate 0.002" in few
+    assert survived == "denoised: seed 2 diverged at its rate, 0.002; its figures are of the runs that did not"
+
+
+def test_figures_without_the_seed_that_was_chosen_on_stand_beside_those_of_all():
+    tree = comparison.as_json(comparison.compare(kept()), kept())["arms"]["codes"]
+    assert tree["rates"] == 3 and tree["untuned"]["t2i_all_correct"]["values"] == [
+        row.results["t2i_all_correct"]
+        for row in kept()
+        if of("codes", lr=BEST)(row) and guidance(row) == 3.0 and row.seed
+    ]
 
 
 def test_what_was_not_run_is_a_demand_that_is_not_kept():
@@ -235,11 +245,11 @@ def test_rates_are_compared_at_sampling_settings_that_all_have():
 
 def test_students_interval_is_that_of_tables():
     # t(0.975, 2) = 4.303; of 1, 2, 3 the deviation is 1.
-    assert comparison.interval([1.0, 2.0, 3.0]) == pytest.approx(
+    assert metrics.mean_interval([1.0, 2.0, 3.0]) == pytest.approx(
         (2 - 4.3027 / np.sqrt(3), 2 + 4.3027 / np.sqrt(3)), rel=1e-4
     )
     rng = np.random.default_rng(0)
-    held = [low <= 0 <= high for low, high in (comparison.interval(list(x)) for x in rng.normal(size=(4000, 3)))]
+    held = [low <= 0 <= high for low, high in (metrics.mean_interval(list(x)) for x in rng.normal(size=(4000, 3)))]
     assert np.mean(held) == pytest.approx(0.95, abs=0.015)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from ddt_jax.data.scenes import phrase, render, sample_scene
@@ -15,14 +16,12 @@ PICTURES = np.stack([render(scene, 32) for scene in SCENES])
 CAPTIONS = [phrase(scene.objects, 0) for scene in SCENES]
 
 
-def test_marks_are_of_each_pair_by_itself():
-    crossed = [CAPTIONS[0], CAPTIONS[0]]
-    drawn = samples.drawn(PICTURES, crossed, np.ones(2, bool), verified=True)
-    assert [(s.text, s.right) for s in drawn] == [(CAPTIONS[0], True), (CAPTIONS[0], False)]
-    assert [s.right for s in samples.drawn(PICTURES, CAPTIONS, np.array([True, False]), verified=True)] == [True, False]
-    said = samples.described(PICTURES, [CAPTIONS[0], "no scene"], CAPTIONS, verified=True)
-    assert [(s.text, s.right) for s in said] == [(CAPTIONS[0], True), ("no scene", False)]
-    assert samples.described(PICTURES, crossed, ["x", "y"], verified=False)[1].right is None
+def test_marks_are_kept_beside_picture_and_text():
+    found = samples.of(PICTURES, CAPTIONS, [True, False])
+    assert [(s.text, s.right) for s in found] == [(CAPTIONS[0], True), (CAPTIONS[1], False)]
+    assert [s.right for s in samples.of(PICTURES, CAPTIONS)] == [None, None]
+    with pytest.raises(ValueError, match="shorter"):
+        samples.of(PICTURES, CAPTIONS, [True])
 
 
 def test_small_pictures_are_kept_exactly_and_large_ones_small(tmp_path):

@@ -25,6 +25,8 @@ SMALL = sorted({path.name for path in CONFIGS.glob("*.py")} - LARGE)
 # Config → the one that is compiled in its place.
 ALIKE = {
     "acdit_cifar10.py": "acdit_scenes.py",
+    "cifar10_tokenizers.py": "smoke.py",
+    "comparison_cifar10.py": "llama_spatial_scenes.py",
     "comparison_scenes.py": "llama_spatial_scenes.py",
     "ddt_cifar10.py": "smoke.py",
     "ddt_scenes.py": "quickstart.py",
