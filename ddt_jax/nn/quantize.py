@@ -48,14 +48,15 @@ def unit(x):
 def nearest(features_ND, codes_VD, max_table: int = _MAX_TABLE, examples: int = 1):
     """Index int32 [N] of the code with the largest inner product; ties go to the lowest index.
 
-    No device holds more than max_table inner products at once.
+    No device holds more than max_table inner products at once. They are computed in fp32 on every kind of device: by
+    default a TPU rounds both sides to bf16, which makes another code of one feature in a hundred.
 
     Args:
       examples: of which the features are; with a mesh each device has its part of them.
     """
 
     def search(rows_ND):
-        return jnp.argmax(rows_ND @ codes_VD.T, axis=-1).astype(jnp.int32)
+        return jnp.argmax(jnp.matmul(rows_ND, codes_VD.T, precision="highest"), axis=-1).astype(jnp.int32)
 
     n, v = features_ND.shape[0], codes_VD.shape[0]
     devices = meshes.batch_parts(examples)

@@ -228,6 +228,7 @@ class SEED(Aligner, base.ImageTokenizer):
         self.num_tokens, self.codebook_size = c.num_tokens, c.quantizer.codebook_size
         self.draws = c.stage == "draw"
         self.codes = make_codes(c, batch_size)
+        self.cross_example_terms = self.codes.cross_example_terms if learns else ()
         d, w = c.quantizer.code_dim, c.qformer.width
         self._modules |= {
             "down": Bottleneck(w, d, self._dtype),

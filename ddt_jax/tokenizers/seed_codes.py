@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ddt_jax import settings
+from ddt_jax.errors import UserError
 from ddt_jax.nn import quantize_l2
 from ddt_jax.nn.quantize import VectorQuantizer
 
@@ -17,7 +18,13 @@ CODEBOOK = "codebook"  # its part of `extra`, and of the parameters where gradie
 
 
 class Codes(abc.ABC):
-    """A codebook."""
+    """A codebook.
+
+    Attributes:
+      cross_example_terms: see `tokenizers.base`.
+    """
+
+    cross_example_terms: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def init(self, rng) -> tuple[dict, dict]:
@@ -49,6 +56,7 @@ class Averaged(Codes):
 
     def __init__(self, config: settings.Quantizer, num_tokens: int, batch_size: int):
         self._quantizer = VectorQuantizer(config, num_tokens, batch_size)
+        self.cross_example_terms = self._quantizer.cross_example_terms
 
     def init(self, rng):
         return {}, {CODEBOOK: self._quantizer.init(rng)}
@@ -109,5 +117,10 @@ class Published(Codes):
 
 
 def make_codes(c: settings.SEED, batch_size: int) -> Codes:
-    """The recipe that the settings name."""
+    """The recipe that the settings name. Raises UserError for what neither knows."""
+    if c.quantizer.diversity:
+        raise UserError(
+            f"config: model.quantizer.diversity={c.quantizer.diversity} is no part of SEED's loss; set it to 0, or "
+            "train a tokenizer of another kind"
+        )
     return Published(c.quantizer) if c.recipe == "l2-legacy" else Averaged(c.quantizer, c.num_tokens, batch_size)

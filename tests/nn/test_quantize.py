@@ -49,6 +49,13 @@ def test_chunked_search_equals_the_whole_table_and_never_holds_it():
     assert f"[37,{V}]" not in shapes and f"[40,{V}]" not in shapes
 
 
+def test_similarities_are_not_rounded_on_any_device():
+    rows, codes = jnp.zeros((4, 8)), jnp.zeros((6, 8))
+    eqns = jax.make_jaxpr(nearest)(rows, codes).eqns
+    (product,) = (eqn for eqn in eqns if eqn.primitive.name == "dot_general")
+    assert set(product.params["precision"]) == {jax.lax.Precision.HIGHEST}
+
+
 def test_gradients_pass_straight_through():
     q = make()
     extra, weight = q.init(jax.random.key(0)), features(3)
