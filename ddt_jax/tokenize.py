@@ -97,9 +97,10 @@ def tokenize(
     except KeyboardInterrupt:
         stopped = True
     shards = writer.complete()
-    if shards and lengths_of:
-        text_lengths(CodesSource(to, cache_dir=s.data.cache_dir), lengths_of, mine)
-    known = shards or [report for report in done.values() if report]
+    whole = [report for report in done.values() if report]
+    if lengths_of and whole and not stopped:  # of its own shards: others may be missing yet, and measure theirs
+        text_lengths(CodesSource(to, only=(plan, tuple(whole))), lengths_of)
+    known = shards or whole
     return {
         "records": sum(shard.records for shard in known),
         "bad": sum(shard.bad for shard in known),

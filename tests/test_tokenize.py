@@ -232,3 +232,19 @@ def test_mistakes_are_one_line_and_exit_code_2(workdir, made, capsys, arguments,
     assert run("tokenize", "--workdir", workdir, "--to", made[0], *SMALL, *arguments) == cli.EXIT_USER
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("ddt-jax: ")
+
+
+def test_each_part_stores_the_lengths_of_its_own_shards(workdir, tmp_path, monkeypatch):
+    text = train_sentencepiece(
+        [open_source("scenes:train")[i]["caption"] for i in range(200)], 300, tmp_path / "t.model"
+    )
+    to, stored = tmp_path / "c", []
+    for part in ("1/2", "0/2"):
+        command = ["tokenize", "--workdir", workdir, *SMALL, "--to", to, "--text", tmp_path / "t.model"]
+        assert run(*command, "--part", part) == 0
+        stored.append(sorted(path.name.split("-")[1] for path in (to / "lengths").glob("*/*.npy")))
+    assert stored == [["00001"], ["00000", "00001", "00002"]]
+    codes = CodesSource(to)
+    monkeypatch.setattr("ddt_jax.multimodal.records._lengths", None)  # measuring again would call it
+    expected = [len(text.encode(codes[i]["caption"])) for i in range(50)]
+    assert text_lengths(codes, text)[:, 0].tolist() == expected

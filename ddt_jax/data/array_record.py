@@ -4,10 +4,13 @@ A record is a msgpack map: `image` (encoded bytes, or the raw pixels of uint8 [H
 they are known `caption` (text) and `label` (integer). Other keys come back under `meta`.
 """
 
+import errno
 import os
+import resource
 import shutil
 import sys
 import threading
+from collections import OrderedDict
 
 import numpy as np
 
@@ -82,22 +85,33 @@ class ArrayRecordSource:
     def __init__(self, pattern: str, *, cache_dir: str = "", retry_seconds: float = Data.retry_seconds):
         self.name = f"arrayrecord:{pattern}"
         self._patience = Patience(self.name, retry_seconds)
-        self._names = self._patience.opening(lambda: files.match_files(pattern))
+        self._names = self._patience.opening(lambda: self._find(pattern))
         self._paths = [self._local(path, cache_dir) for path in self._names]
         self.label_names = files.class_names_beside(self._names[0])
         self._open_process_state()
-        self._by_file = files.ByFile(self.counts())
+        self._counts = [self._patience.opening(lambda i=i: self._count(i)) for i in range(len(self._paths))]
+        self._by_file = files.ByFile(self._counts)
 
-    def counts(self) -> list[int]:
-        """How many records each file holds."""
-        return [self._patience.opening(lambda i=i: self._reader(i).num_records()) for i in range(len(self._paths))]
+    def _find(self, pattern) -> list[str]:
+        return files.match_files(pattern)
+
+    def _count(self, file) -> int:
+        try:
+            return self._reader(file).num_records()
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise UserError(
+                f"data: {self._names[file]} cannot be opened: {error.strerror.lower()}, this process may have "
+                f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,}; raise the limit, e.g. ulimit -n 4096"
+            ) from None
 
     def _local(self, path, cache_dir):
         return path if files.is_local(path) else self._patience.opening(lambda: _local_copy(path, cache_dir))
 
     def _open_process_state(self):
         self._lock = threading.Lock()
-        self._readers = {}
+        self._readers = OrderedDict()
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_readers")}
@@ -125,6 +139,10 @@ class ArrayRecordSource:
         with self._lock:
             try:
                 return self._reader(file).read([row])[0]
+            except OSError as error:
+                if is_passing(error):
+                    raise
+                raise BadRecord(f"its file cannot be opened ({error.strerror})") from None
             except (RuntimeError, ValueError, IndexError, UserError) as error:  # the last: its file has gone meanwhile
                 if is_passing(error):
                     self._readers.pop(file, None)  # its handle may be stale
@@ -142,18 +160,24 @@ class ArrayRecordSource:
                 _look_at_both_ends(self._paths[file])
                 raise UserError(f"data: {self._names[file]} is cut off, damaged or not an ArrayRecord file")
             self._readers[file] = reader
+            if len(self._readers) > files.MAX_OPEN_FILES:
+                self._readers.popitem(last=False)[1].close()
+        else:
+            self._readers.move_to_end(file)
         return reader
 
 
 def _look_at_both_ends(path):
-    """The library does not say why it cannot open a file. Raises OSError if the way to it fails, and passes on else."""
+    """The library does not say why it cannot open a file. Raises OSError if the way to it fails, or this process has
+    too many files open, and passes on else.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             file.read(1)
             file.seek(-1, os.SEEK_END)
             file.read(1)
     except OSError as error:
-        if is_passing(error):
+        if is_passing(error) or error.errno == errno.EMFILE:
             raise
 
 

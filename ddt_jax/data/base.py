@@ -85,7 +85,16 @@ class CaptionFromLabel:
         return len(self.source)
 
     def __getitem__(self, index):
-        record = dict(self.source[index])
+        return self._captioned(self.source[index])
+
+    @property
+    def without_image(self):
+        """(index) → the record without its image, of a source that can do so."""
+        read = self.source.without_image
+        return lambda index: self._captioned(read(index))
+
+    def _captioned(self, record):
+        record = dict(record)
         record.pop("caption", None)
         label = record.get("label", -1)
         if 0 <= label < len(self.label_names):

@@ -192,6 +192,10 @@ class CodesWriter:
 class CodesSource(ArrayRecordSource):
     """Records of a folder of codes: see the module. Picklable, like every source.
 
+    Args:
+      only: plan and shards, of a folder that need not be complete: its other shards are left out; None: as its index
+        says.
+
     Attributes:
       plan: what made them.
 
@@ -199,13 +203,21 @@ class CodesSource(ArrayRecordSource):
       UserError: there is no such folder, or it is not complete.
     """
 
-    def __init__(self, folder: str, *, cache_dir: str = "", retry_seconds: float = Data.retry_seconds):
+    def __init__(
+        self,
+        folder: str,
+        *,
+        cache_dir: str = "",
+        retry_seconds: float = Data.retry_seconds,
+        only: tuple[Plan, tuple[Shard, ...]] | None = None,
+    ):
         folder = files.expand(str(folder)).removeprefix("codes:").rstrip("/")
         self.folder = folder
-        self.plan, self.shards = Patience(f"codes:{folder}", retry_seconds).opening(lambda: _read_index(folder))
+        opening = Patience(f"codes:{folder}", retry_seconds).opening
+        self.plan, self.shards = only or opening(lambda: _read_index(folder))
         super().__init__(f"{folder}/shard-*.array_record", cache_dir=cache_dir, retry_seconds=retry_seconds)
         self.name = f"codes:{folder}"
-        found = dict(zip((name.rsplit("/", 1)[-1] for name in self._names), self.counts(), strict=True))
+        found = dict(zip((name.rsplit("/", 1)[-1] for name in self._names), self._counts, strict=True))
         for shard in self.shards:
             if found.get(shard.name) != shard.records:
                 raise UserError(
@@ -213,6 +225,10 @@ class CodesSource(ArrayRecordSource):
                     f"{shard.records:,}; run the same `ddt-jax tokenize` again"
                 )
         self.records_before = np.cumsum([0, *(shard.records for shard in self.shards)])
+
+    def _find(self, pattern):
+        every, known = super()._find(pattern), {shard.name for shard in self.shards}
+        return [name for name in every if name.rsplit("/", 1)[-1] in known] or every  # what is missing is told above
 
     @property
     def num_codes(self) -> int:

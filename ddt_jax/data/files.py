@@ -13,7 +13,7 @@ from pathlib import Path as LocalPath
 
 import numpy as np
 
-from ddt_jax.data.base import did_you_mean
+from ddt_jax.data.base import SPLITS, did_you_mean, parse_spec
 from ddt_jax.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "pnm", "tif", "tiff")
@@ -39,6 +39,14 @@ def expand(spec: str) -> str:
     spec = re.sub(r"\$\{(\w+)\}", value, spec)
     kind, colon, rest = spec.partition(":")
     return kind + colon + os.path.expanduser(rest) if rest.startswith("~") else spec
+
+
+def identity(spec: str) -> str:
+    """The same for every way to write one source: absolute, every option included. For keys of caches."""
+    kind, rest, options = parse_spec(expand(spec))
+    if kind not in (*SPLITS, "tfds") and is_local(rest):  # else it is a name
+        rest = os.path.abspath(rest)
+    return repr((kind, rest, sorted(options.items())))
 
 
 def is_local(path: str) -> bool:
@@ -144,29 +152,56 @@ class Handles:
         with self._lock:
             handle = self._open.get(path)
             if handle is None:
-                # Kept open on purpose; the oldest is closed below.
-                handle = open(path, "rb", buffering=0) if is_local(path) else path_of(path).open("rb")  # noqa: SIM115
-                self._open[path] = handle
+                handle = self._open[path] = _Local(path) if is_local(path) else _Remote(path)
                 if len(self._open) > MAX_OPEN_FILES:
-                    self._open.popitem(last=False)[1].close()
+                    self._open.popitem(last=False)
             else:
                 self._open.move_to_end(path)
-            try:
-                if is_local(path):
-                    return os.pread(handle.fileno(), size, offset)
-                handle.seek(offset)
-                return handle.read(size)
-            except Exception:  # a handle that went stale stays so: the next try opens another
-                self._open.pop(path).close()
-                raise
+        try:
+            return handle.read(offset, size)
+        except Exception:  # a handle that went stale stays so: the next try opens another
+            with self._lock:
+                if self._open.get(path) is handle:
+                    del self._open[path]
+            raise
 
     def close(self):
         with self._lock:
-            while self._open:
-                self._open.popitem()[1].close()
+            self._open.clear()
+
+
+class _Local:
+    """A file open for positioned reads, by any number of threads at once. Closed when nobody holds it any more: what
+    `Handles` has let go may still be read.
+    """
+
+    def __init__(self, path):
+        self._number = None
+        self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, offset, size):
+        return os.pread(self._number, size, offset)
+
+    def __del__(self, close=os.close):  # at the end of Python the module may have gone
+        if self._number is not None:
+            close(self._number)
+
+
+class _Remote:
+    """The same of a store, for one thread after another: its place in the file is shared."""
+
+    def __init__(self, path):
+        self._lock, self._file = threading.Lock(), None
+        self._file = path_of(path).open("rb")
+
+    def read(self, offset, size):
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(size)
 
     def __del__(self):
-        self.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def cache_folder(cache_dir: str):

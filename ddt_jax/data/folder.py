@@ -44,7 +44,7 @@ class Files:
         if not files.path_of(self._root).is_dir():
             raise UserError(f"data: {folder} is not a folder{files.nearest_folder(self._root)}")
         local = files.is_local(self._root)
-        names = _walk_local(self._root) if local else _walk(files.path_of(self._root), extensions)
+        names = (_walk_local if local else _walk)(files.path_of(self._root), extensions)
         return sorted(name for name in names if extension(name) in extensions)
 
     def read(self, name: str, limit: int = files.MAX_IMAGE_BYTES) -> bytes:
@@ -143,19 +143,49 @@ def _check_size(size, limit):
         raise BadRecord(f"more than {limit:,} bytes")
 
 
-def _raise_passing(error):
-    """For os.walk: it leaves out a folder that it cannot list, which would give the data another order."""
+def _walk_local(root, extensions):
+    """Names inside the folder, links to folders followed. os.walk leaves out what it cannot list, which would give the
+    data another order and other classes.
+
+    Raises:
+      UserError: a folder may not be listed.
+    """
+    pending = [(str(root), "", os.path.realpath(root), frozenset())]
+    while pending:
+        folder, inside, real, above = pending.pop()
+        if real in above:  # a link to where it lies
+            continue
+        try:
+            with os.scandir(folder) as found:
+                entries = [entry for entry in found if not entry.name.startswith(".")]
+        except OSError as error:
+            _check_listing(folder, error)
+            continue
+        for entry in entries:
+            if _is_folder(entry, extensions):
+                below = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
+                pending.append((entry.path, f"{inside}{entry.name}/", below, above | {real}))
+            else:
+                yield inside + entry.name
+
+
+def _is_folder(entry, extensions):
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link that cannot be followed
+        if extension(entry.name) not in extensions:
+            _check_listing(entry.path, error)
+        return False  # a file says what is wrong when it is read
+
+
+def _check_listing(folder, error):
+    """Raises unless the folder has gone meanwhile."""
     if is_passing(error):
         raise error
-
-
-def _walk_local(root):
-    for folder, subfolders, names in os.walk(root, onerror=_raise_passing):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        inside = os.path.relpath(folder, root).replace(os.sep, "/")
-        for name in names:
-            if not name.startswith("."):
-                yield name if inside == "." else f"{inside}/{name}"
+    if not isinstance(error, FileNotFoundError):
+        raise UserError(
+            f"data: {folder} cannot be listed ({error.strerror}); give the right to read it, or take it elsewhere"
+        ) from None
 
 
 def _walk(path, extensions, inside=""):

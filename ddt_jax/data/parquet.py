@@ -32,7 +32,7 @@ class Columns(NamedTuple):
     label_names: tuple[str, ...] | None
 
     def to_read(self):
-        image = f"{self.image}.bytes" if self.image_is_struct else self.image
+        image = f"{self.image}.bytes" if self.image and self.image_is_struct else self.image
         return [column for column in (image, self.caption, self.label) if column]
 
 
@@ -146,7 +146,7 @@ class ParquetSource:
     def _open_process_state(self):
         self._lock = threading.Lock()
         self._readers = OrderedDict()
-        self._cache = OrderedDict()  # (file, group) -> list of columns
+        self._cache = OrderedDict()  # (file, group, column of images or None) -> list of columns
         self._cached_bytes = 0
 
     def __getstate__(self):
@@ -165,42 +165,50 @@ class ParquetSource:
         return f"{self._paths[file].rsplit('/', 1)[-1]} row {row}"
 
     def __getitem__(self, index) -> Record:
+        return self._record(index, self._columns)
+
+    def without_image(self, index) -> Record:
+        """The same without `image`, whose column is not read. Raises BadRecord."""
+        return self._record(index, self._columns._replace(image=None))
+
+    def _record(self, index, wanted) -> Record:
         file, row = self._by_file.locate(index)
         group, row = self._groups[file].locate(row)
         try:
-            columns = self._group(file, group, self.describe(index))
+            columns = self._group(file, group, wanted, self.describe(index))
             image, caption, label = (column and column[row].as_py() for column in columns)
         except (ValueError, IndexError) as error:  # a text that is not UTF-8, or fewer rows than the footer says
             raise BadRecord(f"corrupt row ({str(error).splitlines()[0]})") from None
-        if image is None and self._columns.image:
+        if image is None and wanted.image:
             raise BadRecord("no image bytes")
-        record = Record(image=image) if self._columns.image else Record()
+        record = Record(image=image) if wanted.image else Record()
         if caption and caption.strip():
             record["caption"] = caption.strip()
         if label is not None:
             record["label"] = label
         return record
 
-    def _group(self, file, group, where):
-        """Columns (image, caption, label) of a row group; None for one that the files lack."""
+    def _group(self, file, group, columns, where):
+        """Columns (image, caption, label) of a row group; None for one that is not wanted, or that the files lack."""
+        key = file, group, columns.image
         with self._lock:
-            found = self._kept(file, group)
-        return found or self._patience.record(lambda: self._read(file, group), where)
+            found = self._kept(key)
+        return found or self._patience.record(lambda: self._read(key, columns), where)
 
-    def _kept(self, file, group):
-        entry = self._cache.get((file, group))
+    def _kept(self, key):
+        entry = self._cache.get(key)
         if entry is None:
             return None
-        self._cache.move_to_end((file, group))
+        self._cache.move_to_end(key)
         return entry[0]
 
-    def _read(self, file, group):
+    def _read(self, key, columns):
         import pyarrow as pa
 
+        file, group, _ = key
         with self._lock:
-            if found := self._kept(file, group):  # another thread has read it meanwhile
+            if found := self._kept(key):  # another thread has read it meanwhile
                 return found
-            columns = self._columns
             try:
                 table = self._reader(file).read_row_group(group, columns=columns.to_read(), use_threads=False)
             except Exception as error:
@@ -210,16 +218,18 @@ class ParquetSource:
                 # OSError: its word for a page it can't decode; UnicodeDecodeError: of a name, where a file has changed.
                 if not isinstance(error, OSError | pa.ArrowException | UnicodeDecodeError):
                     raise
-                raise BadRecord(f"corrupt row group ({str(error).splitlines()[0]})") from None
+                damaged = not isinstance(error, pa.ArrowNotImplementedError)  # a struct of more than 2 GiB is not
+                what = "corrupt row group" if damaged else "row group cannot be read"
+                raise BadRecord(f"{what} ({str(error).splitlines()[0]})") from None
             names = (columns.image, columns.caption, columns.label)
-            found = [table.column(name).combine_chunks() if name else None for name in names]
-            if columns.image_is_struct:
+            found = [_combined(table.column(name)) if name else None for name in names]
+            if columns.image and columns.image_is_struct:
                 found[0] = found[0].flatten()[0]
-            self._cache[file, group] = (found, table.nbytes)
+            self._cache[key] = (found, table.nbytes)
             self._cached_bytes += table.nbytes
             while self._cached_bytes > self._budget and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.popitem(last=False)[1][1]
-            return self._cache[file, group][0]
+            return found
 
     def _reader(self, file):
         reader = self._readers.get(file)
@@ -230,6 +240,16 @@ class ParquetSource:
         else:
             self._readers.move_to_end(file)
         return reader
+
+
+def _combined(column):
+    """One array, which is indexed faster; the chunks where that would pass the 2 GiB that its type allows."""
+    import pyarrow as pa
+
+    try:
+        return column.combine_chunks()
+    except pa.ArrowInvalid:
+        return column
 
 
 def _open(path):

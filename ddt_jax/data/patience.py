@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ddt_jax.data.base import BadRecord
-from ddt_jax.errors import UserError
+from ddt_jax.errors import Away
 
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds; doubled from one to the other
 PATIENT_TRIES = 5  # from here on, after 2 to 3 seconds, an outage is told by itself
@@ -41,8 +41,13 @@ def is_passing(error: Exception) -> bool:
     if isinstance(error, TimeoutError | ConnectionError):
         return True
     if type(error) is RuntimeError:
-        return any(os.strerror(number) in str(error) for number in _PASSING)
+        return says_passing(str(error))
     return f"{type(error).__module__}.".startswith(_STORES) and "Credential" not in type(error).__name__
+
+
+def says_passing(text: str) -> bool:
+    """Whether a text quotes the system's words for an error that passes."""
+    return any(os.strerror(number) in text for number in _PASSING)
 
 
 class Patience:
@@ -68,7 +73,7 @@ class Patience:
         """The result of `read`, which must be there before a run begins.
 
         Raises:
-          UserError: it has failed in a way that passes until there was no time left. What else it raises, at once.
+          Away: it has failed in a way that passes until there was no time left. What else it raises, at once.
         """
         try:
             return self._again(read, self.name)
@@ -83,7 +88,7 @@ class Patience:
 
         Raises:
           BadRecord: it has failed in a way that passes until there was no time left.
-          UserError: the same for the second time, and nothing of this source was read in between: it is not the record.
+          Away: the same for the second time, and nothing of this source was read in between: it is not the record.
             What else `read` raises, at once.
         """
         try:
@@ -126,13 +131,13 @@ class Patience:
             log.warning("data: %s: %s; tried again for %.0f s more", where, why, left)
 
     def _dead(self, where, error):
-        return UserError(
+        return Away(
             f"data: {self.name} gives errors only, for {self.seconds:g} s now (data.retry_seconds), the last at "
             f"{where}: {error}; start the run again when it is back"
         )
 
 
-class _NoTimeLeft(Exception):  # noqa: N818  becomes a BadRecord or a UserError
+class _NoTimeLeft(Exception):  # noqa: N818  becomes a BadRecord or an Away
     """The text is the last reason."""
 
 

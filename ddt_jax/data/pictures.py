@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ddt_jax.data import files
 from ddt_jax.data.base import BadRecord, open_source
 from ddt_jax.data.images import prepare
 from ddt_jax.data.latents import LatentsSource
@@ -41,7 +42,8 @@ class PictureRecords:
       records: only so many, from the first; 0 = all.
 
     Attributes:
-      num_codes: 0. origin: what the order of formats is keyed by. cache_dir: of the settings.
+      num_codes: 0. origin: what the order of formats is keyed by. cache_dir: of the settings. identity: which records
+        these are, whatever they are called.
       content: (shape, type) of what stands for an image: uint8 [S, S, 3], or of latents [h, w, 2 c].
 
     Raises:
@@ -63,7 +65,7 @@ class PictureRecords:
         self.name = self.origin = self.source.name
         if self.are_latents:  # documents have the same formats as those of the images
             self.origin = self.source.origin
-        self.cache_dir = data.cache_dir
+        self.identity, self.cache_dir = files.identity(spec), data.cache_dir
         self._data, self._count = replace(data, flip=False), records or len(self.source)
 
     def __len__(self):
@@ -79,6 +81,8 @@ class PictureRecords:
         return fields_of(record) | {"images": images}
 
     def without_images(self, index):
-        """The same, each image None: nothing is decoded. Raises BadRecord."""
+        """The same, each image None: not decoded, nor read where the source has `without_image`. Raises BadRecord."""
+        if read := getattr(self.source, "without_image", None):  # then a record has one image
+            return fields_of(read(index)) | {"images": [None]}
         record = self.source[index]
         return fields_of(record) | {"images": [None] * (1 if self.are_latents else len(encoded_images(record)))}

@@ -16,7 +16,8 @@ class TextRecords:
       retry_seconds: as `open_source`.
 
     Attributes:
-      num_codes: 0. origin: what the order of formats is keyed by. cache_dir: where lengths are kept.
+      num_codes: 0. origin: what the order of formats is keyed by. cache_dir: where lengths are kept. identity: which
+        texts these are, whatever they are called.
 
     Raises:
       UserError: the source cannot be opened, is no Parquet, or holds fewer than are asked for.
@@ -32,6 +33,7 @@ class TextRecords:
         if not 0 <= records <= len(self.source):
             raise UserError(f"data: {spec} has {len(self.source):,} texts, not records={records:,}; 0 takes all")
         self.name = self.origin = self.source.name
+        self.identity = files.identity(spec)
         self.cache_dir, self._count = cache_dir, records or len(self.source)
 
     def __len__(self):

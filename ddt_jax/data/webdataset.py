@@ -65,8 +65,13 @@ class WebDatasetSource:
         return f"{self._paths[shard].rsplit('/', 1)[-1]} sample {self._keys[shard][row].decode('utf-8', 'replace')}"
 
     def __getitem__(self, index) -> Record:
+        image = self._read(*self._by_file.locate(index), "image")
+        return Record(image=image) | self.without_image(index)
+
+    def without_image(self, index) -> Record:
+        """The same without `image`, which is not read. Raises BadRecord."""
         shard, row = self._by_file.locate(index)
-        record = Record(image=self._read(shard, row, "image"))
+        record = Record()
         text, label, extra = (self._read(shard, row, part) for part in PARTS[1:])
         if extra is not None:
             _add_json(record, extra)

@@ -7,6 +7,7 @@ empty; no other row moves.
 Legend: B rows of the global batch, b of this host, S positions, I images of a row, R places for targets.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -189,6 +190,12 @@ class RowLoader(BatchLoader):
     def __init__(self, batcher: RowBatcher, data: Data):
         super().__init__(data, batcher, "documents could not be used", "left out of their rows")
         self.batcher = batcher
+
+    def iterate(self, start_step, stop_step=None):
+        """As BatchLoader's. The epochs before are packed here once; each worker process would do it for itself."""
+        with contextlib.suppress(UserError):  # as ever, it is raised where the batch is asked for
+            self.batcher.prepare(start_step * self.batcher.batch_size)
+        return super().iterate(start_step, stop_step)
 
     def _good(self, batch):
         return int((batch["document"].max(axis=1) + 1).sum())

@@ -174,16 +174,11 @@ def images_of(record: Mapping[str, Any]) -> Any:
     return record["codes"] if "codes" in record else record["images"]
 
 
-def text_lengths(records: CodesSource, text: TextTokenizer, shards=None) -> np.ndarray:
-    """How long the texts of records are, int32 [N, 7]; measured once for each shard and text tokenizer, then stored.
-
-    Args:
-      shards: only these, by number; None: all.
-    """
+def text_lengths(records: CodesSource, text: TextTokenizer) -> np.ndarray:
+    """How long the texts of records are, int32 [N, 7]; measured once for each shard and text tokenizer, then stored."""
     folder = files.path_of(records.folder) / "lengths" / text.fingerprint[:16]
     found = []
-    for number in range(len(records.shards)) if shards is None else shards:
-        shard, begin = records.shards[number], int(records.records_before[number])
+    for shard, begin in zip(records.shards, records.records_before.tolist(), strict=False):
         path = folder / f"{shard.name.split('.')[0]}-{shard.sha256[:16]}.npy"
         lengths = np.load(path) if path.exists() else None
         if lengths is None or lengths.shape != (shard.records, _COLUMNS):
@@ -196,8 +191,12 @@ def text_lengths(records: CodesSource, text: TextTokenizer, shards=None) -> np.n
 
 
 def picture_lengths(records: PictureRecords | TextRecords, text: TextTokenizer) -> np.ndarray:
-    """As `text_lengths`. What was measured is kept under the source's name: a text that changes there is left out."""
-    mark = hashlib.sha256(f"{records.name} {len(records)} {text.fingerprint}".encode()).hexdigest()[:16]
+    """As `text_lengths`. What was measured is kept under the source's spec and the texts of a few records: another text
+    that changes there is left out.
+    """
+    count = len(records)
+    some = [_texts(records, i) for i in sorted({0, count // 2, count - 1}) if 0 <= i < count]
+    mark = hashlib.sha256(repr((records.identity, count, text.fingerprint, some)).encode()).hexdigest()[:16]
     path = files.cache_folder(records.cache_dir) / "lengths" / f"{mark}.npy"
     lengths = np.load(path) if path.exists() else None
     if lengths is None or lengths.shape != (len(records), _COLUMNS):
@@ -205,6 +204,15 @@ def picture_lengths(records: PictureRecords | TextRecords, text: TextTokenizer) 
         lengths = np.array(found, np.int32).reshape(-1, _COLUMNS)
         _store(path, lengths)
     return lengths
+
+
+def _texts(records, index):
+    """What of a record is measured."""
+    try:
+        record = records.without_images(index)
+    except BadRecord:
+        return None
+    return [record.get(name) for name in ("caption", "turns", "parts")]
 
 
 def _lengths(read, index, text):

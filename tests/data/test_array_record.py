@@ -1,5 +1,7 @@
 import contextlib
+import os
 import pickle
+import resource
 
 import msgpack
 import numpy as np
@@ -8,6 +10,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddt_jax.data import files
 from ddt_jax.data.array_record import pack, unpack, write_array_record
 from ddt_jax.data.base import BadRecord, open_source
 from ddt_jax.errors import UserError
@@ -84,3 +87,62 @@ def test_a_cut_off_file_and_another_format_are_refused(tmp_path, encode, keep):
     (tmp_path / "a").write_bytes(data)
     with pytest.raises(UserError, match="a is cut off, damaged or not an ArrayRecord file"):
         open_source(f"arrayrecord:{tmp_path}/a")
+
+
+@pytest.fixture
+def many(tmp_path):
+    def write(count):
+        for i in range(count):
+            write_array_record(tmp_path / f"{i:03d}", [{"image": bytes([i])}])
+        return f"arrayrecord:{tmp_path}/*"
+
+    return write
+
+
+def test_few_files_are_open_at_once(many, monkeypatch):
+    monkeypatch.setattr(files, "MAX_OPEN_FILES", 3)
+    spec, before = many(12), len(os.listdir("/proc/self/fd"))
+    source = open_source(spec)
+    for i in [*range(12), 0, 11, 5]:
+        assert source[i] == {"image": bytes([i])}
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+@pytest.fixture
+def few_descriptors():
+    """Call it: this process may open only so many files more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit(more):
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + more, limits[1]))
+        taken = []  # numbers that are free below
+        with contextlib.suppress(OSError):
+            while len(taken) < 10_000:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        for number in taken[len(taken) - more :]:
+            os.close(number)
+        held.extend(taken[: len(taken) - more])
+
+    held = []
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for number in held:
+        os.close(number)
+
+
+def test_too_many_open_files_is_no_damage(many, few_descriptors):
+    spec = many(12)
+    open_source(spec)  # so that modules are there
+    few_descriptors(6)
+    with pytest.raises(UserError, match=r"cannot be opened: too many open files, .*; raise the limit, e.g. ulimit -n"):
+        open_source(spec)
+
+
+def test_too_many_open_files_while_reading_is_no_damage(many, few_descriptors, monkeypatch):
+    monkeypatch.setattr(files, "MAX_OPEN_FILES", 3)
+    source = open_source(many(12))
+    source[0]
+    few_descriptors(0)
+    with pytest.raises(BadRecord, match=r"^its file cannot be opened .Too many open files.$"):
+        source[6]

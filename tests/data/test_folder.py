@@ -1,3 +1,6 @@
+import errno
+import os
+
 import pytest
 
 from ddt_jax.data.base import BadRecord, open_source
@@ -42,7 +45,7 @@ def test_subfolders_are_classes_when_every_image_lies_in_one(folder, encode):
     source = open_source(f"folder:{root}?caption=label")
     assert source.label_names == ("cat", "dog")
     assert [source[i]["label"] for i in range(3)] == [0, 0, 1]
-    assert source[2]["caption"] == "a photo of a dog"
+    assert source[2]["caption"] == "a photo of a dog" and not hasattr(source, "without_image")
 
 
 def test_what_cannot_be_read_is_a_bad_record(folder, encode):
@@ -63,3 +66,30 @@ def test_no_images_is_an_error(folder):
 def test_a_file_is_not_a_folder(folder, encode):
     with pytest.raises(UserError, match="is not a folder"):
         open_source(f"folder:{folder({'a.png': encode()})}/a.png")
+
+
+def test_linked_folders_are_followed_but_not_round_in_a_circle(folder, encode, tmp_path):
+    root = folder({"dog/1.png": encode(), "ape/1.png": encode()})
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "2.png").write_bytes(encode(seed=1))
+    (root / "cat").symlink_to(tmp_path / "elsewhere")
+    (root / "dog" / "all").symlink_to(root)
+    (tmp_path / "elsewhere" / "self").symlink_to(tmp_path / "elsewhere" / "deep" / "..")
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    source = open_source(f"folder:{root}")
+    assert [source.describe(i) for i in range(len(source))] == ["ape/1.png", "cat/deep/2.png", "dog/1.png"]
+    assert source.label_names == ("ape", "cat", "dog") and source[1] == {"image": encode(seed=1), "label": 1}
+
+
+@pytest.mark.parametrize("kind", ["folder", "video"])
+def test_a_folder_that_may_not_be_listed_is_an_error(folder, encode, monkeypatch, kind):
+    root, real = folder({"a/1.png": encode(), "b/1.png": encode()}), os.scandir
+
+    def scandir(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root may list anything
+    with pytest.raises(UserError, match="pictures/b cannot be listed .Permission denied.; give the right to read it"):
+        open_source(f"{kind}:{root}", clips=kind == "video")

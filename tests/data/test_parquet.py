@@ -191,6 +191,66 @@ def test_cifar10(data_dir):
     for index in range(0, 50_000, 997):
         assert named[index]["caption"] == source[index]["caption"]
         assert decode(source[index]["image"], Data()).shape == (32, 32, 3)
+    assert named.without_image(997) == {k: v for k, v in named[997].items() if k != "image"}
     table = pq.read_table(data_dir / "cifar10" / "train-00003-of-00005.parquet")
     assert source[31_234]["image"] == table["image"][1234].as_py()["bytes"]
     assert source[31_234]["label"] == table["label"][1234].as_py()
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_a_row_group_too_large_for_one_array_is_read_in_chunks(tmp_path, encode, monkeypatch, struct):
+    images = [encode(seed=i) for i in range(4)]
+    write(tmp_path / "a.parquet", {"image": hf(images) if struct else pa.array(images), "text": list("abcd")})
+    source, whole = open_source(f"parquet:{tmp_path}/a.parquet"), pq.ParquetFile.read_row_group
+
+    class Column:
+        """Stands for one of more than 2 GiB."""
+
+        def __init__(self, column):
+            self._column = pa.chunked_array([column.chunk(0)[:3], column.chunk(0)[3:]])
+
+        def combine_chunks(self):
+            raise pa.ArrowInvalid("offset overflow while concatenating arrays")
+
+        def __getitem__(self, row):
+            return self._column[row]
+
+        def flatten(self):
+            return self._column.flatten()
+
+    class Table:
+        def __init__(self, table):
+            self._table, self.nbytes = table, table.nbytes
+
+        def column(self, name):
+            return Column(self._table.column(name))
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *args, **options: Table(whole(*args, **options)))
+    assert [source[i] for i in range(4)] == [{"image": images[i], "caption": "abcd"[i]} for i in range(4)]
+
+
+def test_what_pyarrow_cannot_hold_is_not_called_damaged(tmp_path, encode, monkeypatch):
+    write(tmp_path / "a.parquet", {"image": hf([encode()])})
+    source = open_source(f"parquet:{tmp_path}/a.parquet")
+
+    def read(*args, **options):
+        raise pa.ArrowNotImplementedError("Nested data conversions not implemented for chunked array outputs")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read)
+    with pytest.raises(BadRecord, match="^row group cannot be read .Nested data"):
+        source[0]
+
+
+def test_texts_are_read_without_the_column_of_images(tmp_path, encode, monkeypatch):
+    columns = {"image": hf([encode()] * 2), "text": ["a", None], "label": [3, 4], "other": [0, 0]}
+    write(tmp_path / "a.parquet", columns)
+    source, asked, real = open_source(f"parquet:{tmp_path}/a.parquet"), [], pq.ParquetFile.read_row_group
+
+    def read(self, group, columns, **options):
+        asked.append(columns)
+        return real(self, group, columns=columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read)
+    assert [source.without_image(i) for i in range(2)] == [{"caption": "a", "label": 3}, {"label": 4}]
+    assert asked == [["text", "label"]]
+    assert source[0] == {"image": encode(), "caption": "a", "label": 3}

@@ -18,7 +18,7 @@ from ddt_jax.data import array_record, files, folder, patience
 from ddt_jax.data.base import BadRecord, open_source
 from ddt_jax.data.loader import Loader
 from ddt_jax.data.patience import Patience, is_passing
-from ddt_jax.errors import UserError
+from ddt_jax.errors import Away, UserError
 from ddt_jax.settings import Data
 from tests.data.test_webdataset import tar_of
 
@@ -116,9 +116,9 @@ def test_one_record_that_stays_away_is_bad_and_a_source_that_does_ends_the_run()
     line = (
         r"^data: folder:x gives errors only, for 9 s now \(data.retry_seconds\), the last at c.png: Input/output error"
     )
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(Away, match=line):
         subject.record(failing(10**6), "c.png")
-    with pytest.raises(UserError, match="the last at folder:x: Input/output error"):
+    with pytest.raises(Away, match="the last at folder:x: Input/output error"):
         Patience("folder:x", 9).opening(failing(10**6))
 
 
@@ -248,7 +248,7 @@ def test_a_dead_source_is_one_line_and_one_dead_record_a_bad_one(source_of, kind
     fail(10**4)
     with pytest.raises(BadRecord):
         source[2]
-    with pytest.raises(UserError, match=rf"^data: {kind}:.* gives errors only, for 30 s now \(data.retry_seconds\)"):
+    with pytest.raises(Away, match=rf"^data: {kind}:.* gives errors only, for 30 s now \(data.retry_seconds\)"):
         source[4]
 
 

@@ -47,3 +47,20 @@ def test_what_cannot_be_used_is_one_line(tmp_path, spec, count, message):
     with pytest.raises(UserError, match=message) as error:
         TextRecords(spec.format(tmp_path), "", count)
     assert "\n" not in str(error.value)
+
+
+def test_its_identity_tells_columns_and_folders_apart_but_not_ways_to_write_them(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.parquet", text=["x"], body=["y"])
+    spec = f"parquet:{tmp_path}/one/*.parquet"
+    specs = [spec, f"{spec}?caption=body", f"parquet:{tmp_path}/two/*.parquet"]
+    assert len({TextRecords(spec, "").identity for spec in specs}) == 3
+    found = []
+    for name in ("one", "two"):
+        monkeypatch.chdir(tmp_path / name)
+        records = TextRecords("parquet:./a.parquet?caption=text", "")
+        assert records.name == records.origin == "parquet:./a.parquet"  # orders of formats hang on it
+        found.append(records.identity)
+        assert found[-1] == TextRecords(f"parquet:{tmp_path}/{name}/a.parquet?caption=text", "").identity
+    assert found[0] != found[1]

@@ -4,12 +4,15 @@ import json
 import os
 import pickle
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from ddt_jax.data import webdataset
 from ddt_jax.data.base import BadRecord, open_source
 from ddt_jax.data.images import decode
+from ddt_jax.data.pictures import PictureRecords
 from ddt_jax.errors import UserError
 from ddt_jax.settings import Data
 
@@ -228,3 +231,38 @@ def test_cifar10(data_dir, capsys):
         record = source[index]
         assert decode(record["image"], Data()).shape == (32, 32, 3)
         assert record["caption"].endswith(source.label_names[record["label"]])
+
+
+def test_captions_are_measured_without_reading_images(shard, monkeypatch):
+    members = [m for i in range(20) for m in ((f"{i}.png", bytes(5000)), (f"{i}.txt", b"text"))]
+    members += [("j.png", bytes(5000)), ("j.json", b'{"caption": "from json"}')]
+    records = PictureRecords(shard(members), Data())
+    read, real = [], os.pread
+
+    def pread(*args):
+        read.append(len(data := real(*args)))
+        return data
+
+    monkeypatch.setattr(webdataset.files.os, "pread", pread)
+    found = [records.without_images(i) for i in range(21)]
+    assert found == [{"caption": "text", "images": [None]}] * 20 + [{"caption": "from json", "images": [None]}]
+    assert sum(read) == 20 * 4 + 24
+
+
+def test_threads_read_side_by_side_and_none_loses_its_file(shard, tmp_path, monkeypatch):
+    """With one file open at a time, each thread's is let go while it reads."""
+    for i in range(8):
+        shard([(f"{i}.png", bytes([i]) * 1000)], f"{i}.tar")
+    source, real = open_source(f"webdataset:{tmp_path}/*.tar"), os.pread
+    monkeypatch.setattr(webdataset.files, "MAX_OPEN_FILES", 1)
+    together = threading.Barrier(8)  # which nobody passes alone
+
+    def pread(*args):
+        together.wait(timeout=20)
+        return real(*args)
+
+    monkeypatch.setattr(webdataset.files.os, "pread", pread)
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: source[i]["image"], range(8))) == [bytes([i]) * 1000 for i in range(8)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 1

@@ -7,7 +7,7 @@ from ddt_jax.data.base import BadRecord
 from ddt_jax.errors import UserError
 from ddt_jax.multimodal import documents, records
 from ddt_jax.multimodal.batches import RowBatcher, RowLimits, RowLoader, utilisation
-from ddt_jax.multimodal.records import FORMATS, RecordDocuments, text_lengths
+from ddt_jax.multimodal.records import FORMATS, RecordDocuments, picture_lengths, text_lengths
 from ddt_jax.multimodal.sequence import ImageForm, lay_out, sizes, unpack_row
 from ddt_jax.multimodal.vocabulary import Vocabulary
 from ddt_jax.settings import Data
@@ -235,3 +235,47 @@ def test_mistakes_are_one_line(make, scenes_codes, own_codes, text, call, messag
     with pytest.raises(UserError, match=message) as error:
         call(make, scenes_codes, own_codes, text, wrong)
     assert "\n" not in str(error.value)
+
+
+def test_worker_processes_get_the_index_of_the_epochs_before(make):
+    there = make()
+    epochs = [there._streams[0].epoch_rows(epoch) for epoch in (0, 1)]
+    step = int(sum(epochs) / 0.75) // 12 + 10  # pairs are in their third epoch
+    loader = RowLoader(make(), Data(threads=1))
+    with loader.iterate(step, step + 1) as batches:
+        copy = pickle.loads(pickle.dumps(batches._loader.batcher))  # no batch has been asked for
+        assert copy._streams[0]._epoch_ends[:2] == np.cumsum(epochs).tolist()
+        same(next(batches), there.make(step)[0])
+    too_long = RowLoader(make({"pairs": 1.0}, RowLimits(40)), Data(threads=1))
+    with too_long.iterate(step) as batches, pytest.raises(UserError, match="take a longer context"):
+        next(batches)  # and not before: a run closes what it has opened
+
+
+class Texts:
+    """Records of texts alone; a record's text is what `read` says."""
+
+    num_codes, origin, name = 0, "o", "parquet:x"
+
+    def __init__(self, identity, cache_dir, read):
+        self.identity, self.cache_dir, self.without_images = identity, str(cache_dir), read
+
+    def __len__(self):
+        return 9
+
+
+def test_kept_lengths_are_found_again_only_by_the_same_source_with_the_same_texts(text, tmp_path, monkeypatch):
+    def lengths(identity, caption):
+        read = lambda index: {"caption": caption * (index + 1), "images": []}  # noqa: E731
+        return picture_lengths(Texts(identity, tmp_path, read), text)[:, 0].tolist()
+
+    def wanted(caption):
+        return [len(text.encode(caption * n)) for n in range(1, 10)]
+
+    assert wanted("a red disc") != wanted("disc")
+    assert lengths("one", "a red disc") == wanted("a red disc")
+    assert lengths("one", "disc") == wanted("disc")
+    measured = []
+    real = records._lengths
+    monkeypatch.setattr(records, "_lengths", lambda *args: measured.append(args[1]) or real(*args))
+    assert lengths("one", "a red disc") == wanted("a red disc") and not measured
+    assert lengths("two", "a red disc") == wanted("a red disc") and len(measured) == 9
