@@ -1,7 +1,8 @@
 """Plots of a scaling study (`scaling.fits.study`): a metric over FLOPs, iso-FLOP parabolas, the law against the runs,
 the metric over learning rates.
 
-Runs that no fit used are crosses: at their value, or where they have none at the upper edge.
+Runs that no fit used are crosses: at their value, or where they have none at the upper edge. Those that were left out
+because another learning rate is better are pale dots.
 """
 
 import math
@@ -28,7 +29,7 @@ def draw(tree: dict[str, Any], folder) -> list:
                 path = folder / f"{stem}_{family}_law.png"
                 written.append(law_plot(_used(tree, family, found), name, found["law"], family, path))
             if "why" not in found["rates"]:
-                left_out = {row["run"] for row in found["left_out"]}
+                left_out = {row["run"] for row in found["left_out"]} - set(found["other_rates"])
                 lost = [p["lr"] for p in tree["points"] if p["family"] == family and p["run"] in left_out and p["lr"]]
                 path = folder / f"{stem}_{family}_rates.png"
                 written.append(rates_plot(name, found["rates"], lost, family, path))
@@ -54,8 +55,10 @@ def flops_plot(tree, name, path):
         line = found["line"]
         if "why" not in line:
             ends = np.array(line["range"])
-            axis.plot(ends, np.exp(line["constant"]) * ends ** line["slope"], color=colour, linewidth=1.4)
-        out = {row["run"] for row in found["left_out"]}
+            axis.plot(ends, np.exp(line["constant"] + line["slope"] * np.log(ends)), color=colour, linewidth=1.4)
+        for point in (p for p in tree["points"] if p["family"] == family and p["run"] in found["other_rates"]):
+            axis.scatter(point["flops"], point["metrics"][name], s=12, color=colour, alpha=0.35, linewidth=0)
+        out = {row["run"] for row in found["left_out"]} - set(found["other_rates"])
         for point in (p for p in tree["points"] if p["family"] == family and p["run"] in out):
             value = float(point["metrics"].get(name, math.nan))
             (lost if math.isfinite(value) and value > 0 else nowhere).append((point["flops"], value))
@@ -118,7 +121,7 @@ def law_plot(used, name, found, family, path):
     size, tokens = (np.array([p[k] for p in used]) for k in ("params", "tokens"))
     loss = np.array([p["metrics"][name] for p in used])
     said = _loss(found, size, tokens)
-    left.scatter(loss, said, s=18, color=canvas.CURVE, label="fitted with all runs", zorder=3)
+    left.scatter(loss, said, s=18, color=canvas.CURVE, label="fitted with all sizes", zorder=3)
     held_out = found["held_out"].get("runs", ())
     if held_out:
         at = [row["measured"] for row in held_out], [row["predicted"] for row in held_out]
@@ -159,7 +162,7 @@ def rates_plot(name, found, lost, family, path):
         axis.scatter([best], [min(curve["values"])], marker="*", s=110, color=colour, zorder=4)
     if lost:
         axis.scatter(lost, [0.97] * len(lost), transform=axis.get_xaxis_transform(), **_CROSS, label="not used")
-    moved = "" if found["moved"] is None else f"; the best moves by 2^{found['moved']:+.2f}"
+    moved = "" if found["moved"] is None else f"; to the largest size the best moves by 2^{found['moved']:+.2f}"
     canvas.style(axis, f"{family}: {name} over learning rates{moved}")
     axis.set_xlabel("learning rate", fontsize=8, color=canvas.FAINT)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")

@@ -13,7 +13,7 @@ from ddt_jax.evaluation.canvas import COLOURS
 
 _WIDTH, _HEIGHT = 360, 220  # units; a chart is as wide as the page lets it
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 26, 36
-_POINTS = 240  # of a curve, at most
+_POINTS = 240  # of a curve, but for its ends and what is no number
 _DOTS = 12  # up to which each point of a curve is marked
 _LETTERS = 48  # of a title, that a chart has room for
 _AIR = 0.03  # of the height of a curve, above and below it
@@ -145,10 +145,18 @@ def _short(value: float) -> str:
 
 
 def _thinned(points):
-    """At most _POINTS of them, the last among them; what is no number stays."""
-    every = max(1, math.ceil(len(points) / _POINTS))
-    last = len(points) - 1
-    return [p for i, p in enumerate(points) if i % every == 0 or i == last or not math.isfinite(p[1])]
+    """About _POINTS of them, first and last among them: of each stretch the lowest and the highest, so that no spike is
+    lost; what is no number stays.
+    """
+    if len(points) <= _POINTS:
+        return points
+    every = math.ceil(2 * len(points) / _POINTS)
+    kept = {0, len(points) - 1} | {i for i, (_, y) in enumerate(points) if not math.isfinite(y)}
+    for start in range(0, len(points), every):
+        finite = [i for i in range(start, min(start + every, len(points))) if math.isfinite(points[i][1])]
+        if finite:
+            kept |= {choose(finite, key=lambda i: points[i][1]) for choose in (min, max)}
+    return [points[i] for i in sorted(kept)]
 
 
 def _svg(title, parts) -> str:

@@ -47,30 +47,52 @@ def study(
 def _metric(runs, name, rules, how) -> dict[str, Any]:
     families = list(dict.fromkeys(point.family for point in runs))
     chosen = {f: points.choose([p for p in runs if p.family == f], name, rules) for f in families}
-    lines = {f: _line(of.used, name, how) for f, of in chosen.items()}
-    found = {f: _family(of, name, lines[f], how) for f, of in chosen.items()}
+    best = {f: _best(of.used, name, how) for f, of in chosen.items()}
+    lines = {f: _line(of, name, how) for f, of in best.items()}
+    found = {f: _family(of, best[f], name, lines[f], how) for f, of in chosen.items()}
     ratios = []
     for family, of in lines.items():
-        others = [f for f in families if f != family and chosen[f].used]
-        ratios += [asdict(parity.parity(family, of, chosen[f].used, name)) for f in others if of]
+        others = [f for f in families if f != family and best[f]]
+        ratios += [asdict(parity.parity(family, of, best[f], name)) for f in others if of]
     return {"families": found, "parity": ratios}
+
+
+def _best(used, name, how) -> list[Point]:
+    """Of each size and amount of data the runs with the best rate: a worse one only ever adds to a loss, so that a fit
+    through all rates is one of the grid. Best is least, or greatest where the metric rises with the cost either way.
+    """
+    least = rates.best(used, name)
+    if len(least) < len(used) and _rises(_line(least, name, how)):
+        greatest = rates.best(used, name, max)
+        if _rises(_line(greatest, name, how)):
+            return greatest
+    return least
+
+
+def _rises(line) -> bool:
+    return line is not None and line.slope > 0
 
 
 def _line(used, name, how):
     return parity.line([p.flops for p in used], [p.metrics[name] for p in used], **how)
 
 
-def _family(chosen, name, line, how) -> dict[str, Any]:
-    used = chosen.used
+def _family(chosen, used, name, line, how) -> dict[str, Any]:
+    """used: of the chosen those with the best rate; rates themselves are compared over all of them."""
+    kept = {point.run for point in used}
+    worse = [point.run for point in chosen.used if point.run not in kept]
+    left_out = [{"run": point.run, "why": why} for point, why in chosen.left_out]
+    costs = len(isoflop.budgets([point.flops for point in used]))
     found: dict[str, Any] = {
         "used": [point.run for point in used],
-        "left_out": [{"run": point.run, "why": why} for point, why in chosen.left_out],
-        "line": {"why": f"{len({p.flops for p in used})} costs, a line takes {parity.MIN_RUNS}"},
-        "rates": _rates(used, name),
+        "left_out": [*left_out, *({"run": run, "why": "another rate is better"} for run in worse)],
+        "other_rates": worse,
+        "line": {"why": f"{costs} costs, a line takes {parity.MIN_RUNS}"},
+        "rates": _rates(chosen.used, name),
     }
     if line:
         found["line"] = {k: v for k, v in asdict(line).items() if k != "draws"}
-    if line and line.slope > 0:
+    if _rises(line):
         rises = {"why": f"{name} rises with the cost, so it is no loss"}
         return found | {"law": rises, "isoflop": rises}
     params, tokens, flops = (np.array([getattr(p, k) for p in used]) for k in ("params", "tokens", "flops"))
@@ -84,14 +106,20 @@ def _rates(used, name) -> dict[str, Any]:
     found = rates.curves(used, name)
     if not found:
         return {"why": f"no size was trained with {rates.MIN_RATES} of them"}
-    return {"curves": [asdict(curve) | {"name": curve.name} for curve in found], "moved": rates.moved(found)}
+    one_amount = len(isoflop.budgets([curve.tokens for curve in found], isoflop.SAME_TOKENS)) == 1
+    between = [c.name if one_amount else f"{c.name}, {c.tokens:.3g} tokens" for c in rates.ends(found) or ()]
+    curves = [asdict(curve) | {"name": curve.name} for curve in found]
+    return {"curves": curves, "moved": rates.moved(found), "between": between}
 
 
 def _law(params, tokens, flops, losses, runs, how) -> dict[str, Any]:
     try:
-        fit = law.fit(params, tokens, losses, **how)
+        fit = law.fit(params, tokens, losses, flops=flops, **how)
     except UserError as error:
         return {"why": str(error).removeprefix("fit: ")}
+    for exponent, amount in (("alpha", "parameters"), ("beta", "tokens")):
+        if (value := getattr(fit.law, exponent)) <= 0:
+            return {"why": f"of these runs the loss does not fall with more {amount} ({exponent} = {value:.3g})"}
     per_token = float(np.exp(np.median(np.log(flops / params / tokens))))
     best_params, best_tokens = fit.law.optimum(flops.max(), per_token)
     intervals = {name: list(fit.interval(name)) for name in (*law.NAMES, "exponent")}
@@ -103,15 +131,15 @@ def _law(params, tokens, flops, losses, runs, how) -> dict[str, Any]:
         "residual": float(np.sqrt(np.mean(fit.residuals**2))),
         "flops_per_parameter_and_token": per_token,
         "optimum": {"flops": float(flops.max()), "params": float(best_params), "tokens": float(best_tokens)},
-        "held_out": _held_out(params, tokens, losses, runs),
+        "held_out": _held_out(params, tokens, flops, losses, runs),
     }
 
 
-def _held_out(params, tokens, losses, runs) -> dict[str, Any]:
+def _held_out(params, tokens, flops, losses, runs) -> dict[str, Any]:
     """How well the law of all smaller runs says what those of the largest size lose."""
     rest = params < params.max()
     try:
-        fit = law.fit(params[rest], tokens[rest], losses[rest], draws=1)
+        fit = law.fit(params[rest], tokens[rest], losses[rest], flops=flops[rest], draws=1)
     except UserError as error:
         return {"why": f"without the largest size {str(error).removeprefix('fit: ')}"}
     predicted = fit.law.loss(params[~rest], tokens[~rest])
@@ -194,18 +222,23 @@ def _line_text(found) -> str:
     if "why" in found:
         return f"No line over FLOPs: {found['why']}."
     low, high = found["slope_interval"]
-    return f"metric = {math.exp(found['constant']):.4g} C^{found['slope']:.4f} (exponent {low:.4f} to {high:.4f})."
+    # By its value among the runs: that of 1 FLOP may be no number that a float holds.
+    value = math.exp(found["constant"] + found["slope"] * math.log(found["centre"]))
+    law = f"metric = {value:.4g} (C / {found['centre']:.3g})^{found['slope']:.4f}"
+    return f"{law} (exponent {low:.4f} to {high:.4f})."
 
 
 def _rates_text(found) -> list[str]:
     if "why" in found:
         return [f"No best learning rate: {found['why']}."]
-    lines = ["| size | rates | best | bottom of a parabola | value |", "|---|---:|---:|---|---:|"]
+    lines = ["| size | tokens | rates | best | bottom of a parabola | value |", "|---|---:|---:|---:|---|---:|"]
     for c in found["curves"]:
         bottom = "none: the best is at an end" if c["bottom"] is None else f"{c['bottom']:.3g}"
-        lines.append(f"| {c['name']} | {len(c['rates'])} | {c['best']:.3g} | {bottom} | {min(c['values']):.4g} |")
+        row = f"| {c['name']} | {c['tokens']:.3g} | {len(c['rates'])} | {c['best']:.3g} | {bottom} "
+        lines.append(f"{row}| {min(c['values']):.4g} |")
     if found["moved"] is not None:
-        lines += ["", f"From the smallest to the largest size the best rate moves by 2^{found['moved']:+.2f}."]
+        sizes = f"From the smallest to the largest size ({' to '.join(found['between'])})"
+        lines += ["", f"{sizes} the best rate moves by 2^{found['moved']:+.2f}."]
     return lines
 
 

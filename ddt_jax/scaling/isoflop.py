@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TOLERANCE = 0.1  # by how much costs of runs of one budget differ at most, each from the next
+SAME_TOKENS = 0.02  # the same of tokens: rows that another seed has packed hold a few more or less
 _CERTAIN = 0.975  # share of resampled parabolas that must have a bottom
 MIN_SIZES = 4  # three sizes lie on a parabola whatever they are
 
@@ -55,6 +56,15 @@ def budgets(flops: Sequence[float], tolerance: float = TOLERANCE) -> list[list[i
             groups.append([])
         groups[-1].append(i)
     return groups
+
+
+def amounts(params: Sequence[float], tokens: Sequence[float]) -> list[list[int]]:
+    """Indices of runs of one size on about as many tokens, the smallest size first."""
+    found = []
+    for size in sorted(set(params)):
+        of = [i for i in range(len(params)) if params[i] == size]
+        found += [[of[j] for j in group] for group in budgets([tokens[i] for i in of], SAME_TOKENS)]
+    return found
 
 
 def fit(params, tokens, flops, losses, *, draws: int = 1000, seed: int = 0) -> IsoFlop:

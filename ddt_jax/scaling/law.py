@@ -18,6 +18,7 @@ import numpy as np
 from scipy import optimize
 
 from ddt_jax.errors import UserError
+from ddt_jax.scaling import isoflop
 
 HUBER = 1e-3  # of a residual of log L, at least; Hoffmann et al., D.2
 _TUNING = 1.345  # times the deviation of residuals: 95 % of the efficiency of least squares, were they normal (Huber)
@@ -81,29 +82,37 @@ class Fit:
         return float(low), float(high)
 
 
-def check(params, tokens) -> None:
-    """Refuses runs that cannot tell the terms of the law apart.
+def check(params, tokens, flops=None) -> None:
+    """Refuses runs that cannot tell the terms of the law apart. flops: of each run; None: as N * D.
 
     Raises:
-      UserError: there are fewer than six runs, three sizes or three token counts.
+      UserError: there are fewer than six runs, three sizes, three token counts or six pairs of these (seeds and
+        learning rates of one pair tell nothing of the law), or all have one cost, along which both terms are of N.
     """
-    counts = {"runs": (len(params), 6), "sizes": (len(set(params)), 3), "token counts": (len(set(tokens)), 3)}
+    costs = np.asarray(params, float) * np.asarray(tokens, float) if flops is None else flops
+    counts = {
+        "runs": (len(params), 6),
+        "sizes": (len(set(params)), 3),
+        "token counts": (len(isoflop.budgets(tokens, isoflop.SAME_TOKENS)), 3),
+        "pairs of size and token count": (len(isoflop.amounts(params, tokens)), 6),
+        "costs": (len(isoflop.budgets(costs)), 2),
+    }
     for name, (count, least) in counts.items():
         if count < least:
             raise UserError(f"fit: E + A/N^alpha + B/D^beta takes {least} {name} or more, there are {count}")
 
 
-def fit(params, tokens, losses, *, draws: int = DRAWS, seed: int = 0) -> Fit:
+def fit(params, tokens, losses, *, flops=None, draws: int = DRAWS, seed: int = 0) -> Fit:
     """The law that fits best, and its bootstrap.
 
     Args:
-      params, tokens, losses: of each run [S], above 0.
+      params, tokens, losses, flops: of each run [S], above 0; flops for `check` alone.
       draws: of the bootstrap, `wild`; each is fitted from the law itself.
 
     Raises:
       UserError: as `check`.
     """
-    check(params, tokens)
+    check(params, tokens, flops)
     return fit_many(params, tokens, np.asarray(losses, float)[None], draws=draws, seed=seed)[0]
 
 

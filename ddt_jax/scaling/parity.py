@@ -1,8 +1,9 @@
 """How many operations one family of runs needs for what another reaches: the parity FLOP ratio.
 
 Transfusion (arXiv 2408.11039) §4.2: in each family the logarithm of a metric is a line over the logarithm of FLOPs. The
-ratio is the cost at which a family's line reaches what the other family's dearest run has, over the cost of that run;
-below 1 the family is the cheaper one. Which runs are left out is said by rules (`points.Rule`), never by eye.
+ratio is the cost at which a family's line reaches what the other family's dearest run has (the best one, where several
+have about that cost), over the cost of that run; below 1 the family is the cheaper one. Which runs are left out is said
+by rules (`points.Rule`), never by eye.
 """
 
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ddt_jax.scaling import isoflop
 from ddt_jax.scaling.points import Point
 
 MIN_RUNS = 3
@@ -23,6 +25,7 @@ class Line:
 
     Attributes:
       slope_interval: of 95 %.
+      centre: geometric mean of the FLOPs.
       range: FLOPs of the cheapest and of the dearest run.
       draws: (slope, constant) that may be as well, float [draws, 2].
     """
@@ -30,6 +33,7 @@ class Line:
     slope: float
     constant: float
     slope_interval: tuple[float, float]
+    centre: float
     range: tuple[float, float]
     draws: np.ndarray
 
@@ -59,7 +63,8 @@ class Parity:
 
 
 def line(flops, metric, *, draws: int = DRAWS, seed: int = 0) -> Line | None:
-    """The line of a family, by least squares; None for fewer than three costs.
+    """The line of a family, by least squares; None for fewer than three costs, as `isoflop.budgets` counts them: costs
+    of one budget differ by the rounding of steps, and a line through that is none.
 
     Families have few runs: of five, a bootstrap of residuals holds the truth too rarely. The draws are those of
     Student's t, which are exact where the scatter of the logarithm is normal.
@@ -69,7 +74,7 @@ def line(flops, metric, *, draws: int = DRAWS, seed: int = 0) -> Line | None:
     """
     x, y = np.log(np.asarray(flops, float)), np.log(np.asarray(metric, float))
     freedom = len(x) - 2
-    if len(set(x)) < MIN_RUNS:
+    if len(isoflop.budgets(flops)) < MIN_RUNS:
         return None
     centre, spread = x.mean(), np.sqrt(np.sum((x - x.mean()) ** 2))
     slope = np.sum((x - centre) * y) / spread**2
@@ -82,12 +87,14 @@ def line(flops, metric, *, draws: int = DRAWS, seed: int = 0) -> Line | None:
     low, high = np.percentile(slopes, [2.5, 97.5])
     span = float(np.exp(x.min())), float(np.exp(x.max()))
     drawn = np.stack([slopes, levels - slopes * centre], 1)
-    return Line(float(slope), float(y.mean() - slope * centre), (float(low), float(high)), span, drawn)
+    constant = float(y.mean() - slope * centre)
+    return Line(float(slope), constant, (float(low), float(high)), float(np.exp(centre)), span, drawn)
 
 
 def parity(family: str, of: Line, against: Sequence[Point], metric: str) -> Parity:
-    """The ratio of a family, by its line, against the dearest of another family's runs."""
-    dearest = max(against, key=lambda point: point.flops)
+    """The ratio of a family, by its line, against the dearest of another family's runs: the best of about that cost."""
+    last = [against[i] for i in isoflop.budgets([point.flops for point in against])[-1]]
+    dearest = (max if of.slope > 0 else min)(last, key=lambda point: point.metrics[metric])
     value, flops = dearest.metrics[metric], dearest.flops
     found = {"family": family, "against": dearest.family, "run": dearest.run, "value": value, "flops": flops}
     ratio = _ratio(math.log(value), math.log(flops), of.slope, of.constant)

@@ -3,6 +3,7 @@
 import math
 import xml.etree.ElementTree as xml
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,6 +52,24 @@ def test_a_long_curve_keeps_its_last_point_and_what_is_no_number():
     points[777] = (777.0, math.nan)
     kept = svg._thinned(points)
     assert len(kept) < 300 and kept[-1] == points[-1] and points[777] in kept
+
+
+@settings(max_examples=40)
+@given(st.integers(241, 6000), st.floats(0, 1, exclude_max=True), st.integers(0, 2**32 - 1))
+def test_a_long_curve_keeps_every_spike_in_its_place(count, where, seed):
+    """A single high record among thousands is seen, as is a single low one."""
+    values, at = np.random.default_rng(seed).standard_normal(count).tolist(), int(where * count)
+    values[at], values[at - 1] = 2e9, -2e9
+    kept = svg._thinned(list(enumerate(values)))
+    assert len(kept) <= 242 and kept == sorted(kept) and set(kept) <= set(enumerate(values))
+    assert (at, 2e9) in kept and ((at - 1) % len(values), -2e9) in kept
+
+
+def test_a_spike_of_a_long_curve_is_drawn():
+    values = [9.0 if x == 2777 else 2.0 for x in range(5000)]
+    (line,) = xml.fromstring(svg.curves("loss", [svg.Curve("x", 0, list(enumerate(values)))])).iter("polyline")
+    heights = [float(pair.split(",")[1]) for pair in line.get("points").split()]
+    assert max(heights) - min(heights) > 100
 
 
 @pytest.mark.parametrize(("values", "said"), [([1.0, 5.0], "4"), ([0.01, 1.0], "0.1"), ([0.4, 5.0], "2")])

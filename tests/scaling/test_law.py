@@ -76,6 +76,9 @@ def test_the_best_size_is_where_no_other_of_its_cost_loses_less():
         ([1, 2, 3, 1, 2], [1, 2, 3, 2, 3], "6 runs or more, there are 5"),
         ([1, 1, 2, 2, 1, 2], [1, 2, 3, 1, 2, 3], "3 sizes or more, there are 2"),
         ([1, 2, 3, 1, 2, 3], [5, 5, 5, 5, 5, 5], "3 token counts or more, there are 1"),
+        ([1, 2, 4] * 9, [4, 2, 1] * 9, "6 pairs of size and token count or more, there are 3"),  # rates and seeds
+        ([1, 2, 4] * 3, [4, 2, 1, 4.01, 2.01, 1.01, 4.02, 2.02, 1.02], "6 pairs .* there are 3"),  # packed by seed
+        ([1, 2, 4, 8, 16, 32], [32, 16, 8, 4, 2, 1.001], "2 costs or more, there are 1"),
     ],
 )
 def test_runs_that_do_not_determine_a_law_are_refused(params, tokens, said):

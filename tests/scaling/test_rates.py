@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from ddt_jax import fitting
 from ddt_jax.evaluation import scaling_plots
-from ddt_jax.scaling import points, rates
+from ddt_jax.scaling import fits, points, rates
 
 GRID = [1e-3 * 2**i for i in range(6)]
 
@@ -49,6 +50,45 @@ def test_the_best_at_an_end_is_a_bound_and_has_no_bottom():
     assert rates.moved([low]) is None
 
 
+def at_cost(width, cost, best, tokens=0.0):
+    """The rates of a size on as many tokens as a cost allows, or on these."""
+    tokens = tokens or cost / (72 * width**2)
+    return [replace(run(width, lr, best), run=f"{width}-{tokens}-{lr}", tokens=tokens, flops=72.0 * width**2 * tokens)
+            for lr in GRID]  # fmt: skip
+
+
+def test_at_equal_flops_the_best_rate_moves_from_the_smallest_size_to_the_largest():
+    """There the largest size has the fewest tokens."""
+    one = [p for i, w in enumerate((64, 128, 256)) for p in at_cost(w, 1e13, 2e-3 * 2**i)]
+    assert rates.moved(rates.curves(one, "loss")) == pytest.approx(2, abs=1e-6)
+    dear = [p for i, w in enumerate((64, 128, 256)) for p in at_cost(w, 4e13, 4e-3 * 2**i)]
+    found = rates.curves([*one, *dear], "loss")
+    assert rates.moved(found) == pytest.approx(2, abs=1e-6)
+    assert [c.flops for c in rates.ends(found)] == pytest.approx([4e13, 4e13])
+    arm = fits.study([*one, *dear], ["loss"], draws=100)
+    told = f"size (width 64, {4e13 / 72 / 64**2:.3g} tokens to width 256, {4e13 / 72 / 256**2:.3g} tokens) the best"
+    assert told in fits.markdown(arm)
+
+
+def test_of_several_amounts_the_best_rate_moves_within_one():
+    """It moves by 1 with the size, and by 2 more with the tokens."""
+    runs = [
+        p
+        for i, w in enumerate((64, 256))
+        for j, n in enumerate((1e6, 3e6))
+        for p in at_cost(w, 0, 2e-3 * 2 ** (i + 2 * j), n)
+    ]
+    found = rates.curves(runs, "loss")
+    assert [(c.width, c.tokens) for c in rates.ends(found)] == [(64, 3e6), (256, 3e6)]
+    assert rates.moved(found) == pytest.approx(1, abs=1e-6)
+
+
+def test_seeds_whose_packed_rows_hold_a_few_tokens_more_are_of_one_curve():
+    seeds = [replace(run(64, lr, 5e-3, seed), tokens=1e4 * (1 + 0.002 * seed)) for lr in GRID for seed in (0, 1, 2)]
+    (found,) = rates.curves(seeds, "loss")
+    assert found.runs == (3,) * len(GRID)
+
+
 def test_a_size_with_two_rates_or_none_said_has_no_curve():
     two = [run(64, lr, 5e-3) for lr in GRID[:2]]
     unsaid = [points.Point("arm", str(i), 10.0, 10.0, 600.0, {"loss": 2.0}) for i in range(4)]
@@ -63,7 +103,7 @@ def test_the_verb_draws_rates_and_says_how_far_the_best_moves(tmp_path, monkeypa
     found = fitting.fit([str(source)], str(tmp_path / "out"), draws=100)
     of = found["study"]["metrics"]["loss"]["families"]["arm"]["rates"]
     assert of["moved"] == pytest.approx(-1.5, abs=1e-6) and len(of["curves"]) == 4
-    assert "the best rate moves by 2^-1.50" in found["table"]
+    assert "largest size (width 64 to width 512) the best rate moves by 2^-1.50" in found["table"]
     assert (tmp_path / "out" / "loss_arm_rates.png").stat().st_size > 5000
     assert drawn == [[6.4e-2]], "the run that diverged is a cross at its rate"
     again = points.read(str(tmp_path / "out" / "points.csv"))
