@@ -1,7 +1,9 @@
 """The released Selftok tokenizer at 256 px: 512 tokens of 32,768 codes, 2.2 B parameters. Hardware: a pod.
 
 Variants are the members of the family, of which only "xl" is published: small (0.05 B parameters), base (0.30 B),
-large (0.96 B), xl. The sizes of the others follow from the number of blocks (`settings.selftok_size`).
+large (0.96 B), xl. The sizes of the others follow from the number of blocks (`settings.selftok_size`). With
+"_renderer", as "xl_renderer", it is the second stage, a one-step decoder for the codes of the run in
+`--config.init_from=DIR`; a published renderer is imported by it too.
 
 Needs the autoencoder of SD3 as `--config.model.codec.weights=FILE.safetensors` (diffusers' layout), and ImageNet as
 Parquet files, here in the data folder; elsewhere with `--config.data.source=parquet:...` and `data.eval_source`.
@@ -15,6 +17,7 @@ published headline figures are those of the one-step renderer.
 """
 
 from ddt_jax import config, settings
+from ddt_jax.errors import UserError
 
 
 def get_config(variant="xl"):
@@ -24,7 +27,12 @@ def get_config(variant="xl"):
     c.data.eval_source = "parquet:${DDT_JAX_DATA}/imagenet/val-*.parquet"
     c.data.image_size = 256
     c.data.threads = 16
-    c.model = config.defaults(settings.SelftokTokenizer, **settings.selftok_size(variant))
+    size, _, stage = variant.partition("_")
+    if stage not in ("", "renderer"):
+        raise UserError(f"config: {variant!r} is no variant of ddt_selftok_256; choose a size, or SIZE_renderer")
+    c.model = config.defaults(settings.SelftokTokenizer, **settings.selftok_size(size, bool(stage)))
+    if stage:
+        c.model.stage = "decoder"
     c.model.dtype = "bfloat16"
     c.model.codec.dtype = "bfloat16"
     c.optimizer.name = "adamw"
@@ -36,7 +44,7 @@ def get_config(variant="xl"):
     c.optimizer.clip_norm = 0.0
     c.train.steps = 100_000
     c.train.batch_size = 384
-    c.mesh.data, c.mesh.fsdp = (-1, 8) if variant == "xl" else (1, -1)  # 8 chips or more: docs/plan.md
+    c.mesh.data, c.mesh.fsdp = (-1, 8) if size == "xl" else (1, -1)  # 8 chips or more: docs/plan.md
     c.train.ema = 0.9999
     c.train.log_every = 100
     c.train.checkpoint_every = 1000

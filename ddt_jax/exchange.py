@@ -22,6 +22,7 @@ from ddt_jax.interop import acdit, blip2, diffusers_vae, layout, llama, sd3, sel
 from ddt_jax.io import torch_file, weights_folder
 from ddt_jax.multimodal import backbone
 from ddt_jax.training import checkpoint, corpus, weights
+from ddt_jax.training.claim import claim
 from ddt_jax.training.fingerprint import fingerprint
 from ddt_jax.training.state import TrainState
 
@@ -147,7 +148,8 @@ def export_llama(workdir: str, folder: str) -> dict[str, Any]:
 
 
 def _export_trained_llama(workdir, folder):
-    model = experiment.saved_settings(workdir).model
+    s = experiment.saved_settings(workdir)
+    model = s.model
     if model.kind != "multimodal":
         raise UserError(
             f"export: {workdir} holds a model of kind {model.kind!r}, neither 'multimodal' nor imported weights"
@@ -165,16 +167,29 @@ def _export_trained_llama(workdir, folder):
             "export"
         )
 
+    special, beside = dict(corpus.load(workdir, s).vocabulary.special), _imported(s.init_from)
+
     def write(built, state, params, about):
         sizes = built.settings.model.transformer
         c, params = backbone.for_decoding(sizes, built.model.all_params(params, state.extra))
         arrays = weights.unrolled_arrays(params)
-        start = built.settings.init_from
-        llama.export_folder(arrays, c, folder, beside=start if start and weights.holds(start) else None)
+        llama.export_folder(arrays, c, folder, beside=beside, special=special, context=s.sequences.context)
         corpus.copy_text(workdir, folder)
         return {"tensors": len(arrays)}
 
     return _export(workdir, folder, write)
+
+
+def _imported(start: str) -> str | None:
+    """The folder of imported weights that a run has begun with, be it by way of other runs; None: there is none, or a
+    folder on the way has gone.
+    """
+    seen = set()
+    while start and start not in seen and not weights.holds(start):
+        seen.add(start)
+        found = (epath.Path(start) / "config.json").exists()
+        start = checkpoint.saved_config(start, "init_from").get("init_from", "") if found else ""
+    return start if start and start not in seen else None
 
 
 def export_whole(form: layout.Format, workdir: str, file: str) -> dict[str, Any]:
@@ -336,7 +351,7 @@ def _start(built: experiment.Built, s: settings.Experiment, workdir: str, fill: 
       fill: {"params", "extra"} of a fresh state → the same with what is imported.
     """
     tree = config.dump(s)
-    experiment.claim(epath.Path(workdir), tree, built.frozen_weights)
+    claim(epath.Path(workdir), tree, built.frozen_weights)
     points = checkpoint.Checkpoints(workdir, s.train, experiment.to_stderr)
     try:
         if steps := points.steps():

@@ -7,7 +7,6 @@ that judge runs are in `judging`.
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,11 +24,11 @@ from ddt_jax.multimodal.model import Multimodal, check_context, make_multimodal
 from ddt_jax.tokenizers.base import ImageTokenizer, make_tokenizer
 from ddt_jax.tokenizers.image_loss import LPIPS
 from ddt_jax.tokenizers.seed import TARGET, VISION
-from ddt_jax.training import checkpoint, corpus, latents, loop, warm_start, writers
+from ddt_jax.training import checkpoint, corpus, latents, loop, same_data, warm_start, writers
 from ddt_jax.training import feed as feeds
 from ddt_jax.training import optimizer as optimizers
-from ddt_jax.training import weights as weights_lib
 from ddt_jax.training.bad_batches import BadBatches
+from ddt_jax.training.claim import claim, refuse_other, write_config
 from ddt_jax.training.fingerprint import fingerprint
 from ddt_jax.training.notices import Notices
 from ddt_jax.training.progress import Progress
@@ -118,6 +117,14 @@ class Built:
         return init_state(self.model, made, self.declarations, seed=s.seed, use_ema=s.train.ema > 0, guard=s.optimizer)
 
 
+def _mesh(s: settings.Experiment, devices, to_train: bool):
+    mesh = meshes.make_mesh(s.mesh, devices)
+    check_context(s, mesh)
+    if to_train:
+        meshes.check_batch(s.train.batch_size // s.train.accumulate, mesh, "train.batch_size / train.accumulate")
+    return mesh
+
+
 def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Built:
     """Model, abstract state, shardings and compiled step (compiled when first called) for some devices.
 
@@ -127,10 +134,7 @@ def build(s: settings.Experiment, devices=None, *, to_train: bool = True) -> Bui
     Raises:
       UserError: if mesh, batch, devices and model do not fit, accumulation and loss do not, or as `abstract_state`.
     """
-    mesh = meshes.make_mesh(s.mesh, devices)
-    check_context(s, mesh)
-    if to_train:
-        meshes.check_batch(s.train.batch_size // s.train.accumulate, mesh, "train.batch_size / train.accumulate")
+    mesh = _mesh(s, devices, to_train)
     model = make_model(s)
     if s.train.accumulate > 1 and model.cross_example_terms:
         raise UserError(
@@ -176,8 +180,13 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
     begun = time.perf_counter()
     if not isinstance(s.model, settings.Multimodal):  # whose sizes its data decides
         make_model(s).check_trainable()
+    # What needs no data comes before they are opened, which may take long.
+    _mesh(s, None, to_train=True)
+    if not force:
+        refuse_other(epath.Path(workdir), config.dump(s))
     feed = feeds.open_feed(s, workdir)
     s, loader = feed.settings, feed.loader
+    same_data.check(feed)
     built, tree = build(s), config.dump(s)
     first, root = jax.process_index() == 0, epath.Path(workdir)
     new = not (root / "config.json").exists()
@@ -185,10 +194,11 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
     if new:
         feed.check(built.model, built.init_codec)
         check_tokenizer(s, note)
+        _check_held_out(built)
     wanted = lambda: (built.frozen_weights(), built.starting_weights(), _first_stage(built))  # noqa: E731
     claim(root, tree, wanted, note if force else None)
     feeds.check_records(root, feed, note if force else None)
-    if new and first:
+    if first and not feeds.is_saved(root):  # of a new run, an imported one, and one that was killed right here
         feed.save(root)
     points = checkpoint.Checkpoints(workdir, s.train, note)
     with jax.set_mesh(built.mesh):
@@ -212,6 +222,7 @@ def train(s: settings.Experiment, workdir: str, *, force: bool = False) -> dict:
         watch = loop.Watch(
             keep_bad=BadBatches(root, s.seed).keep,
             record=steps.put if steps else loop.Watch.record,
+            flush=steps.flush if steps else loop.Watch.flush,
             recheck=Recheck(built.pure_step, built.shardings, built.mesh) if s.train.recheck_every else None,
             notices=Notices() if s.train.maintenance == "gce" else None,
         )
@@ -383,6 +394,15 @@ def measure(built: Built, state: TrainState, progress=None, captions=None):
     return suite.reconstruct(built.model, weights(state), state.extra, s, held_out, **options)
 
 
+def _check_held_out(built: Built) -> None:
+    """Raises UserError for what a training would find out when it is first measured. Rows look at their own."""
+    from ddt_jax.evaluation import suite
+
+    s = built.settings
+    if s.train.eval_every and not isinstance(s.model, settings.Multimodal):
+        suite.check_source(built.model, s.evaluate, feeds.open_images(s, s.data.eval_source).source)
+
+
 def measure_rows(built: Built, state: TrainState, found: corpus.Corpus) -> dict[str, Any]:
     """`language.held_out` of a state's weights on sequences.eval_sources: evaluate.images documents, or a few more."""
     from ddt_jax.evaluation import gather, language
@@ -426,45 +446,6 @@ def _hooks(built: Built, feed: feeds.Feed, writer, progress) -> tuple[loop.Hook,
 
 def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def claim(root, tree: dict, check, forced: Callable[[str], None] | None = None) -> None:
-    """Writes the config of a new run; refuses to go on with another one's.
-
-    Args:
-      check: called for a new run. One that cannot begin must not keep the directory from the one with the right files.
-      forced: receives a line about settings that differ, in the place of the error; what was saved stays as it is.
-
-    Raises:
-      UserError: if the directory holds a run with other settings, or cannot be written; or as `check`.
-    """
-    path = root / "config.json"
-    if path.exists():
-        # Through today's settings: those that came later had their default.
-        differing = config.difference(config.dump(config.from_dict(checkpoint.saved_config(root))), tree)
-        if differing and forced:
-            forced(f"--force: goes on with other settings than {root} was trained with: {', '.join(differing)}")
-            return
-        if differing:
-            names = ", ".join(differing[:4]) + (", ..." if len(differing) > 4 else "")
-            raise UserError(
-                f"workdir: {root} holds a run with other settings ({names}); use another --workdir or its settings, "
-                "or --force"
-            )
-    elif weights_lib.holds(root):
-        raise UserError(f"workdir: {root} holds imported weights; train in another one, with init_from={root}")
-    else:
-        check()
-    if jax.process_index() == 0:
-        write_config(root, tree)
-
-
-def write_config(root, tree: dict) -> None:
-    """Raises UserError if it cannot."""
-    try:
-        atomic.write_text(root / "config.json", json.dumps(tree, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"workdir: cannot write to {root}: {error.strerror or error}") from error
 
 
 def _opening(built: Built, data: str) -> str:

@@ -10,6 +10,7 @@ from etils import epath
 from ddt_jax import config, experiment, settings
 from ddt_jax.errors import UserError
 from ddt_jax.training import checkpoint, corpus
+from ddt_jax.training.claim import claim
 from ddt_jax.training.stored import Damaged, Stored
 
 SHOWN = 20  # arrays that `diff` names
@@ -139,7 +140,7 @@ def average(workdir: str, steps: str, to: str) -> dict:
         return jax.device_put((total / len(stored)).astype(leaf.dtype), leaf.sharding)
 
     state = jax.tree_util.tree_map_with_path(mean, state)
-    experiment.claim(epath.Path(to), tree, lambda: None)
+    claim(epath.Path(to), tree, lambda: None)
     if isinstance(built.settings.model, settings.Multimodal):
         corpus.save(to, corpus.load(workdir, built.settings))
     points = checkpoint.Checkpoints(to, replace(built.settings.train, keep_checkpoints=1), experiment.to_stderr)

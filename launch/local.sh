@@ -18,12 +18,16 @@ if [ "$processes" = 1 ]; then
 fi
 
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM # each process saves; none is left behind
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM HUP # each process saves; none is left behind
+# Each in a process group of its own: what the terminal sends to this one would be a first signal, and ours a second,
+# which ends a process before it has saved.
+set -m
 for ((i = 0; i < processes; i++)); do
     ddt-jax train --config "$config" --workdir "$workdir" \
         --coordinator "127.0.0.1:${PORT:-8476}" --num-processes "$processes" --process-id "$i" "$@" &
     pids+=($!)
 done
+set +m # else a wait ends when a process is stopped
 status=0
 for pid in "${pids[@]}"; do
     code=0

@@ -4,7 +4,10 @@ import copy
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +64,40 @@ def test_local_starts_processes_and_passes_on_how_they_ended(run):
     code, calls, _, _ = run(LAUNCH / "local.sh", "c.py", "a b", PROCESSES="2", PORT="9000", CODE="75")
     assert code == 75
     assert sorted(calls) == [JOB + place("127.0.0.1:9000", 2, i) for i in (0, 1)]
+
+
+# Asked to stop, it takes its time, as a save does, and keeps what it was sent meanwhile.
+ASKED = """#!{python}
+import os, pathlib, signal, sys, time
+got = pathlib.Path(__file__).with_name("got-" + sys.argv[-1])
+def note(number, frame):
+    with got.open("a") as file:
+        file.write(signal.Signals(number).name + " ")
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, note)
+got.touch()
+until = time.monotonic() + 30
+while not got.stat().st_size and time.monotonic() < until:
+    time.sleep(0.02)
+time.sleep(1)
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_terminal_asks_every_local_process_once(run, tmp_path, number):
+    """A second signal would end it before it has saved."""
+    (tmp_path / "ddt-jax").write_text(ASKED.format(python=sys.executable))
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PROCESSES": "2"}
+    heard = f"import os, signal, sys; signal.signal({number:d}, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", heard, str(LAUNCH / "local.sh"), "c.py", "w"]  # even where the tests ignore it
+    with subprocess.Popen(command, env=env, start_new_session=True) as script:
+        files, until = [tmp_path / "got-0", tmp_path / "got-1"], time.monotonic() + 30
+        while not all(file.exists() for file in files) and time.monotonic() < until:
+            time.sleep(0.02)
+        os.killpg(script.pid, number)  # what Ctrl-C is to all that the terminal has in front
+        assert script.wait(60) == 75
+    assert [file.read_text().split() for file in files] == [["SIGTERM"]] * 2
 
 
 SLURM = {"SLURM_JOB_ID": "12"}

@@ -281,6 +281,12 @@ def _retrieve(model, params, extra, s, loader, *, mesh, captions, progress):
         return retrieval.evaluate_retrieval(model, params, extra, loader.source, s.data, s.evaluate, captions, **how)
 
 
+def check_source(model, e: settings.Evaluate, source) -> None:
+    """Raises UserError if a source's images cannot be read back, and settings ask for it."""
+    if e.verifier and model.measured in ("drawing", "codes"):
+        (_reader if model.measured == "drawing" else _verifier)(source)
+
+
 def _reader(source) -> Callable:
     """What reads drawn pictures, or clips, of a source's kind back. Raises UserError if nothing does."""
     from ddt_jax.data.moving_scenes import MovingScenesSource

@@ -7,6 +7,7 @@ Legend: D width, H heads, E head dimension, V vocabulary.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from math import prod
 
@@ -23,9 +24,9 @@ from ddt_jax.nn.decoder import head_dim
 from ddt_jax.nn.params import split
 from ddt_jax.training import weights
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 KIND = "llama"  # of the weights that an import writes
-_COPIED = ("*token*", "*vocab*", "merges.txt", "generation_config.json", "chat_template*", CONFIG)
+_COPIED = ("*token*", "*vocab*", "merges.txt", GENERATION, "chat_template*", CONFIG)
 _SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
@@ -153,34 +154,47 @@ def load(folder) -> tuple[dict[str, Lazy], settings.Transformer]:
     return arrays, config.typed(settings.Transformer, about["settings"], f"{folder}: settings")
 
 
-def export_folder(arrays: dict, c: settings.Transformer, out, *, beside=None, file_bytes=weights_folder.FILE_BYTES):
+def export_folder(
+    arrays: dict,
+    c: settings.Transformer,
+    out,
+    *,
+    beside=None,
+    special: Mapping[str, int] | None = None,
+    context: int = 0,
+    file_bytes=weights_folder.FILE_BYTES,
+):
     """Writes a folder that transformers opens.
 
     Args:
       arrays: by unrolled path: `load(folder)[0]` or `weights.unrolled_arrays(params)`.
       beside: folder of imported weights whose tokenizer and other settings go along; None for none.
+      special: ids of BOS, EOS and PAD in what the weights have learned; None: what lies beside says them.
+      context: positions of a row that they have learned from; 0: likewise.
 
     Raises:
-      UserError: if the settings have what a LLaMA has not.
+      UserError: if the settings have what a LLaMA has not, or what lies beside cannot be read.
     """
     own = {"qk_norm": c.qk_norm, "attention_soft_cap": c.attention_soft_cap, "logit_soft_cap": c.logit_soft_cap}
     own["lora.rank"] = c.lora.rank
     strange = [name for name, value in own.items() if value]
     if strange:
         raise UserError(f"llama: a LLaMA has no {', '.join(strange)}; merge updates, or train without the others")
-    out = epath.Path(out)
+    out, source = epath.Path(out), None if beside is None else epath.Path(beside) / weights.BESIDE
+    before, generation = _said(source, CONFIG), _said(source, GENERATION)
+    ids = {f"{name.lower()}_token_id": special[name] for name in ("BOS", "EOS", "PAD")} if special else {}
+    dtype = str(np.dtype(arrays["embed"].dtype))
+    values = before | _config(c, dtype, before) | _positions(c, context, before, source)
     theirs = {}
     for ours, name, shape in _names(c):
         array = arrays[ours]
         theirs[name] = Lazy(shape, np.dtype(array.dtype), lambda a=array, n=ours, s=shape: _theirs(n, np.asarray(a), s))
     weights_folder.save(out, theirs, file_bytes=file_bytes)
-    source = epath.Path(beside) / weights.BESIDE if beside is not None else None
-    before = {}
     if source is not None and source.exists():
-        before = json.loads((source / CONFIG).read_text())
         _copy_beside(source, out)
-    dtype = str(np.dtype(arrays["embed"].dtype))
-    atomic.write_text(out / CONFIG, json.dumps(before | _config(c, dtype, before), indent=2, sort_keys=True) + "\n")
+    _write(out / CONFIG, _with_ids(values, ids))
+    if (stops := _with_ids(generation, ids)) != generation:
+        _write(out / GENERATION, stops)
 
 
 def extended(table: Lazy, vocab_size: int, seed: int, rows: int = 4096) -> Lazy:
@@ -273,17 +287,53 @@ def _theirs(ours, array, shape):
 def _config(c, dtype, before) -> dict:
     """Their config of our settings. before: that of the model which was imported."""
     values = {theirs: getattr(c, ours) for theirs, ours in _SIZES.items()} | {"head_dim": head_dim(c)}
-    kind = {"none": "default"}.get(c.rope_scaling.kind, c.rope_scaling.kind)
-    used = {"default": (), "linear": ("factor",), "llama3": tuple(_SCALING)}[kind]
-    rope = {theirs: getattr(c.rope_scaling, _SCALING[theirs]) for theirs in used}
-    rope |= {"rope_type": kind}
+    rope = _rope(c)
     both = {"rope_parameters": rope | {"rope_theta": c.rope_theta}}
-    both |= {"rope_theta": c.rope_theta, "rope_scaling": None if kind == "default" else rope}
+    both |= {"rope_theta": c.rope_theta, "rope_scaling": None if rope["rope_type"] == "default" else rope}
     # New releases read the first, old ones the other two; what was imported keeps its own form.
     form = {k: v for k, v in both.items() if not before or k in before} or both
     names = {"dtype": dtype, "torch_dtype": dtype}
     types = {k: v for k, v in names.items() if k in before} or names
     return {"architectures": ["LlamaForCausalLM"], **_FIXED, **values, **form, **types}
+
+
+def _rope(c) -> dict:
+    kind = {"none": "default"}.get(c.rope_scaling.kind, c.rope_scaling.kind)
+    used = {"default": (), "linear": ("factor",), "llama3": tuple(_SCALING)}[kind]
+    return {theirs: getattr(c.rope_scaling, _SCALING[theirs]) for theirs in used} | {"rope_type": kind}
+
+
+def _positions(c, context, before, source) -> dict:
+    """How long a row may be: as in training, or as imported where that is more and positions turn as they did."""
+    if not context:
+        return {}
+    told = before.get("max_position_embeddings")
+    if isinstance(told, int) and told > context:
+        imported = _settings(before, source / CONFIG)
+        if (imported.rope_theta, _rope(imported)) == (c.rope_theta, _rope(c)):
+            context = told
+    return {"max_position_embeddings": context}
+
+
+def _with_ids(said: dict, ids: dict) -> dict:
+    """Settings that name these ids. A list that holds one of them stays: text may end in more ways than one."""
+    kept = {name for name, i in ids.items() if isinstance(said.get(name), list) and i in said[name]}
+    return said | {name: i for name, i in ids.items() if name not in kept}
+
+
+def _said(source, name) -> dict:
+    """What a file beside imported weights says, {} if there is none."""
+    path = None if source is None else source / name
+    if path is None or not path.exists():
+        return {}
+    try:
+        return json_object.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"llama: {path} cannot be read: {error}; put it back from the model's own folder") from error
+
+
+def _write(path, values: dict) -> None:
+    atomic.write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _copy_beside(source, target):

@@ -225,8 +225,8 @@ class SelftokRenderer(Renderer):
 SELFTOK_SIZES = {"small": 6, "base": 12, "large": 18, "xl": 24}
 
 
-def selftok_size(size: str) -> dict:
-    """`encoder` and `decoder` of a member of the family; only "xl" has been published.
+def selftok_size(size: str, renderer: bool = False) -> dict:
+    """`encoder` and `decoder`, or its one-step renderer, of a member of the family; only "xl" has been published.
 
     The decoder's width is 64 per block and its heads are as many as its blocks, as in SD3. The encoder has 2/3 as many
     blocks, and queries of 1/3 of the decoder's width.
@@ -239,7 +239,7 @@ def selftok_size(size: str) -> dict:
     blocks = SELFTOK_SIZES[size]
     return {
         "encoder": SelftokEncoder(depth=2 * blocks // 3, width=64 * blocks // 3, heads=blocks // 3),
-        "decoder": SelftokDecoder(depth=blocks, width=64 * blocks, heads=blocks),
+        "decoder": (SelftokRenderer if renderer else SelftokDecoder)(depth=blocks, width=64 * blocks, heads=blocks),
     }
 
 

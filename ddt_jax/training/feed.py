@@ -104,6 +104,11 @@ def _remember_records(workdir, feed):
     atomic.write_text(epath.Path(workdir) / _RECORDS, json.dumps({"records": feed.records}, indent=2) + "\n")
 
 
+def is_saved(workdir) -> bool:
+    """Whether a run has kept what `Feed.save` keeps."""
+    return (epath.Path(workdir) / _RECORDS).exists()
+
+
 def check_records(workdir, feed: Feed, note: Callable[[str], None] | None = None) -> None:
     """Whether a run that goes on finds as much to learn from as when it was begun; what it learns next depends on it.
 
@@ -113,9 +118,9 @@ def check_records(workdir, feed: Feed, note: Callable[[str], None] | None = None
     Raises:
       UserError: records have gone, or others have come.
     """
-    path = epath.Path(workdir) / _RECORDS
-    if not path.exists():  # a run of an earlier version
+    if not is_saved(workdir):  # of a new run, or one of an earlier version
         return
+    path = epath.Path(workdir) / _RECORDS
     try:
         before = [(str(name), int(count)) for name, count in json_object.loads(path.read_text())["records"]]
     except (OSError, ValueError, KeyError, TypeError) as error:

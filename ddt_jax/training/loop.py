@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,7 @@ class Watch:
     Attributes:
       keep_bad: (step, host batch) of a skipped step → where its batch is found again, for the log.
       record: takes (step, metrics as floats) of every step, in order.
+      flush: writes out what `record` has taken, before a checkpoint.
       measured: → figures of the machine for the log, whenever a mean is written.
       saved: takes the step of every checkpoint that has been begun.
       profiler: takes profiles of some steps.
@@ -58,6 +59,7 @@ class Watch:
 
     keep_bad: Callable[[int, dict], str] = lambda step, batch: ""
     record: Callable[[int, dict], None] = lambda step, values: None
+    flush: Callable[[], None] = lambda: None
     measured: Callable[[], dict[str, float]] = dict
     saved: Callable[[int], None] = lambda step: None
     profiler: Profiler | None = None
@@ -129,7 +131,15 @@ def train(
     stop, log, pending, asked = StopRequest(), _Log(train, writer, progress, watch), deque(), False
     profiler = watch.profiler or Profiler()
     noticed = watch.notices.listening(stop.event, progress.note) if watch.notices else nullcontext()
-    with stop.listening(progress.note), noticed, profiler.listening(progress):
+
+    def keep():
+        writer.flush()  # a run goes on behind its checkpoint: what the logs lack before it, they would lack for good
+        watch.flush()
+        checkpoints.save(state, config, log.figures)
+
+    # Signals are heard until the last save, which may be the longest, is done; a profile's window ends before it.
+    with stop.listening(progress.note), noticed, profiler.listening(progress), ExitStack() as window:
+        window.enter_context(profiler.listening(progress))
         while done < train.steps and not asked:
             checkpoints.check()
             with progress.waiting(hidden=lambda: not state.step.is_ready()):  # noqa: B023 - called at once
@@ -161,14 +171,15 @@ def train(
                 writer.write(done, found)
             if save:
                 with progress.phase("saving"):
-                    checkpoints.save(state, config, log.figures)
+                    keep()
                 watch.saved(done)
-    for absorbed in pending:
-        log.absorb(*absorbed)
-    with progress.phase("saving"):
-        checkpoints.save(state, config, log.figures)
-        checkpoints.wait()
-    watch.saved(done)
+        window.close()
+        for absorbed in pending:
+            log.absorb(*absorbed)
+        with progress.phase("saving"):
+            keep()
+            checkpoints.wait()
+        watch.saved(done)
     return state, done >= train.steps
 
 

@@ -16,7 +16,9 @@ _SIZE = len(FIGURES) * _TYPE.itemsize
 
 
 class StepLog:
-    """Written by process 0. On an object store, which cannot append, the file is written again now and then."""
+    """Written by process 0. On an object store, which cannot append, the file is written again now and then: every
+    `remote_every` steps, and by `flush`.
+    """
 
     def __init__(self, workdir, *, remote_every: int = 500):
         self._path = epath.Path(workdir) / FILE
@@ -42,11 +44,15 @@ class StepLog:
         if self._unsaved >= self._remote_every:
             self._save()
 
+    def flush(self) -> None:
+        """Before a checkpoint, behind which the run goes on after a kill: all that was put is in the file."""
+        if self._unsaved:
+            self._save()
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        elif self._unsaved:
-            self._save()
+        self.flush()
 
     def _save(self):
         atomic.write_bytes(self._path, bytes(self._whole))

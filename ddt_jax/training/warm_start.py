@@ -13,13 +13,14 @@ import jax.numpy as jnp
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
-from ddt_jax.multimodal.code_embedding import PARAMS
+from ddt_jax.multimodal import code_embedding, diffusion_model
 from ddt_jax.multimodal.row_model import FROZEN
 from ddt_jax.nn import lora
 from ddt_jax.training import checkpoint, weights
 from ddt_jax.training.state import TrainState, abstract_state
 
 _LISTED = 6  # names in one line
+_OF_IMAGES = (code_embedding.PARAMS, diffusion_model.PARAMS)  # what imported transformers know nothing of
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ class FirstStage:
           UserError: if no checkpoint verifies.
         """
         points = checkpoint.Checkpoints(self.workdir, self.settings.train, note, read_only=True)
-        source = points.restore(self.abstract)
+        a = self.abstract
+        # Nobody looks at its optimizer, nor at parameters beside an average.
+        wanted = a.replace(opt_state=None, params=a.params if a.ema is None else None)
+        source = points.restore(wanted, partial=True)
         points.close()
         which = "parameters" if source.ema is None else "average"
         note(f"init_from: {self.workdir} at step {int(source.step):,}, its {which}\n{self.plan}")
@@ -94,9 +98,9 @@ class Imported:
     lora: settings.LoRA
 
     def give(self, state: TrainState, note: Callable[[str], None]) -> TrainState:
-        """See `FirstStage.give`. Updates of LoRA, and what a model is told about codes besides, are fresh."""
-        of_codes = {name: value for name, value in state.params.items() if name == PARAMS}
-        own = {name: value for name, value in state.params.items() if name != PARAMS}
+        """See `FirstStage.give`. Updates of LoRA, and what takes images into the model and out of it, are fresh."""
+        of_images = {name: value for name, value in state.params.items() if name in _OF_IMAGES}
+        own = {name: value for name, value in state.params.items() if name not in _OF_IMAGES}
         extra = state.extra
         if FROZEN in extra:
             updates, whole = lora.split(own)
@@ -104,7 +108,7 @@ class Imported:
             own, extra = lora.join(updates, trained), extra | {FROZEN: frozen}
         else:
             own = self._read(own, note)
-        new = own | of_codes
+        new = own | of_images
         ema = None if state.ema is None else jax.tree.map(jnp.copy, new)
         return state.replace(params=new, extra=extra, ema=ema)
 

@@ -40,6 +40,9 @@ class Writer(Protocol):
     def truncate_after(self, step: int) -> None:
         """The run goes on from `step`: what was written beyond it, before a kill, is forgotten."""
 
+    def flush(self) -> None:
+        """A checkpoint is about to be saved: no line before it may be lost with this process."""
+
     def close(self) -> None:
         """Nothing is lost after this."""
 
@@ -75,8 +78,9 @@ def read_metrics(path) -> list[dict]:
 class JsonlWriter:
     """`metrics.jsonl`: an object per line, `{"step": 50, "loss": ...}`; pictures beside it as `pictures/NAME_STEP.png`.
 
-    Each line is handed to the operating system at once, so a killed process loses none. There is no wall time in the
-    file: what a run writes is a function of the run, and a resumed one continues the same file (`truncate_after`).
+    Each line is handed to the operating system at once, so a killed process loses none; off a local disk it loses none
+    before its last checkpoint (`flush`). There is no wall time in the file: what a run writes is a function of the run,
+    and a resumed one continues the same file (`truncate_after`).
     """
 
     def __init__(self, workdir):
@@ -115,20 +119,22 @@ class JsonlWriter:
         Image.fromarray(np.asarray(image)).save(buffer, format="PNG")
         atomic.write_bytes(self._workdir / "pictures" / f"{name}_{step:08d}.png", buffer.getvalue())
 
+    def flush(self):
+        if self._unsaved:
+            self._save_remote()
+
     def close(self):
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._unsaved:
-            self._save_remote()
+        self.flush()
 
     def _keep(self, wanted):
         """Rewrites the file with the whole lines whose step is wanted; leaves it alone if these are all."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._unsaved:
-            self._save_remote()
+        self.flush()
         content = self.path.read_bytes() if self.path.exists() else b""
         whole = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
         kept = [line for line in whole if (step := _step_of(line)) is not None and wanted(step)]
@@ -169,6 +175,9 @@ class TensorBoardWriter:
 
     def image(self, step, name, image):
         self._open().add_image(name, np.asarray(image), int(step), dataformats="HWC")
+
+    def flush(self):
+        """Left to its own thread, every 30 seconds: waiting for it might be for ever."""
 
     def close(self):
         if self._writer is not None:
@@ -228,6 +237,9 @@ class WandbWriter:
 
     def truncate_after(self, step):
         """Nothing can be taken back there: the service keeps what came first and ignores a step's repetition."""
+
+    def flush(self):
+        """Left to its own thread."""
 
     def close(self):
         """Waits a bounded time for what is queued."""
@@ -292,6 +304,10 @@ class MultiWriter:
     def truncate_after(self, step):
         for writer in self.writers:
             writer.truncate_after(step)
+
+    def flush(self):
+        for writer in self.writers:
+            writer.flush()
 
     def close(self):
         with contextlib.ExitStack() as stack:

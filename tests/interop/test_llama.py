@@ -18,8 +18,10 @@ from ddt_jax.errors import UserError
 from ddt_jax.interop import llama
 from ddt_jax.io import weights_folder
 from ddt_jax.multimodal import backbone
+from ddt_jax.multimodal.vocabulary import Vocabulary
 from ddt_jax.nn.params import split
-from ddt_jax.training import weights
+from ddt_jax.tokenizers.text import train_sentencepiece
+from ddt_jax.training import corpus, weights
 from ddt_jax.training.state import shardings_of
 
 TINY = settings.Transformer(vocab_size=24, width=16, depth=2, heads=4, kv_heads=2, mlp_width=24, head_dim=4)
@@ -263,21 +265,99 @@ def test_mistakes_are_one_line_and_leave_no_trace(places, monkeypatch, capsys, a
     assert {path: path.stat().st_mtime_ns for path in places.rglob("*")} == before
 
 
-def test_the_weights_of_a_multimodal_run_are_exported_too(tmp_path, monkeypatch, capsys):
-    c = replace(TINY, scan_layers=True)
-    write_model(tmp_path / "theirs", TINY, np.float32)
-    params = llama.read(tmp_path / "theirs", c)
-    s = SimpleNamespace(name="run", init_from="", model=settings.Multimodal(transformer=c))
-    state = SimpleNamespace(step=7, params=params, extra={}, ema=None)
-    model = SimpleNamespace(all_params=lambda params, extra: params)
-    (tmp_path / "run" / "text").mkdir(parents=True)
-    (tmp_path / "run" / "text" / "vocabulary.json").write_text("{}")
-    monkeypatch.setattr(experiment, "saved_settings", lambda workdir: s)
-    monkeypatch.setattr(experiment, "restore", lambda workdir: (SimpleNamespace(settings=s, model=model), state))
-    assert run("export", "llama", "--workdir", tmp_path / "run", "--to", tmp_path / "again") == 0
-    assert capsys.readouterr().out == f"step 7, parameters, 21 tensors: {tmp_path / 'again'}\n"
-    assert_same_bits(weights_folder.load(tmp_path / "again"), tensors(TINY, np.float32))
-    assert (tmp_path / "again" / "vocabulary.json").exists()
+# A tokenizer of ours knows neither BOS nor EOS nor PAD: they stand behind its ids, in this order.
+TEXT = train_sentencepiece(["a red square above a blue circle"], 300)
+VOCABULARY = Vocabulary.extend(TEXT.vocab_size, 8)
+IDS = {f"{name}_token_id": TEXT.vocab_size + i for i, name in enumerate(("bos", "eos", "pad"))}
+
+
+@pytest.fixture
+def export_run(tmp_path, monkeypatch):
+    """(settings of the transformer, init_from) → `export llama` of a run with rows of 96 positions, as a folder."""
+
+    def export(c=TINY, init_from=""):
+        c = replace(c, vocab_size=VOCABULARY.size)
+        weights_folder.save(tmp_path / "arrays", tensors(c, np.float32))
+        params = llama.read(tmp_path / "arrays", c)
+        image, sequences = settings.CodeImages(num_tokens=4, codebook_size=8), settings.Sequences(context=96)
+        model = settings.Multimodal(transformer=c, image=image)
+        s = settings.Experiment(name="run", init_from=str(init_from), model=model, sequences=sequences)
+        state = SimpleNamespace(step=7, params=params, extra={}, ema=None)
+        built = SimpleNamespace(settings=s, model=SimpleNamespace(all_params=lambda params, extra: params))
+        corpus.save(tmp_path / "run", corpus.Corpus(TEXT, VOCABULARY, None))
+        monkeypatch.setattr(experiment, "saved_settings", lambda workdir: s)
+        monkeypatch.setattr(experiment, "restore", lambda workdir: (built, state))
+        assert run("export", "llama", "--workdir", tmp_path / "run", "--to", tmp_path / "again") == 0
+        return tmp_path / "again"
+
+    return export
+
+
+def said(folder, name="config.json"):
+    return json.loads((folder / name).read_text())
+
+
+def test_the_weights_of_a_multimodal_run_are_exported_too(export_run, capsys):
+    again = export_run(replace(TINY, scan_layers=True))
+    assert capsys.readouterr().out == f"step 7, parameters, 21 tensors: {again}\n"
+    assert_same_bits(weights_folder.load(again), tensors(replace(TINY, vocab_size=VOCABULARY.size), np.float32))
+    assert (again / "vocabulary.json").exists() and (again / "tokenizer.model").read_bytes() == TEXT.data
+
+
+def test_a_run_from_scratch_says_where_its_texts_end_and_how_long_a_row_is(export_run):
+    """Else transformers takes 2 for the end, which is a text id here, and 2,048 positions."""
+    again = export_run()
+    assert said(again).items() >= (IDS | {"max_position_embeddings": 96}).items()
+    assert said(again, "generation_config.json") == IDS
+
+
+@pytest.mark.slow
+def test_transformers_reads_ids_and_context_of_a_run(export_run, oracle):
+    transformers, again = oracle("transformers"), export_run()
+    read = transformers.LlamaConfig.from_pretrained(again)
+    assert read.max_position_embeddings == 96
+    for found in (read, transformers.GenerationConfig.from_pretrained(again)):
+        assert {name: getattr(found, name) for name in IDS} == IDS
+
+
+def later_stage(root, theirs, *, c=LLAMA3, generation=None):
+    """Imported weights whose files say so, and a run that has begun with them."""
+    write_model(root / "theirs", c)
+    (root / "theirs" / "config.json").write_text(json.dumps(said(root / "theirs") | theirs))
+    (root / "theirs" / "tokenizer_config.json").write_text('{"theirs": 1}')
+    if generation is not None:
+        (root / "theirs" / "generation_config.json").write_text(json.dumps(generation))
+    llama.import_folder(root / "theirs", root / "ours")
+    (root / "first").mkdir()
+    tree = config.dump(settings.Experiment(init_from=str(root / "ours"), model=settings.Multimodal()))
+    (root / "first" / "config.json").write_text(json.dumps(tree))
+    return root / "first"
+
+
+def test_a_run_that_began_with_another_one_keeps_what_was_imported(export_run, tmp_path):
+    ends = [IDS["eos_token_id"], 5]
+    before = {"bos_token_id": 1, "eos_token_id": ends, "attention_dropout": 0.0}
+    first = later_stage(tmp_path, before, generation={"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.6})
+    again = export_run(LLAMA3, first)
+    assert said(again, "tokenizer_config.json") == {"theirs": 1}
+    # Longer rows than those of training: positions turn as they did when it was made for them.
+    expected = IDS | {"eos_token_id": ends, "attention_dropout": 0.0, "max_position_embeddings": 131072}
+    assert said(again).items() >= expected.items()
+    assert said(again, "generation_config.json") == IDS | {"temperature": 0.6}
+
+
+@pytest.mark.parametrize("theirs", [{"max_position_embeddings": 64}, {"rope_theta": 1e6}])
+def test_rows_are_as_long_as_in_training_where_no_longer_ones_were_imported(export_run, tmp_path, theirs):
+    again = export_run(replace(LLAMA3, rope_theta=500_000.0), later_stage(tmp_path, theirs))
+    assert said(again)["max_position_embeddings"] == 96
+
+
+@pytest.mark.parametrize("start", ["gone", "run"])
+def test_runs_that_have_gone_or_began_with_each_other_lead_to_no_import(export_run, tmp_path, start):
+    (tmp_path / "run").mkdir()
+    tree = config.dump(settings.Experiment(init_from=str(tmp_path / "run"), model=settings.Multimodal()))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(tree))
+    assert said(export_run(init_from=tmp_path / start), "generation_config.json") == IDS
 
 
 # getrusage would count what the process of these tests held when it forked.

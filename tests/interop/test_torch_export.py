@@ -24,6 +24,7 @@ from ddt_jax.io import safetensors_file
 from ddt_jax.nn import params as declared
 from ddt_jax.tokenizers import base
 from ddt_jax.training import checkpoint
+from ddt_jax.training.claim import claim
 
 B, SIZE = 3, 16
 VAE = settings.VAECodec(
@@ -324,7 +325,7 @@ def test_export_writes_the_average_of_a_run(tmp_path, capsys):
     """Through the command line, from a checkpoint."""
     s = settings.Experiment(model=DDT, data=settings.Data(image_size=SIZE), train=settings.Train(batch_size=8))
     built, tree = experiment.build(s, jax.devices()[:1]), config.dump(s)
-    experiment.claim(tmp_path / "run", tree, built.frozen_weights)
+    claim(tmp_path / "run", tree, built.frozen_weights)
     points = checkpoint.Checkpoints(tmp_path / "run", s.train)
     with jax.set_mesh(built.mesh):
         state = built.init()

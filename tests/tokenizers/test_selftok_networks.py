@@ -195,6 +195,17 @@ def test_one_dial_gives_the_family_with_the_released_model_at_its_end():
         load("ddt_selftok_256.py:xxl")
 
 
+def test_every_member_has_a_second_stage_of_its_own_size():
+    for name in settings.SELFTOK_SIZES:
+        first, second = (load(f"ddt_selftok_256.py:{variant}").model for variant in (name, f"{name}_renderer"))
+        assert (second.stage, second.decoder.kind, second.encoder) == ("decoder", "renderer", first.encoder)
+        assert not second.decoder.context_see_xt and first.decoder.context_see_xt  # as released
+        for size in ("depth", "width", "heads"):
+            assert getattr(first.decoder, size) == getattr(second.decoder, size)
+    with pytest.raises(UserError, match="'xl_rendered' is no variant"):
+        load("ddt_selftok_256.py:xl_rendered")
+
+
 def test_the_first_generation_has_its_published_sizes():
     model = load("ddt_llama_256.py").model
     _, (shapes, _) = shapes_of(model, (16, 16), 64)

@@ -42,6 +42,9 @@ class Writer:
     def measure(self, step, scalars):
         self.measured.append((step, scalars))
 
+    def flush(self):
+        pass
+
 
 def batches(start=0, bad=(), before=lambda step: None):
     for step in range(start, 1000):
@@ -131,6 +134,57 @@ def test_a_notice_of_the_cloud_saves_like_a_signal(built, tmp_path):
     )
     assert not finished and 5 < int(state.step) < 10 and steps[-1] == int(state.step)
     assert "preempted=TRUE" in out
+
+
+@pytest.fixture
+def unheard():
+    """Signals that the loop has not caught, which would have ended the process."""
+    found, numbers = [], (signal.SIGTERM, signal.SIGUSR1)
+    before = {n: signal.signal(n, lambda number, frame: found.append(number)) for n in numbers}
+    yield found
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("first", ["notice", "signal"])
+def test_the_last_save_goes_on_under_a_first_signal_and_a_second_one_ends_it(
+    built, tmp_path, monkeypatch, unheard, first
+):
+    save, seen, raised = Checkpoints.save, [], []
+    notices = Notices(lambda name: "TRUE" if seen else "NONE", every=0.001)
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+
+    def before(step):
+        if step == 5 and first == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif step == 5:
+            seen.append(step)
+            time.sleep(0.2)  # for the thread that asks
+
+    def signalled(self, *what):
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)  # whichever thread receives it, the main one has handled it then
+        save(self, *what)
+
+    monkeypatch.setattr(Checkpoints, "save", signalled)
+    watch = loop.Watch(notices=notices, profiler=Profiler(tmp_path))
+    train = settings.Train(steps=10, batch_size=8, checkpoint_every=0)
+    state, finished, _, steps, out = run(built, tmp_path, train=train, data=batches(before=before), watch=watch)
+    assert not finished and steps == [int(state.step)] and "SIGTERM" in out
+    assert unheard == [] and raised == ([signal.SIGTERM] if first == "signal" else [])
+
+
+def test_logs_are_written_out_and_a_profile_has_ended_before_a_save(built, tmp_path, monkeypatch):
+    seen, save = [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda *what: seen.append("save") or save(*what))
+    monkeypatch.setattr(Writer, "flush", lambda self: seen.append("lines"))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: seen.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append("stop"))
+    watch = loop.Watch(flush=lambda: seen.append("steps"), profiler=Profiler(tmp_path, first=9, steps=5))
+    run(built, tmp_path, watch=watch)
+    written = ["lines", "steps", "save"]
+    assert seen == [*written, *written, "start", "stop", *written]  # after steps 4, 8 and 10
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):

@@ -64,3 +64,17 @@ def test_where_nothing_can_be_appended_the_file_is_written_again(tmp_path, monke
     log.put(4, figures(4))
     log.close()
     assert logged(tmp_path, 1, 4) == expected(1, 2, 3, 4)
+
+
+def test_what_was_flushed_outlives_a_process_that_never_closes(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_log.atomic, "is_local", lambda path: False)  # the folder plays an object store
+    log = StepLog(tmp_path)
+    for step in (1, 2, 3):
+        log.put(step, figures(step))
+    log.flush()
+    assert logged(tmp_path, 1, 3) == expected(1, 2, 3)
+    log.put(4, {**figures(4), "loss": 9.0})  # lost with the process, and written again by the next one
+    log = StepLog(tmp_path)
+    log.put(4, figures(4))
+    log.flush()
+    assert logged(tmp_path, 1, 4) == expected(1, 2, 3, 4)

@@ -58,6 +58,20 @@ def test_it_begins_with_the_average_and_the_codebook_and_nothing_else(first):
     assert "at step 6, its average" in said and "params/down (1)" in said and "extra/codebook (5)" in said
 
 
+def test_nothing_is_read_of_the_other_run_but_what_goes_over(first, monkeypatch):
+    asked, restore = [], checkpoint.Checkpoints.restore
+
+    def watched(self, abstract, *rest, **options):
+        asked.append((abstract, options))
+        return restore(self, abstract, *rest, **options)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore", watched)
+    begun(second(first))
+    ((abstract, options),) = asked
+    assert abstract.opt_state is None and abstract.params is None and options == {"partial": True}
+    assert jax.tree.leaves(abstract.ema) and "codebook" in abstract.extra
+
+
 @pytest.mark.slow
 def test_without_an_average_it_takes_the_parameters(first, tmp_path):
     s = replace(FIRST, train=replace(FIRST.train, ema=0.0, steps=1))
@@ -153,8 +167,8 @@ def test_a_transformer_begins_with_imported_weights(tmp_path):
     about = {"kind": "llama", "settings": config.dump(replace(sizes, scan_layers=False))}
     weights.save(tmp_path / "w", weights.unrolled_arrays(theirs), about)
 
-    def begin(transformer, **options):
-        image = settings.CodeImages(num_tokens=4, codebook_size=8, **options)
+    def begin(transformer, image=None, **options):
+        image = image or settings.CodeImages(num_tokens=4, codebook_size=8, **options)
         model = settings.Multimodal(transformer=transformer, image=image)
         s = settings.Experiment(model=model, init_from=str(tmp_path / "w"))
         built = experiment.build(s, jax.devices()[:1])
@@ -176,6 +190,11 @@ def test_a_transformer_begins_with_imported_weights(tmp_path):
     state = begin(sizes, code_places=True)  # which no LLaMA has: it is fresh
     np.testing.assert_array_equal(state.params["embed"], theirs["embed"])
     assert equal(state.ema["codes"], state.params["codes"]) and np.any(state.params["codes"]["places"])
+    for lora in (settings.LoRA(), settings.LoRA(rank=2)):  # what takes denoised images in and out is fresh too
+        state = begin(replace(sizes, lora=lora), settings.DiffusionImages(patch_size=8))
+        tree = state.extra[FROZEN] if lora.rank else state.params
+        np.testing.assert_array_equal(tree["embed"], theirs["embed"])
+        assert equal(state.ema["coder"], state.params["coder"]) and "coder" in state.params
     with pytest.raises(UserError, match="vocab_size=40 there, 48 here.*--vocab-size"):
         begin(replace(sizes, vocab_size=48))
     with pytest.raises(UserError, match="rope_theta=500000.0 there, 1.0 here"):

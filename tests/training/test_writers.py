@@ -104,6 +104,21 @@ def test_remote_file_is_complete_after_close_and_continues(tmp_path, monkeypatch
     assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == (tmp_path / "b" / "metrics.jsonl").read_bytes()
 
 
+def test_what_was_flushed_outlives_a_process_that_never_closes(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers.atomic, "is_local", lambda path: False)  # the folder plays an object store
+    writer = writers.for_run(tmp_path, settings.Train(tensorboard=False), {})
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": 1 / step})
+    writer.flush()
+    assert [line["step"] for line in _lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    writer.write(4, {"loss": 0.25})  # lost with the process, and written again by the next one
+    resumed = writers.JsonlWriter(tmp_path)
+    resumed.truncate_after(3)
+    resumed.write(4, {"loss": 0.5})
+    resumed.flush()
+    assert [line["loss"] for line in _lines(tmp_path / "metrics.jsonl")] == [1, 1 / 2, 1 / 3, 1 / 2]
+
+
 def test_jsonl_saves_pictures(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
     writer = writers.JsonlWriter(tmp_path)
@@ -216,6 +231,9 @@ def test_multi_writer_reaches_all_and_closes_all_even_if_one_fails():
         def truncate_after(self, step):
             calls.append((self.name, "truncate", step))
 
+        def flush(self):
+            calls.append((self.name, "flush"))
+
         def close(self):
             calls.append((self.name, "close"))
             if self.broken:
@@ -227,6 +245,8 @@ def test_multi_writer_reaches_all_and_closes_all_even_if_one_fails():
     assert calls == [("a", 1), ("b", 1), ("c", 1), ("a", "grid"), ("b", "grid"), ("c", "grid")]
     writer.truncate_after(7)
     assert calls[-3:] == [(name, "truncate", 7) for name in "abc"]
+    writer.flush()
+    assert calls[-3:] == [(name, "flush") for name in "abc"]
     with pytest.raises(OSError, match="disk full"):
         writer.close()
     assert {c for c in calls if c[1] == "close"} == {("a", "close"), ("b", "close"), ("c", "close")}
