@@ -3,19 +3,20 @@ imported before a verb needs it.
 
 Exit codes: 0 done; 1 a bug of ours (with a traceback); 2 something the user can mend (one line); 3 a checkpoint is
 damaged, or a step that was replayed gives other numbers; 75 the run was asked to stop, has saved, and goes on with the
-same command; 76 another process of the run has ended or has not come, and all of them go on with the same command; 77
-the same, after train.silence_limit seconds without a sign of life.
+same command; 76 what the run needs is away (another process of it, its data, its storage), and all of its processes go
+on with the same command; 77 the same, after train.silence_limit seconds without a sign of life.
 """
 
 import argparse
 import functools
 import os
 import sys
+import traceback
 
 from ddt_jax import cli_checkpoints, cli_scaling, host_memory, hosts, peers
-from ddt_jax.errors import UserError
+from ddt_jax.errors import Away, UserError
 
-EXIT_USER = 2
+EXIT_BUG, EXIT_USER = 1, 2
 
 _CONFIG_HELP = "config file, FILE.py or FILE.py:VARIANT; change single settings with --config.NAME.NAME=VALUE"
 _WORKDIR_HELP = "directory of the run: its config, log, checkpoints and results"
@@ -451,17 +452,20 @@ def main(argv: list[str] | None = None) -> int:
         return _VERBS[args.verb](args, overrides)
     except UserError as error:
         print(f"ddt-jax: {error}", file=sys.stderr)
-        return _left(peers.EXIT_ALONE if isinstance(error, peers.Missing) else EXIT_USER)
+        return _left(peers.EXIT_ALONE if isinstance(error, Away) else EXIT_USER)
     except BrokenPipeError:  # the reader of our output went away, as in `ddt-jax config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if not peers.is_lost(error):
+        if peers.is_lost(error):
+            peers.end_alone(error)
+        if not peers.has_joined():
             raise
-        peers.end_alone(error)
+        traceback.print_exc()
+        return _left(EXIT_BUG)
     except KeyboardInterrupt:
         print("ddt-jax: interrupted before there was anything to save", file=sys.stderr)
-        return 130
+        return _left(130)
 
 
 def console() -> int:

@@ -10,3 +10,10 @@ class UserError(Exception):
 
     def __init__(self, text: str = ""):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
+class Away(UserError):
+    """Something that the run needs stays away: its other processes, its data, its storage.
+
+    Unlike after other mistakes, a scheduler does well to start the same command once more: the CLI exits with 76.
+    """

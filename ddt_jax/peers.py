@@ -13,13 +13,13 @@ import threading
 from contextlib import contextmanager
 from typing import NoReturn
 
-from ddt_jax.errors import UserError
+from ddt_jax.errors import Away
 
-EXIT_ALONE = 76
+EXIT_ALONE = 76  # of every `Away`, too
 
 
-class Missing(UserError):
-    """Others have not come. Unlike after other mistakes, a scheduler does well to start all of them once more."""
+class Missing(Away):
+    """Others have not come."""
 
 
 # Of those who say that a connection is gone, these speak of the other processes and not of a store of files.

@@ -46,8 +46,8 @@ def replay(workdir: str, step: int, overrides: tuple[tuple[str, str], ...] = ())
             if (kept := bad_batches.kept(workdir, done + 1)) is not None:
                 which = "as kept" if all(np.array_equal(batch[name], kept[name]) for name in batch) else "not as kept"
                 batch = {name: np.array(kept[name]) for name in batch}
-            batch[STOP] = np.zeros(len(batch["slot"]), np.int32)
-            state, found = built.step(state, meshes.put_batch(batch, built.mesh))
+            placed = meshes.put_batch(batch, built.mesh) | {STOP: meshes.put_flag(False, built.mesh)}
+            state, found = built.step(state, placed)
             metrics.append([found[name] for name in (*step_log.FIGURES, "bad_step")])
     values = np.array(jax.device_get(metrics), np.float32)
     replayed, logged = values[:, :-1], step_log.read(workdir, start + 1, step)

@@ -9,8 +9,8 @@
 #SBATCH --open-mode=append
 # One process per node, which takes all its accelerators. Three minutes before the time is up every process is asked to stop;
 # the run saves and leaves with code 75, upon which the job queues again and goes on. So it does when a process was killed
-# (76 of the others), was stopped before there was anything to save (143) or stood still (77, train.silence_limit), at most
-# RESTARTS times.
+# (76 of the others), was stopped before there was anything to save (143), stood still (77, train.silence_limit), or when data
+# or storage is away (76), at most RESTARTS times.
 #
 #   sbatch --nodes=4 --gres=gpu:8 launch/slurm.sh CONFIG WORKDIR [--config.a.b=value ...]
 #

@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ddt_jax import cli, cli_checkpoints, config, experiment, settings
-from ddt_jax.errors import UserError
+from ddt_jax import cli, cli_checkpoints, config, experiment, peers, replaying, settings
+from ddt_jax.errors import Away, UserError
 from ddt_jax.training import checkpoint, goodput, heartbeat
+from ddt_jax.training.claim import claim
 from ddt_jax.training.loop import EXIT_STOPPED
 from ddt_jax.training.stored import Stored
 from tests import xla
@@ -144,13 +146,42 @@ def test_a_replayed_step_equals_the_log_and_shows_where_it_does_not(workdir, tmp
     assert run("replay", "--workdir", workdir, "--step", 7) == cli.EXIT_USER
 
 
+def test_a_step_is_replayed_by_the_program_of_the_run(workdir, monkeypatch):
+    """What it is called with has the shapes and the layout that the run's program was compiled for."""
+    build, seen = experiment.build, []
+
+    def watched(s):
+        built = build(s)
+
+        def step(state, batch):
+            seen.append((batch, experiment.abstract_batch(built)))
+            return built.step(state, batch)
+
+        return replace(built, step=step)
+
+    monkeypatch.setattr(experiment, "build", watched)
+    replaying.replay(str(workdir), 4)
+    ((batch, wanted),) = seen
+    described = [{name: (x.shape, x.dtype, x.sharding) for name, x in rows.items()} for rows in (batch, wanted)]
+    assert described[0] == described[1]
+
+
+def test_what_is_away_is_one_line_and_a_code_to_start_again_after(monkeypatch, capsys):
+    def away(args, overrides):
+        raise Away("data: x is away; start it again")
+
+    monkeypatch.setitem(cli._VERBS, "config", away)
+    assert run("config", *SMOKE) == peers.EXIT_ALONE
+    assert capsys.readouterr().err == "ddt-jax: data: x is away; start it again\n"
+
+
 def test_a_run_from_before_a_setting_existed_goes_on(tmp_path):
     tree = config.dump(settings.Experiment())
     older = {**tree, "optimizer": {k: v for k, v in tree["optimizer"].items() if k != "spike_skip"}}
     (tmp_path / "config.json").write_text(json.dumps(older))
-    experiment.claim(tmp_path, tree, lambda: pytest.fail("taken for a new run"))
+    claim(tmp_path, tree, lambda: pytest.fail("taken for a new run"))
     with pytest.raises(UserError, match=r"other settings \(optimizer.spike_skip\)"):
-        experiment.claim(
+        claim(
             tmp_path, config.dump(config.from_dict(config.override(tree, (("optimizer.spike_skip", "6"),)))), None
         )
 

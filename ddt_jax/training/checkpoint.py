@@ -6,8 +6,10 @@ directory with a number for a name to be a checkpoint. So what was written is re
 goes back to the newest checkpoint that is what was saved.
 """
 
+import errno
 import hashlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,17 +21,20 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ddt_jax import peers, settings
-from ddt_jax.errors import UserError
+from ddt_jax.errors import Away, UserError
 from ddt_jax.io import atomic, json_object
 from ddt_jax.training.checksum import checksums
 from ddt_jax.training.readback import ReadBack, own_parts
 from ddt_jax.training.retention import superfluous
 from ddt_jax.training.state import TrainState
-from ddt_jax.training.stored import READ_BACK, Damaged, Stored
+from ddt_jax.training.stored import READ_BACK, Damaged, Stored, is_there, patiently
 
 FORMAT = 1
 _UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint that is being written, or removed
 _AHEAD = 2  # checkpoints that may wait to be read back; then saving waits
+# What the user must mend before a save can succeed; other errors of storage are taken for an outage.
+_NAMES = ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG")
+_TO_MEND = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
 
 
 class Checkpoints:
@@ -76,7 +81,7 @@ class Checkpoints:
           metrics: figures of the log at this step, by which the best checkpoints are kept.
 
         Raises:
-          UserError: if the directory cannot be written or the disk is full.
+          UserError: if the directory may not be written or the disk is full; an Away, if the storage fails otherwise.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -138,6 +143,7 @@ class Checkpoints:
 
         Raises:
           UserError: if there are checkpoints and none of them verifies.
+          Away: if the storage stays away, which says nothing about a checkpoint.
         """
         bad = []
         for step in reversed([s for s in self.steps() if at_most is None or s <= at_most]):
@@ -177,22 +183,27 @@ class Checkpoints:
             if meta["format"] != FORMAT:
                 return None, f"format {meta['format']}, this version reads {FORMAT}"
             saved = meta["checksums"]
+            saved = _of_fields(saved, abstract) if partial else saved
+            # Orbax has processes wait for each other: one alone may not read again.
+            seconds = {} if jax.process_count() == 1 else {"seconds": 0.0}
             with _quiet_orbax():
-                if partial:
-                    saved = _of_fields(saved, abstract)
-                    state = _read_part(self._directory / str(step) / "state", abstract)
-                else:
-                    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                    state = self._manager.restore(step, args=args)["state"]
+                state = patiently(lambda: self._read(step, abstract, partial), self._directory / str(step), **seconds)
             problem = _difference(saved, checksums(state))
             if problem is None and int(state.step) != step:
                 problem = f"holds step {int(state.step)}"
         except Damaged as error:
             state, problem = None, str(error)
+        except Away:
+            raise
         except Exception as error:  # anything a damaged directory can cause in the layers below
             state = None
             problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         return (state, None) if problem is None else (None, problem)
+
+    def _read(self, step, abstract, partial):
+        if partial:
+            return _read_part(self._directory / str(step) / "state", abstract)
+        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
 
     def _agree(self, problem: str | None) -> str | None:
         """A problem of any process is one for all of them."""
@@ -254,13 +265,19 @@ class Checkpoints:
     def _storage_errors(self):
         try:
             yield
+        except Away:  # of what reads it back
+            self._failed = True
+            raise
         except (OSError, ValueError, Damaged) as error:
             self._failed = True
             if peers.is_lost(error):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             what = "is damaged" if isinstance(error, Damaged) else f"cannot be written to {self._directory}"
-            raise UserError(f"checkpoint: {what}: {reason}; earlier checkpoints are unharmed") from error
+            line = f"checkpoint: {what}: {reason}; earlier checkpoints are unharmed"
+            if isinstance(error, Damaged) or _is_to_mend(error):
+                raise UserError(line) from error
+            raise Away(f"{line}, start the same command again when the storage is back") from error
 
 
 def checkpoints_folder(workdir) -> epath.Path:
@@ -269,9 +286,17 @@ def checkpoints_folder(workdir) -> epath.Path:
     return folder.resolve() if atomic.is_local(folder) else folder  # Orbax refuses relative paths
 
 
+def _is_to_mend(error: Exception) -> bool:
+    """Whether a save has failed for a reason that somebody must remove; TensorStore only quotes the system."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _TO_MEND
+    text = str(error).replace("_", " ").lower()  # PERMISSION_DENIED
+    return "forbidden" in text or any(os.strerror(number).lower() in text for number in _TO_MEND)
+
+
 def is_committed(folder) -> bool:
     """Whether a checkpoint is there as a whole: renamed into its place, or marked so where nothing can be renamed."""
-    return folder.exists() if atomic.is_local(folder) else (folder / "commit_success.txt").exists()
+    return is_there(folder) if atomic.is_local(folder) else (folder / "commit_success.txt").exists()
 
 
 def saved_config(workdir, setting: str = "workdir") -> dict:
@@ -281,13 +306,13 @@ def saved_config(workdir, setting: str = "workdir") -> dict:
       setting: what the user calls this directory.
 
     Raises:
-      UserError: if there is no run in that directory, or its config is damaged.
+      UserError: if there is no run in that directory, or its config is damaged; an Away, if the storage stays away.
     """
     path = epath.Path(workdir) / "config.json"
-    if not path.exists():
+    if not is_there(path):
         raise UserError(f"{setting}: {workdir} holds no run (no config.json); give the --workdir of `ddt-jax train`")
     try:
-        tree = json_object.loads(path.read_text())
+        tree = json_object.loads(patiently(path.read_text, path))
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {path} is damaged ({error}); put it back from a copy") from error
     if isinstance(mesh := tree.get("mesh"), dict):
@@ -301,9 +326,10 @@ def saved_steps(workdir) -> list[int]:
 
 
 def _steps(folder):
-    if not folder.exists():
+    if not is_there(folder):
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and is_committed(path))
+    paths = patiently(lambda: list(folder.iterdir()), folder)
+    return sorted(int(path.name) for path in paths if path.name.isdigit() and is_committed(path))
 
 
 def digest(state) -> str:

@@ -3,18 +3,25 @@
 Orbax keeps the arrays of a tree in one OCDBT database, `STEP/state`, as zarr arrays named after their paths; this
 module is the only one that knows so. `STEP/files.json` is ours: the size and SHA-256 of every other file, written when
 the checkpoint has been read back (`training/readback.py`).
+
+Storage that fails for a while is no damage: what passes is read again for some seconds, and then Away is raised.
 """
 
 import hashlib
 import json
+import os
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import tensorstore
 from etils import epath
 
+from ddt_jax.data import patience
+from ddt_jax.errors import Away
 from ddt_jax.io import atomic, json_object
 from ddt_jax.training.checksum import as_hex, part_sums
 
@@ -24,14 +31,65 @@ _CHUNK = 1 << 22  # bytes hashed at once
 _NODES = 1 << 26  # bytes of the database's own nodes that are kept: without them every array is looked up from the root
 _OPENING = 64  # arrays that are opened at once
 _AHEAD = 1 << 26  # bytes that are read while earlier ones are summed up; a larger block is read alone
+_PATIENCE = 30.0  # seconds for which a read that fails in a way that passes is tried again
+
+T = TypeVar("T")
 
 
 class Damaged(Exception):
     """A checkpoint, or a part of one, is not what was saved. Its text says what, without the step."""
 
 
+def patiently(read: Callable[[], T], what, seconds: float = _PATIENCE) -> T:
+    """What `read` gives, tried again while what it raises passes; what else it raises, at once.
+
+    Args:
+      what: is read, for the message.
+
+    Raises:
+      Away: if there is no time left.
+    """
+    end, tries = time.monotonic() + seconds, 0
+    while True:
+        try:
+            return read()
+        except Exception as error:
+            if not _passes(error):
+                raise
+            left = end - time.monotonic()
+            if left <= 0:
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                so_long = f", for {seconds:g} s now" if seconds else ""
+                raise Away(
+                    f"checkpoint: {what} cannot be read{so_long}: {reason}; start the same command again when the "
+                    "storage is back"
+                ) from error
+        tries += 1
+        time.sleep(min(left, patience.wait(tries)))
+
+
+def _passes(error: Exception) -> bool:
+    """As `data.patience.is_passing`; TensorStore makes a ValueError of everything, with the words of the system or of
+    a service.
+    """
+    if isinstance(error, ValueError):
+        return patience.says_passing(str(error)) or str(error).startswith(("UNAVAILABLE:", "DEADLINE_EXCEEDED:"))
+    return patience.is_passing(error)
+
+
+def is_there(path) -> bool:
+    """Whether a path is there. Where the file system does not answer, `exists` says no; here that raises Away."""
+    if not atomic.is_local(path):
+        return path.exists()
+    try:
+        patiently(lambda: os.stat(path), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 class Stored:
-    """One checkpoint.
+    """One checkpoint. Whatever reads raises Away where the storage stays away.
 
     Args:
       folder: WORKDIR/checkpoints/STEP.
@@ -46,7 +104,7 @@ class Stored:
     def meta(self) -> dict:
         """What was saved beside the arrays: format, step, checksums, metrics, config. Raises Damaged."""
         try:
-            found = json_object.loads((self.folder / "meta" / "metadata").read_text())
+            found = json_object.loads(self._text("meta", "metadata"))
             found["format"], found["checksums"].keys()
             return found
         except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -59,9 +117,13 @@ class Stored:
     def open(self, name: str):
         """The TensorStore of an array. Raises Damaged."""
         if name not in self._stores:
-            opening = self._opening(name)
-            with _damage(name):
-                self._stores[name] = opening.result()
+
+            def opened():
+                opening = self._opening(name)
+                with _damage(name):
+                    return opening.result()
+
+            self._stores[name] = patiently(opened, self.folder / name)
         return self._stores[name]
 
     def _opening(self, name):
@@ -77,8 +139,12 @@ class Stored:
     def read(self, name: str, where: tuple[slice, ...] = ()) -> np.ndarray:
         """An array, or the block of it that slices with bounds select. Raises Damaged."""
         store = self.open(name)
-        with _damage(name):
-            return np.asarray(store[where].read().result() if where else store.read().result())
+
+        def block():
+            with _damage(name):
+                return np.asarray(store[where].read().result() if where else store.read().result())
+
+        return patiently(block, self.folder / name)
 
     def blocks(self, name: str) -> Iterator[tuple[slice, ...]]:
         """Slices that cover an array, each one stored chunk. Raises Damaged."""
@@ -91,6 +157,9 @@ class Stored:
         """What blocks of arrays, given by slices, add to the checksums of these, uint32 [2] each. Some are read while
         others are summed up. Raises Damaged.
         """
+        return patiently(lambda: self._sums_of(parts), self.folder)
+
+    def _sums_of(self, parts):
         names, reading, ahead = list(parts), deque(), 0
         totals = {name: np.zeros(2, np.uint32) for name in names}
 
@@ -137,7 +206,15 @@ class Stored:
 
     def hashes(self, part: int = 0, parts: int = 1) -> dict[str, list]:
         """Name → [bytes, SHA-256] of every `parts`th file from the `part`th on, the list itself left out."""
-        return {name: list(_hash(self.folder / name)) for name in self._files()[part::parts]}
+        names = patiently(self._files, self.folder)
+        return {name: list(self._hash(name)) for name in names[part::parts]}
+
+    def _hash(self, name):
+        return patiently(lambda: _hash(self.folder / name), self.folder / name)
+
+    def _text(self, *names):
+        path = self.folder.joinpath(*names)
+        return patiently(path.read_text, path)
 
     def write_list(self, files: dict[str, list]) -> None:
         """Writes the list of files: from now on the checkpoint counts as read back."""
@@ -146,12 +223,12 @@ class Stored:
 
     @property
     def is_read_back(self) -> bool:
-        return (self.folder / LIST).exists()
+        return is_there(self.folder / LIST)
 
     def listed(self) -> dict[str, list]:
         """The list of files. Raises Damaged if it is not as it was written."""
         try:
-            found = json_object.loads((self.folder / LIST).read_text())
+            found = json_object.loads(self._text(LIST))
             if found["sha256"] == _digest(found["files"]):
                 return found["files"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -166,7 +243,7 @@ class Stored:
         """
         for name, (size, sha) in list(self.listed().items())[part::parts]:
             try:
-                found = _hash(self.folder / name)
+                found = self._hash(name)
             except OSError:
                 return f"{name} is missing or cannot be read"
             if found[0] != size:
@@ -186,7 +263,7 @@ class Stored:
     def _paths(self):
         if self._names is None:
             try:
-                tree = json_object.loads((self.folder / "state" / "_METADATA").read_text())["tree_metadata"]
+                tree = json_object.loads(self._text("state", "_METADATA"))["tree_metadata"]
                 entries = [e for e in tree.values() if not e["value_metadata"]["skip_deserialize"]]
                 keys = [[str(k["key"]) for k in e["key_metadata"]] for e in entries]
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -197,10 +274,12 @@ class Stored:
 
 @contextmanager
 def _damage(name):
-    """What the layers below raise about an array, as Damaged."""
+    """What the layers below raise about an array, as Damaged, but for what passes."""
     try:
         yield
     except Exception as error:
+        if _passes(error):
+            raise
         first = (str(error).splitlines() or ["no message"])[0]
         raise Damaged(f"{name} cannot be read ({type(error).__name__}: {first})"[:300]) from error
 

@@ -276,6 +276,41 @@ def test_slurm_queues_a_preempted_job_again_and_it_goes_on_as_if_nothing_had_hap
     assert_same_end(workdir, two_by_two)
 
 
+# One of several processes, whose verb raises what the command line names once all have joined; without a name it waits.
+_RAISES = """
+import builtins, sys, time
+from ddt_jax import cli, hosts
+
+def work(args, overrides):
+    hosts.join(args.coordinator, args.num_processes, args.process_id)
+    print("joined", flush=True)
+    if sys.argv[1]:
+        raise getattr(builtins, sys.argv[1])("on purpose")
+    time.sleep(300)
+
+cli._VERBS["train"] = work
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_a_process_that_crashes_does_not_wait_for_the_others():
+    join = ("--coordinator", f"localhost:{free_port()}", "--num-processes", "3", "--process-id")
+    started = [
+        spawn([sys.executable, "-c", _RAISES, raised, *command("c.py", "w", *join, i)[3:]])
+        for i, raised in enumerate(("", "RuntimeError", "KeyboardInterrupt"))
+    ]
+    try:
+        assert started[0].stdout.readline() == "joined\n"
+        (_, crashed), (_, interrupted) = (process.communicate(timeout=30) for process in started[1:])
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in started[1:]] == [1, 130], (crashed, interrupted)
+    assert crashed.count("Traceback") == 1 and crashed.rstrip().endswith("RuntimeError: on purpose"), crashed
+    assert interrupted == "ddt-jax: interrupted before there was anything to save\n"
+
+
 @pytest.mark.parametrize(
     ("process", "says"), [(0, "process 0 of 2 waited 3 s at"), (1, "process 1 of 2 could not join")]
 )

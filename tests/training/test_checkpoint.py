@@ -1,16 +1,21 @@
 """Checkpoints are trusted only when what comes back is what was saved."""
 
+import errno
 import gc
+import itertools
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from ddt_jax import config, experiment, settings
-from ddt_jax.errors import UserError
-from ddt_jax.training.checkpoint import Checkpoints, digest, saved_config
+from ddt_jax.errors import Away, UserError
+from ddt_jax.training import stored
+from ddt_jax.training.checkpoint import Checkpoints, digest, saved_config, saved_steps
 from ddt_jax.training.stored import LIST
 
 # Orbax drops the coroutines of the other arrays when one file is damaged, and Python remarks on each.
@@ -143,6 +148,88 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(saved, built, state, how):
     assert "\n" not in notes[0]
     if how in ("flip", "truncate"):
         assert file.name in notes[0]
+
+
+STALE = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+# As TensorStore says it.
+STALE_ARRAY = ValueError(f'UNKNOWN: Error reading local file "/a/manifest.ocdbt": {STALE.strerror} [os_error_code=116]')
+PARTS = {  # what is read of a checkpoint, the function that does it, and its error
+    "files": (stored, "_hash", STALE),
+    "texts": (type(stored.epath.Path("/")), "read_text", STALE),
+    "arrays": (Checkpoints, "_read", STALE_ARRAY),
+}
+
+
+@pytest.fixture
+def outage(monkeypatch):
+    """(part of a checkpoint, times) → so many reads of it fail; each look at the clock takes a second."""
+    seconds = itertools.count()
+    monkeypatch.setattr(stored, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda s: None))
+
+    def begin(part, times):
+        owner, name, error = PARTS[part]
+        real, left = getattr(owner, name), [error] * times
+
+        def read(*arguments, **options):
+            if left:
+                raise left.pop()
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, read)
+        return left
+
+    return begin
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_read_that_fails_for_a_moment_passes_nothing_over(saved, built, outage, part):
+    left = outage(part, 2)
+    back, notes = restore(saved, built)
+    assert int(back.step) == 3 and notes == [] and not left
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_storage_that_stays_away_is_no_damage(saved, built, outage, part):
+    outage(part, 10**4)
+    with pytest.raises(Away, match=f"^checkpoint: .*/checkpoints/3.* cannot be read, for 30 s now: .*{STALE.strerror}"):
+        restore(saved, built)
+    assert saved_steps(saved) == [1, 2, 3]
+
+
+def test_a_folder_that_does_not_answer_is_not_taken_for_an_empty_one(saved, outage, monkeypatch):
+    real = os.stat
+
+    def stat(path, *arguments, **options):
+        if os.fspath(path).endswith("checkpoints"):
+            raise STALE
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(Away, match="/checkpoints cannot be read"):
+        saved_steps(saved)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "x"), UserError),
+        (OSError(errno.EROFS, "x"), UserError),
+        (ValueError(f"RESOURCE_EXHAUSTED: /a: {os.strerror(errno.ENOSPC)} [os_error_code=28]"), UserError),
+        (ValueError("PERMISSION_DENIED: gs://a"), UserError),
+        (stored.Damaged("params/w is not what was saved"), UserError),
+        (STALE, Away),
+        (STALE_ARRAY, Away),
+        (ValueError("UNAVAILABLE: gs://a"), Away),
+    ],
+)
+def test_a_save_that_fails_in_an_outage_is_no_mistake_of_the_user(tmp_path, monkeypatch, error, kind):
+    points = Checkpoints(tmp_path)
+    with monkeypatch.context() as failing:
+        failing.setattr(points._manager, "check_for_errors", lambda: (_ for _ in ()).throw(error))
+        with pytest.raises(UserError, match="earlier checkpoints are unharmed") as caught:
+            points.check()
+    assert type(caught.value) is kind
+    points.close()
 
 
 def test_a_passed_over_step_can_be_saved_again(saved, built, state):
