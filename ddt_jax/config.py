@@ -65,7 +65,8 @@ def typed(cls, tree: dict, name: str):
 
 
 def load(path: str, overrides: tuple[tuple[str, str], ...] = ()) -> settings.Experiment:
-    """Reads `FILE.py` or `FILE.py:VARIANT`, lays `(dotted key, text)` overrides over it, and types the result.
+    """Reads `FILE.py` or `FILE.py:VARIANT`, or a run's config.json, lays `(dotted key, text)` overrides over it, and
+    types the result.
 
     Raises:
       UserError: if the file is missing or fails, or as `from_dict`.
@@ -75,9 +76,12 @@ def load(path: str, overrides: tuple[tuple[str, str], ...] = ()) -> settings.Exp
         known = sorted(str(p) for p in Path("configs").glob("*.py"))
         raise UserError(f"config: {file} does not exist{_nearest(file, known)}")
     try:
-        module = _run(file)
-        tree = module.get_config(variant) if variant else module.get_config()
-        tree = tree.to_dict()
+        if file.endswith(".json") and not variant:
+            tree = json.loads(Path(file).read_text())
+        else:
+            module = _run(file)
+            tree = module.get_config(variant) if variant else module.get_config()
+            tree = tree.to_dict()
     except UserError:
         raise
     except Exception as error:  # whatever the user's file did
@@ -126,7 +130,7 @@ _CODES = ("data.image_size", "model.encoder")
 _CODES += tuple(f"model.{k}" for k in ("kind", "num_tokens", "patch_size", "width", "heads", "mlp_ratio", "mix"))
 _CODES += tuple(f"model.{k}" for k in ("qk_norm", "scan_layers", "causal", "vision.", "qformer."))
 _CODEBOOK = tuple(f"model.quantizer.{k}" for k in ("code_dim", "codebook_size", "normalize_input"))
-_LATENTS = tuple(f"model.codec.{k}" for k in ("kind", "preset", "sizes"))
+_LATENTS = tuple(f"model.codec.{k}" for k in ("kind", "preset", "sizes", "dtype"))
 
 
 def decides_codes(kind: str, codebook: bool = True) -> tuple[str, ...]:
@@ -176,7 +180,27 @@ def _override(tree, dotted, text):
         raise _unknown(dotted, at, ".".join(parents))
     if isinstance(at[last], dict):
         raise UserError(f"config: {dotted} is a group; set one of {', '.join(f'{dotted}.{k}' for k in at[last])}")
-    at[last] = _Raw(text)
+    if last == "kind" and (other := _of_other_kind(tree, parents, text)):
+        at.clear()  # of settings with the same name, too, another kind has its own defaults
+        at.update(other)
+    else:
+        at[last] = _Raw(text)
+
+
+def _of_other_kind(tree, parents, kind):
+    """The defaults of the kind that a group of settings is to become, where it is of another one; else None."""
+    cls, at = settings.Experiment, tree
+    for i, key in enumerate(parents):
+        if not dataclasses.is_dataclass(cls) or not isinstance(at, dict):
+            return None
+        cls, at = typing.get_type_hints(cls).get(key), at.get(key)
+        if typing.get_origin(cls) in (types.UnionType, typing.Union) and isinstance(at, dict):
+            by_kind, now = _by_kind(typing.get_args(cls)), at.get("kind")
+            now = now.text if isinstance(now, _Raw) else now
+            if i + 1 == len(parents):
+                return dump(by_kind[kind]()) if kind in by_kind and kind != now else None
+            cls = by_kind.get(now)
+    return None
 
 
 def _nearest(word, known):
@@ -233,10 +257,14 @@ def _parse(kind, value, path):
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
+def _by_kind(kinds):
+    return {k.__dataclass_fields__["kind"].default: k for k in kinds}
+
+
 def _parse_union(kinds, value, path):
     if not isinstance(value, dict) or "kind" not in value:
         raise UserError(f"config: {path} must be a group of settings with a kind, got {value!r}")
-    by_kind = {k.__dataclass_fields__["kind"].default: k for k in kinds}
+    by_kind = _by_kind(kinds)
     chosen = value["kind"].text if isinstance(value["kind"], _Raw) else value["kind"]
     if not isinstance(chosen, str) or chosen not in by_kind:
         raise UserError(f"config: {path}.kind={chosen!r} is not one of {', '.join(map(repr, by_kind))}")
@@ -262,7 +290,7 @@ def _check(e: settings.Experiment):
         if not ok:
             raise UserError(f"config: {message}")
 
-    t, m, d = e.train, e.model, e.data
+    t, m, d, o = e.train, e.model, e.data, e.optimizer
     quantizer = getattr(m, "quantizer", settings.Quantizer())
     for key, value in {
         "train.steps": t.steps,
@@ -271,7 +299,8 @@ def _check(e: settings.Experiment):
         "train.log_every": t.log_every,
         "train.max_bad_steps": t.max_bad_steps,
         "train.keep_checkpoints": t.keep_checkpoints,
-        "optimizer.guard_window": e.optimizer.guard_window,
+        "optimizer.guard_window": o.guard_window,
+        "optimizer.newton_schulz_steps": o.newton_schulz_steps,
         "data.image_size": d.image_size,
         "data.prefetch": d.prefetch,
         "data.threads": d.threads,
@@ -294,8 +323,13 @@ def _check(e: settings.Experiment):
         "train.keep_every": t.keep_every,
         "train.keep_best": t.keep_best,
         "train.recheck_every": t.recheck_every,
-        "optimizer.spike_skip": e.optimizer.spike_skip,
-        "optimizer.clip_update": e.optimizer.clip_update,
+        "train.silence_limit": t.silence_limit,
+        "optimizer.warmup": o.warmup,
+        "optimizer.weight_decay": o.weight_decay,
+        "optimizer.clip_norm": o.clip_norm,
+        "optimizer.discriminator.clip_norm": o.discriminator.clip_norm,
+        "optimizer.spike_skip": o.spike_skip,
+        "optimizer.clip_update": o.clip_update,
         "seed": e.seed,
         "evaluate.pictures": e.evaluate.pictures,
         "evaluate.probe_images": e.evaluate.probe_images,
@@ -311,9 +345,27 @@ def _check(e: settings.Experiment):
         t.batch_size % t.accumulate == 0,
         f"train.batch_size={t.batch_size} does not divide into train.accumulate={t.accumulate} parts",
     )
-    need(e.optimizer.lr > 0, f"optimizer.lr must be above 0, got {e.optimizer.lr}")
-    need(0 <= t.ema < 1, f"train.ema must lie in [0, 1), got {t.ema}")
-    need(0 <= d.max_bad_fraction <= 1, f"data.max_bad_fraction must lie in [0, 1], got {d.max_bad_fraction}")
+    for key, value in {
+        "optimizer.lr": o.lr,
+        "optimizer.eps": o.eps,
+        "optimizer.discriminator.lr": o.discriminator.lr,
+    }.items():
+        need(value > 0, f"{key} must be above 0, got {value}")
+    for key, value in {
+        "train.ema": t.ema,
+        "optimizer.b1": o.b1,
+        "optimizer.b2": o.b2,
+        "optimizer.momentum": o.momentum,
+        "optimizer.discriminator.b1": o.discriminator.b1,
+        "optimizer.discriminator.b2": o.discriminator.b2,
+    }.items():
+        need(0 <= value < 1, f"{key} must lie in [0, 1), got {value}")
+    for key, value in {
+        "optimizer.decay_fraction": o.decay_fraction,
+        "optimizer.final_lr_fraction": o.final_lr_fraction,
+        "data.max_bad_fraction": d.max_bad_fraction,
+    }.items():
+        need(0 <= value <= 1, f"{key} must lie in [0, 1], got {value}")
     need(
         not d.eval_source.startswith("latents:"),
         f"data.eval_source={d.eval_source} holds no images to compare with; name the images it was made of",
@@ -335,6 +387,28 @@ def _check(e: settings.Experiment):
             d.image_size % m.patch_size == 0,
             f"data.image_size={d.image_size} is not a multiple of model.patch_size={m.patch_size}",
         )
+    if isinstance(flow := getattr(m, "flow", None), settings.Flow):
+        need(flow.solver_steps >= 1, f"model.flow.solver_steps must be at least 1, got {flow.solver_steps}")
+        for key in ("shift", "logit_std"):
+            need(getattr(flow, key) > 0, f"model.flow.{key} must be above 0, got {getattr(flow, key)}")
+        drop = flow.condition_drop
+        need(0 <= drop <= 1, f"model.flow.condition_drop must lie in [0, 1], got {drop}")
+        acts = m.decoder.kind != "renderer" and m.stage == "joint" and flow.time != "logit_normal"
+        need(
+            acts or not m.token_gradient_weights,
+            "model.token_gradient_weights=True is for a flow decoder that learns with its codes at times that are "
+            "uniform; set it to False",
+        )
+    if isinstance(prefixes := getattr(getattr(m, "decoder", None), "random_prefixes", None), float):
+        need(0 <= prefixes <= 1, f"model.decoder.random_prefixes must lie in [0, 1], got {prefixes}")
+    need(0 <= quantizer.decay < 1, f"model.quantizer.decay must lie in [0, 1), got {quantizer.decay}")
+    need(quantizer.commitment >= 0, f"model.quantizer.commitment must not be negative, got {quantizer.commitment}")
+    variance = quantizer.init_variance
+    need(0 < variance < 1, f"model.quantizer.init_variance must lie in (0, 1), got {variance}")
+    need(
+        not (e.evaluate.classifier and e.evaluate.verifier),
+        "evaluate.verifier=True judges scenes and evaluate.classifier other pictures; leave one of them out",
+    )
     need(
         not (isinstance(m, settings.VAE) and e.evaluate.verifier),
         "evaluate.verifier=True judges tokenizers, model.kind='vae' is none; set evaluate.verifier=False",

@@ -1,7 +1,8 @@
 """What runs of the multimodal transformer cost and saw: rows of a comparison from finished workdirs, and how many steps
 a planned run may take. docs/comparison.md has the protocol, `evaluation/comparison.py` keeps it.
 
-Operations are those of matrix products and convolutions of the compiled step (`scaling/flops.py`), times the steps.
+Operations are those of matrix products and convolutions of the traced step (`scaling/flops.py`), times the steps; the
+transformer's attention counts with every pair of a row and a key, whichever kernel computes it.
 What a run's input cost is counted as well: the training of its image tokenizer, encoding every image once, the training
 of what it begins with and of a codec beneath it. Held-out data, evaluation, and other learning rates tried are not.
 """
@@ -22,7 +23,7 @@ from ddt_jax.errors import UserError
 from ddt_jax.evaluation.comparison import Row
 from ddt_jax.multimodal.batches import RowLoader
 from ddt_jax.multimodal.vocabulary import SPECIAL
-from ddt_jax.scaling import flops, outcome
+from ddt_jax.scaling import flops, model_flops, outcome
 from ddt_jax.scaling.points import Point
 from ddt_jax.tokenizers.base import ImageTokenizer
 from ddt_jax.tokenizers.text import open_text_tokenizer
@@ -186,13 +187,14 @@ def parameters(s: settings.Experiment) -> float:
 
 
 def _bare(s):
-    """The settings less what decides neither the step nor the parameters."""
+    """The settings less what decides neither the step nor the parameters, as they are counted."""
     # Of the sources, what decides the step: whether it has to make latents itself.
     sources = (settings.Pictures(source="latents:"),) if s.sequences.latents else ()
     bare = replace(s.sequences, sources=sources, eval_sources=(), tokenizer="")
     rate = replace(s.optimizer, lr=1.0)
     long = replace(s.train, steps=1_000_000)
-    return replace(s, name="", seed=0, init_from="", mesh=settings.Mesh(), sequences=bare, optimizer=rate, train=long)
+    s = replace(s, name="", seed=0, init_from="", mesh=settings.Mesh(), sequences=bare, optimizer=rate, train=long)
+    return model_flops.every_pair(s)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,8 +1,10 @@
 """Settings from files and the command line: what is wrong is said in one line that names it."""
 
 import dataclasses
+import inspect
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,10 +87,74 @@ def test_unknown_key_names_the_nearest(config_file):
         ("model.heads", "5", "model.width=96 is not a multiple of model.heads=5"),
         ("evaluate.visible", "[0, 1]", "evaluate.visible"),
         ("train.ema", "1", "train.ema"),
+        ("train.silence_limit", "-1", "train.silence_limit must not be negative, got -1"),
+        ("optimizer.clip_norm", "-1", "optimizer.clip_norm must not be negative, got -1"),
+        ("optimizer.warmup", "-5", "optimizer.warmup must not be negative, got -5"),
+        ("optimizer.weight_decay", "-0.1", "optimizer.weight_decay must not be negative, got -0.1"),
+        ("optimizer.newton_schulz_steps", "0", "optimizer.newton_schulz_steps must be at least 1, got 0"),
+        ("optimizer.eps", "-1", "optimizer.eps must be above 0, got -1"),
+        ("optimizer.b1", "1.5", "optimizer.b1 must lie in [0, 1), got 1.5"),
+        ("optimizer.b2", "1", "optimizer.b2 must lie in [0, 1), got 1"),
+        ("optimizer.momentum", "-0.5", "optimizer.momentum must lie in [0, 1), got -0.5"),
+        ("optimizer.decay_fraction", "-1", "optimizer.decay_fraction must lie in [0, 1], got -1"),
+        ("optimizer.final_lr_fraction", "-2", "optimizer.final_lr_fraction must lie in [0, 1], got -2"),
+        ("model.flow.solver_steps", "0", "model.flow.solver_steps must be at least 1, got 0"),
+        ("model.flow.shift", "0", "model.flow.shift must be above 0, got 0"),
+        ("model.flow.condition_drop", "1.5", "model.flow.condition_drop must lie in [0, 1], got 1.5"),
+        ("model.quantizer.decay", "1.0", "model.quantizer.decay must lie in [0, 1), got 1"),
+        ("model.quantizer.commitment", "-1", "model.quantizer.commitment must not be negative, got -1"),
+        ("model.quantizer.init_variance", "2", "model.quantizer.init_variance must lie in (0, 1), got 2"),
+        ("optimizer.discriminator.lr", "-1", "optimizer.discriminator.lr must be above 0, got -1"),
+        ("optimizer.discriminator.b1", "-0.5", "optimizer.discriminator.b1 must lie in [0, 1), got -0.5"),
+        ("optimizer.discriminator.b2", "1", "optimizer.discriminator.b2 must lie in [0, 1), got 1"),
+        ("optimizer.discriminator.clip_norm", "-1", "optimizer.discriminator.clip_norm must not be negative, got -1"),
     ],
 )
 def test_wrong_values_are_named(config_file, key, value, message):
     fails(message, [(key, value)], config_file)
+
+
+def test_a_zero_that_turns_a_part_of_the_optimizer_off_is_taken(config_file):
+    off = ("weight_decay", "clip_norm", "discriminator.clip_norm", "warmup", "b1", "momentum", "final_lr_fraction")
+    overrides = tuple((f"optimizer.{name}", "0") for name in off)
+    o = config.load(config_file, (*overrides, ("optimizer.decay_fraction", "1"))).optimizer
+    assert (o.clip_norm, o.discriminator.clip_norm, o.warmup, o.b1, o.decay_fraction) == (0, 0, 0, 0, 1)
+
+
+def test_another_kind_has_its_own_defaults():
+    """Also of settings with the same name: a flow decoder's tokens see the image, a released renderer's do not."""
+    file = f"{ROOT}/configs/ddt_selftok_256.py"
+    assert config.load(file).model.decoder.context_see_xt
+    decoder = (("model.decoder.kind", "renderer"), ("model.decoder.depth", "6"))
+    assert config.load(file, decoder).model.decoder == settings.SelftokRenderer(depth=6)
+    kept = config.load(file, (("model.decoder.kind", "mmdit"),)).model.decoder
+    assert kept == config.load(file).model.decoder
+    images = f"{ROOT}/configs/transfusion_scenes.py"
+    unet = config.load(images, (("model.image.coder.kind", "unet"), ("model.image.coder.width", "64")))
+    assert unet.model.image.coder == settings.UNetCoder(width=64)
+    assert config.load(images, (("model.image.diffusion.kind", "ddpm"),)).model.image.diffusion == settings.DDPM()
+    spatial = config.load(f"{ROOT}/configs/smoke.py", (("model.kind", "spatial"),))
+    assert spatial.model == settings.SpatialTokenizer()
+
+
+def test_a_run_can_be_named_by_its_settings(tmp_path):
+    s = config.load(f"{ROOT}/configs/smoke.py")
+    (tmp_path / "config.json").write_text(config.to_json(s))
+    found = config.load(f"{tmp_path}/config.json", (("train.steps", "7"),))
+    assert found == replace(s, train=replace(s.train, steps=7))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json failed with JSONDecodeError"):
+        config.load(f"{tmp_path}/config.json")
+
+
+def test_weights_of_gradients_are_refused_where_they_do_nothing():
+    for changes in (
+        {"decoder": settings.Renderer(), "stage": "decoder"},
+        {"flow": settings.Flow(time="logit_normal")},
+    ):
+        model = replace(settings.DDTTokenizer(token_gradient_weights=True), **changes)
+        with pytest.raises(UserError, match="model.token_gradient_weights=True is for a flow decoder"):
+            config.from_dict(config.dump(settings.Experiment(model=model)))
 
 
 def test_an_autoencoder_has_no_codes_to_verify():
@@ -222,3 +288,12 @@ def test_named_config_is_as_reviewed(path):
 def test_every_golden_has_its_config():
     goldens = {p.stem for p in (ROOT / "tests" / "goldens" / "configs").glob("*.json")}
     assert goldens == {p.stem for p in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_no_config_takes_a_variant_that_it_does_not_have(path):
+    takes = inspect.signature(config.sibling(str(path), path.stem).get_config).parameters
+    if next(iter(takes), "") == "root":
+        pytest.skip("its variant is a folder, which may have any name")
+    with pytest.raises(UserError, match=r"'nonsense'.*choose" if takes else "nonsense failed with TypeError"):
+        config.load(f"{path}:nonsense")

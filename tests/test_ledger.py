@@ -101,6 +101,16 @@ def test_costs_of_a_run_are_those_by_hand(root, codes):
     assert (row.arm, row.run, row.seed, row.lr, row.step, row.steps) == ("codes", workdir, 0, 3e-3, STEPS, STEPS)
 
 
+@pytest.mark.parametrize("context", [160, 1024])  # from 1024 rows on, "auto" is a kernel with a loop over tiles
+def test_attention_costs_every_pair_of_a_row_and_a_key_whichever_kernel_computes_it(root, context):
+    s = ledger.sized(settings_of(root))
+    s = replace(s, sequences=replace(s.sequences, context=context))
+    for kernel in ("auto", "dense", "chunked", "splash"):
+        transformer = replace(s.model.transformer, attention=kernel)
+        found = ledger.step_flops(replace(s, model=replace(s.model, transformer=transformer)))
+        assert found == by_hand(transformer.vocab_size, context=context, targets=context), kernel
+
+
 def test_what_a_run_saw_is_what_its_batches_hold(codes):
     s, workdir = codes
     (row,) = ledger.rows("codes", workdir)
@@ -135,7 +145,7 @@ def test_runs_on_codes_and_on_pictures_differ_in_nothing_that_has_to_be_alike(ro
     (row,), (other,) = ledger.rows("pictures", workdir), ledger.rows("codes", codes[1])
     assert row.alike == other.alike
     # Of a picture that is denoised only guidance and solver say how it is drawn; the rest of `Sampling` counts nothing.
-    assert row.sampling["text_to_image"] == {"guidance": 2.0, "solver": "ddpm", "solver_steps": 250, "clip": 0.0}
+    assert row.sampling["text_to_image"] == {"guidance": 2.0, "solver": "ddpm", "solver_steps": 250, "clip": 5.0}
     assert other.sampling["text_to_image"]["temperature"] == 0.7 and "solver" not in other.sampling["text_to_image"]
     assert row.sampling["image_to_text"] == other.sampling["image_to_text"]
     assert row.flops.keys() == {"training"} and not row.uncounted

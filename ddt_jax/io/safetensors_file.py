@@ -1,4 +1,4 @@
-"""Safetensors files without holding them: read by mapping, written array by array.
+"""Safetensors files without holding them: read by mapping or array by array, written array by array.
 
 The format is eight bytes with the length of a header, the header (JSON: name → type, shape, place), the arrays. The
 safetensors package does the same but for bfloat16 in NumPy, files that are larger than memory, and object stores.
@@ -8,6 +8,8 @@ import json
 import math
 import mmap
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +33,16 @@ _TYPES = {  # in the order in which the package lays arrays out: wide types firs
 _LARGEST_HEADER = 100_000_000  # bytes, as in the package
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an array lies: bytes `begin` to `end` of its file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    begin: int
+    end: int
+
+
 def load(path) -> dict[str, np.ndarray]:
     """The arrays of a file by name, read-only views of the mapped file; of a file on an object store, of its bytes.
 
@@ -38,19 +50,25 @@ def load(path) -> dict[str, np.ndarray]:
       UserError: if the file is missing, damaged, or has arrays of a type that NumPy and ml_dtypes don't know.
     """
     raw = _bytes_of(path)
+    found = _places(path, lambda begin, end: raw[begin:end], len(raw))
+    return {name: _array(place, raw[place.begin : place.end]) for name, place in found.items()}
+
+
+def places(path) -> dict[str, Place]:
+    """Where the arrays of a file lie, by name; no more than its header is asked for. Raises UserError as `load`."""
     try:
-        (length,) = struct.unpack("<Q", raw[:8])
-        if length > min(_LARGEST_HEADER, len(raw) - 8):
-            raise ValueError("its header is longer than the file")
-        header, data = json_object.loads(bytes(raw[8 : 8 + length])), raw[8 + length :]
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        strange = [f"{name} of type {e['dtype']}" for name, e in entries.items() if e["dtype"] not in _TYPES]
-        arrays = {} if strange else {name: _array(entry, data) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(f"{path}: is no safetensors file, or damaged ({error}); fetch it again") from error
-    if strange:
-        raise UserError(f"{path}: holds arrays that are not read: {', '.join(strange)}")
-    return arrays
+        size = epath.Path(path).stat().length
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return _places(path, lambda begin, end: _range(path, begin, end), size)
+
+
+def read(path, place: Place) -> np.ndarray:
+    """The array of a place that `places` gave; no more than its bytes are asked for. Raises UserError as `load`."""
+    raw = _range(path, place.begin, place.end)
+    if len(raw) != place.end - place.begin:
+        raise UserError(f"{path}: ends before byte {place.end}; fetch it again")
+    return _array(place, raw)
 
 
 def save(path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> epath.Path:
@@ -88,12 +106,48 @@ def _bytes_of(path) -> memoryview:
     except ValueError:
         raise UserError(f"{path}: is empty; fetch it again") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
 
 
-def _array(entry, data) -> np.ndarray:
+def _unreadable(path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read: {error.strerror or error}")
+
+
+def _range(path, begin: int, end: int) -> bytes:
+    """Fewer bytes only at the end of the file."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _places(path, part: Callable[[int, int], bytes | memoryview], size: int) -> dict[str, Place]:
+    """As `places`, of a file of so many bytes. part: gives those from `begin` to `end`."""
+    try:
+        (length,) = struct.unpack("<Q", part(0, 8))
+        if length > min(_LARGEST_HEADER, size - 8):
+            raise ValueError("its header is longer than the file")
+        header = json_object.loads(bytes(part(8, 8 + length)))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        strange = [f"{name} of type {e['dtype']}" for name, e in entries.items() if e["dtype"] not in _TYPES]
+        found = {} if strange else {name: _place(entry, 8 + length, size) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise UserError(f"{path}: is no safetensors file, or damaged ({error}); fetch it again") from error
+    if strange:
+        raise UserError(f"{path}: holds arrays that are not read: {', '.join(strange)}")
+    return found
+
+
+def _place(entry, start: int, size: int) -> Place:
+    """start: of the arrays in a file of `size` bytes."""
     dtype, (begin, end) = np.dtype(_TYPES[entry["dtype"]]), entry["data_offsets"]
     count = math.prod(entry["shape"])
-    if not 0 <= begin <= end <= len(data) or end - begin != count * dtype.itemsize:
-        raise ValueError(f"an array of {entry['shape']} at {begin}:{end} of {len(data)} bytes")
-    return np.frombuffer(data[begin:end], dtype).reshape(entry["shape"]) if count else np.zeros(entry["shape"], dtype)
+    if not 0 <= begin <= end <= size - start or end - begin != count * dtype.itemsize:
+        raise ValueError(f"an array of {entry['shape']} at {begin}:{end} of {size - start} bytes")
+    return Place(tuple(entry["shape"]), dtype, start + begin, start + end)
+
+
+def _array(place: Place, raw) -> np.ndarray:
+    return np.frombuffer(raw, place.dtype).reshape(place.shape) if len(raw) else np.zeros(place.shape, place.dtype)

@@ -57,15 +57,17 @@ def load(folder, stem: str = "model") -> dict[str, Lazy]:
         raise UserError(f"{folder}: holds neither {index.name} nor {single.name}")
     found = {}
     for file in files:
-        names = safetensors_file.load(folder / file)
-        found |= {name: Lazy(x.shape, x.dtype, _reader(folder / file, name)) for name, x in names.items()}
+        names = (safetensors_file.load if atomic.is_local(folder) else safetensors_file.places)(folder / file)
+        found |= {name: Lazy(x.shape, x.dtype, _reader(folder / file, name, x)) for name, x in names.items()}
     wrong = sorted(found.keys() ^ (placed or found).keys())
     if wrong:
         raise UserError(f"{index}: it and its files disagree on {', '.join(wrong[:4])}; fetch the folder again")
     return found
 
 
-def _reader(path, name):
+def _reader(path, name, found):
+    if isinstance(found, safetensors_file.Place):  # on an object store: of its file, only the array's own bytes
+        return lambda: safetensors_file.read(path, found)
     # The file is mapped anew each time: pages of a mapping that stays would count as memory of this process.
     return lambda: safetensors_file.load(path)[name]
 

@@ -24,7 +24,8 @@ def count(function: Callable, *args: Any) -> float:
 
     Returns:
       The count. Gradients, and what is computed again for them, count when the function makes them. Of branches the
-      dearest counts; a loop whose trips are not known when it is traced counts once.
+      dearest counts; a loop whose trips are not known when it is traced counts once, and so does the body of a kernel:
+      where attention may be computed by either, ask for settings that hold all its logits (`model_flops.every_pair`).
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))

@@ -157,7 +157,7 @@ def find(s: settings.Experiment, model, mesh, abstract: TrainState, make_model) 
         raise UserError(f"init_from: {s.init_from} has no checkpoint yet; train that run first")
     differing = config.difference(config.dump(theirs), config.dump(s))
     # A codebook that is trained here may be another one than there.
-    decisive = config.decides_codes(s.model.kind, "extra/codebook" in model.inherited)
+    decisive = (*config.decides_codes(s.model.kind, "extra/codebook" in model.inherited), "model.dtype")
     if model.inherited and (differing := [name for name in differing if name.startswith(decisive)]):
         raise UserError(
             f"init_from: {s.init_from} makes other codes than this run would; set as there: {', '.join(differing)}"

@@ -1,7 +1,8 @@
 """Parameters alone, without a run: what an import writes and a run starts from.
 
 One array for each parameter of the unrolled model, whatever the run's own layout: layers are stacked, and everything is
-cut for its device, while it is read. Nothing is ever held twice, and on a pod no host reads more than its part.
+cut for its device, while it is read. Nothing but the leaf that is being read is ever held twice. On a pod no host reads
+more of local files than its part; of an object store it reads the arrays that have a share in its part, each once.
 """
 
 import json
@@ -73,19 +74,21 @@ def restore(arrays: dict, abstract):
         parts = [arrays[key] for key, _ in places[name]]
         stacked = _SCANNED in name
 
-        def read(index):
-            if not stacked:
-                return np.asarray(parts[0])[index].astype(leaf.dtype)
-            chosen = [np.asarray(part)[index[1:]].astype(leaf.dtype) for part in parts[index[0]]]
-            return np.stack(chosen)
-
         sharding = getattr(leaf, "sharding", None)
-        if sharding is not None:
-            return jax.make_array_from_callback(leaf.shape, sharding, read)
-        out = np.empty(leaf.shape, leaf.dtype)
+        if sharding is None:
+            out = np.empty(leaf.shape, leaf.dtype)
+            for i, part in enumerate(parts):
+                out[i if stacked else ...] = np.asarray(part)
+            return out
+        wanted = {_bounds(index, leaf.shape) for index in sharding.addressable_devices_indices_map(leaf.shape).values()}
+        shards = {bounds: np.empty([end - begin for begin, end in bounds], leaf.dtype) for bounds in wanted}
         for i, part in enumerate(parts):
-            out[i if stacked else ...] = np.asarray(part)
-        return out
+            of_part = [bounds for bounds in wanted if not stacked or bounds[0][0] <= i < bounds[0][1]]
+            array = np.asarray(part) if of_part else None  # a look may be a read: one for all shards
+            for bounds in of_part:
+                index = tuple(slice(*b) for b in bounds)
+                shards[bounds][i - bounds[0][0] if stacked else ...] = array[index[1:] if stacked else index]
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shards[_bounds(index, leaf.shape)])
 
     return jax.tree_util.tree_map_with_path(one, abstract)
 
@@ -113,6 +116,11 @@ def _places(name, shape) -> list[tuple[str, tuple[int, ...]]]:
     if _SCANNED not in name:
         return [(name, tuple(shape))]
     return [(name.replace(_SCANNED, f"/block_{i}/"), tuple(shape[1:])) for i in range(shape[0])]
+
+
+def _bounds(index, shape) -> tuple[tuple[int, int], ...]:
+    """(begin, end) of each axis of a shard."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def _name(path) -> str:

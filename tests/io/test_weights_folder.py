@@ -6,9 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from fsspec.implementations.memory import MemoryFile
 
 from ddt_jax.errors import UserError
 from ddt_jax.io import weights_folder
+from tests.data.conftest import bucket  # noqa: F401, a fixture
 
 ARRAYS = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -48,6 +50,27 @@ def test_an_array_is_made_anew_each_time_and_must_be_what_it_says():
     assert np.asarray(lazy).shape == np.asarray(lazy).shape and len(made) == 2 and lazy.nbytes == 8
     with pytest.raises(ValueError, match="instead of"):
         np.asarray(weights_folder.Lazy((3,), np.dtype(np.float32), lambda: np.zeros(2, np.float32)))
+
+
+def test_of_a_store_every_array_is_read_by_itself(tmp_path, bucket, monkeypatch):  # noqa: F811
+    arrays = {f"{i}": np.full((64, 64), i, np.float32) for i in range(8)} | {"none": np.zeros((0, 3), np.float32)}
+    weights_folder.save(tmp_path, arrays | ARRAYS, file_bytes=70_000)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    root, whole, got = bucket(files), sum(map(len, files.values())), []
+    read = MemoryFile.read
+    monkeypatch.setattr(MemoryFile, "read", lambda *args: got.append(read(*args)) or got[-1], raising=False)
+    found = weights_folder.load(root)
+    assert sum(map(len, got)) < 0.1 * whole and found.keys() == (arrays | ARRAYS).keys()
+    for name, array in (arrays | ARRAYS).items():
+        np.testing.assert_array_equal(np.asarray(found[name]), array, strict=True)
+    assert sum(map(len, got)) <= whole
+    first = "model-00001-of-00002.safetensors"
+    bucket({first: files[first][:-1]})
+    with pytest.raises(UserError, match="ends before byte"):
+        for lazy in found.values():
+            np.asarray(lazy)
+    with pytest.raises(UserError, match="is no safetensors file, or damaged"):
+        weights_folder.load(root)
 
 
 def test_missing_and_disagreeing_files_are_the_users_errors(tmp_path):

@@ -1,6 +1,7 @@
 """Weights without a run: into scanned and unrolled trees, whole or cut over a mesh; what does not fit is named."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -8,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.errors import UserError
+from ddt_jax.io import weights_folder
 from ddt_jax.nn import blocks
 from ddt_jax.training import weights
 
@@ -39,6 +41,26 @@ def test_a_device_gets_its_part():
     leaf = placed["blocks"]["scanned"]["block"]["w"]
     assert {s.data.shape for s in leaf.addressable_shards} == {(3, 2, 1)}
     np.testing.assert_array_equal(leaf, tree["blocks"]["scanned"]["block"]["w"])
+
+
+@pytest.mark.parametrize("spec", ["fsdp", None])
+def test_an_array_is_looked_at_once_for_all_devices(spec):
+    """Where it lies on an object store, each look reads it."""
+    looks, layers = [], {f"blocks/block_{i}/w": np.arange(16, dtype=np.float32).reshape(2, 8) + i for i in range(3)}
+    arrays = {
+        name: weights_folder.Lazy(x.shape, x.dtype, lambda x=x, name=name: looks.append(name) or x)
+        for name, x in (layers | {"head": np.arange(8, dtype=np.float32)}).items()
+    }
+    mesh = meshes.make_mesh(settings.Mesh(fsdp=8))
+    cut = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+    stack = jax.ShapeDtypeStruct((3, 2, 8), jnp.bfloat16, sharding=cut(None, None, spec))
+    head = jax.ShapeDtypeStruct((8,), np.float32, sharding=cut(spec))
+    found = weights.restore(arrays, {"blocks": {"scanned": {"block": {"w": stack}}}, "head": head})
+    assert sorted(looks) == sorted(arrays)
+    placed = found["blocks"]["scanned"]["block"]["w"]
+    assert placed.dtype == jnp.bfloat16 and placed.sharding == stack.sharding
+    np.testing.assert_array_equal(placed, np.stack([*layers.values()]))
+    np.testing.assert_array_equal(found["head"], np.arange(8))
 
 
 def test_what_does_not_fit_is_named_in_one_line():
