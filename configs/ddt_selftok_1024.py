@@ -11,9 +11,12 @@ networks, places of the tokens (1000 + 8 j), quantizer. A file of other sizes is
 """
 
 from ddt_jax import config, settings
+from ddt_jax.errors import UserError
 
 
 def get_config(variant="flow"):
+    if variant not in ("flow", "renderer"):
+        raise UserError(f"config: {variant!r} is no variant of ddt_selftok_1024; choose flow or renderer")
     c = config.defaults()
     c.name = "ddt_selftok_1024" if variant == "flow" else f"ddt_selftok_1024_{variant}"
     c.data.source = "parquet:${DDT_JAX_DATA}/imagenet/train-*.parquet"

@@ -2,15 +2,16 @@
 it learns little.
 """
 
-from ddt_jax import config
+from ddt_jax import config, settings
+from ddt_jax.errors import UserError
 
 
 def get_config(variant="ddt"):
+    if variant not in ("ddt", "linear"):
+        raise UserError(f"config: {variant!r} is no variant of smoke; choose ddt or linear")
     c = config.defaults()
     c.name = "smoke"
     if variant == "linear":
-        from ddt_jax import settings
-
         c.model = config.defaults(settings.LinearTokenizer)
     else:
         c.model.width, c.model.heads = 32, 2

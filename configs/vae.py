@@ -9,9 +9,12 @@ It has never been trained here, so no figure is given.
 """
 
 from ddt_jax import config, settings
+from ddt_jax.errors import UserError
 
 
 def get_config(variant="imagenet"):
+    if variant not in ("imagenet", "small"):
+        raise UserError(f"config: {variant!r} is no variant of vae; choose imagenet or small")
     c = config.defaults()
     c.name = "vae"
     c.model = config.defaults(settings.VAE)

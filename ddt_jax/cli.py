@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="draw this; can be repeated")
     p.add_argument("--prompts", default="", metavar="FILE", help="draw these: one on a line, or a benchmark's own file")
-    p.add_argument("--caption", action="append", default=[], metavar="IMAGE", help="describe this picture")
+    p.add_argument(
+        "--caption", action="extend", nargs="+", default=[], metavar="IMAGE", help="describe this picture, or these"
+    )
     p.add_argument("--edit", action="append", default=[], nargs=2, metavar=("IMAGE", "TEXT"), help="change a picture")
     p.add_argument(
         "--continue",

@@ -85,7 +85,7 @@ def add_verbs(verb) -> None:
         "flags",
         "print the compiler's flags for a chip, as a line that launch scripts evaluate",
         report=True,
-        more="With --explain also what they are for and who sets them. docs/plan.md.",
+        more="With --explain also what they are for and who sets them. docs/monitoring.md.",
     )
     p.add_argument("--chip", required=True, metavar="NAME", help="v5e, v5p, v6e, h100 or h200")
     p.add_argument("--explain", action="store_true", help="say where each comes from, in comments")

@@ -48,7 +48,7 @@ from ddt_jax.training import corpus
 from ddt_jax.training.progress import Progress
 
 BATCH = 64  # prompts that are answered at once
-_AHEAD = 1024  # pictures for FID that are held at once
+_AHEAD = 1024  # pictures that are held at once, for FID or to be described
 _NO_IMAGE = 128  # grey, where an answer is no image
 
 
@@ -108,8 +108,11 @@ class Eyes(Sight):
 
     def encode(self, images_BHWC) -> np.ndarray:
         """uint8 [N, H, W, 3] → int32 [N, K]."""
+        images_BHWC, found = np.asarray(images_BHWC), []
         with jax.set_mesh(self._mesh):
-            return np.asarray(self._run.encode(*self._arrays, np.asarray(images_BHWC)))[:, :: self._step]
+            for some in filled_batches(len(images_BHWC), BATCH):
+                found.append(np.asarray(self._run.encode(*self._arrays, images_BHWC[some])))
+        return np.concatenate(found)[: len(images_BHWC), :: self._step]
 
     def decode(self, codes, seeds: Sequence[int], batch: int = BATCH) -> np.ndarray:
         """int32 [N, K] → uint8 [N, H, W, 3]; an image's noise is keyed by its own seed."""
@@ -276,11 +279,15 @@ def generate(
         if go_on := [text for text in go_on for _ in range(samples)]:
             begun = [documents.text_to_image(encode(text), Image()) for text in go_on]
             told = speaker.tell(begun, [seed + n for n in range(len(begun))], force_image=force_image)
-        if caption:
-            held = eyes.encode(np.stack([eyes.read(file) for file in caption]))
+        for file in caption[_AHEAD:]:  # those before them are read before anything is said
+            if not epath.Path(file).exists():
+                eyes.read(file)
+        for at in range(0, len(caption), _AHEAD):
+            files = caption[at : at + _AHEAD]
+            held = eyes.encode(np.stack([eyes.read(file) for file in files]))
             shown = [documents.image_to_text([], Image(h)) for h in held]
-            said = speaker.say(shown, [seed + n for n in range(len(shown))])
-            result["captions"] = dict(zip(caption, said, strict=True))
+            said = speaker.say(shown, [seed + at + n for n in range(len(shown))])
+            result["captions"] |= dict(zip(files, said, strict=True))
         drawn = speaker.draw(given, [seed + n for n in range(len(given))])
     shown, labels = list(drawn.pictures), drawn.labels(labels)
     for text, parts in zip(go_on, told, strict=True):
@@ -317,7 +324,9 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     """
     begun = time.perf_counter()
     if jax.process_count() > 1:
-        raise UserError("evaluate: a transformer is evaluated by one process; leave out --num-processes")
+        raise UserError(
+            "evaluate: a transformer is evaluated by one process, on one device; start one, without --coordinator"
+        )
     speaker = open_speaker(workdir, overrides)
     s, root = speaker.built.settings, epath.Path(workdir)
     if not s.sequences.eval_sources:

@@ -241,7 +241,7 @@ def _keys(truth: Sequence[Truth]) -> list[Keys]:
             if keys is None:
                 raise UserError(
                     f"evaluation: caption {i + 1} of {len(truth)}, {scene!r}, is not one of scenes, and only those can "
-                    "be judged; take captions of scenes:heldout"
+                    "be judged; take captions of scenes:heldout, or set evaluate.verifier=False"
                 )
         else:
             keys = scene.keys if isinstance(scene, Scene) else frozenset(tuple(k[:4]) for k in scene)

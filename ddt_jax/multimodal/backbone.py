@@ -66,7 +66,7 @@ PRESETS = {
 
 
 def preset(name: str, **changes) -> settings.Transformer:
-    """A published size, with some settings changed: `preset("llama3_8b", vocab_size=193_792, remat="full")`."""
+    """A published size, with some settings changed: `preset("llama3_8b", vocab_size=193_920, remat="full")`."""
     if name not in PRESETS:
         raise UserError(f"transformer: there is no preset {name!r}; there are {', '.join(PRESETS)}")
     return replace(PRESETS[name], **changes)

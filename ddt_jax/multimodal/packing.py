@@ -119,10 +119,12 @@ class Packing:
         too_large = np.flatnonzero((sizes > self.limits).any(axis=1))
         if too_large.size:
             worst = sizes[too_large[0]].tolist()
+            way = "take a longer context, or let text be cut: raise sequences.context, or set sequences.truncate=True"
+            if worst[0] <= self.limits[0]:  # cutting is for positions alone
+                way = "raise sequences.targets and sequences.images, or set them to 0 for no limit of their own"
             raise UserError(
                 f"packing: document {documents[too_large[0]]:,} of {self.label or self.name} needs {worst} (positions, "
-                f"then what else is limited), a row holds {list(self.limits)}; take a longer context, or let text "
-                "be cut"
+                f"then what else is limited), a row holds {list(self.limits)}; {way}"
             )
         rows = best_fit(sizes, self.limits)
         # Best fit leaves the rows in order of length; their own shuffle undoes that.

@@ -66,15 +66,19 @@ def test_it_learns_and_is_evaluated_and_draws(root, trained, capsys, monkeypatch
     singly = json.loads((trained / "samples.json").read_text())
     for kind, share in {"text_to_image": "t2i_all_correct", "image_to_text": "caption_all_correct"}.items():
         assert len(singly[kind]) == 9 and np.mean([s["right"] for s in singly[kind]]) == pytest.approx(results[share])
+        marks = results["marks"][share.partition("_")[0]]
+        assert [mark == "1" for mark in marks] == [s["right"] for s in singly[kind]]
     assert "pictures of captions" in (trained / "results.md").read_text().lower()
 
     scene = scenes.sample_scene("heldout", 0)
     Image.fromarray(scenes.render(scene)).save(root / "a.png")
-    more = ["--prompt", "a small red circle", "--caption", root / "a.png", "--edit", root / "a.png", "make it blue"]
+    Image.fromarray(scenes.render(scene)[::-1]).save(root / "b.png")
+    more = ["--prompt", "a small red circle", "--caption", root / "a.png", root / "b.png"]
+    more += ["--edit", root / "a.png", "make it blue"]
     out = ["--out", root / "g.png", "--json", root / "g.json", "--samples", 2]
     assert run("generate", "--workdir", trained, *more, *out) == 0
     said = json.loads((root / "g.json").read_text())
-    assert len(said["drawn"]) == 4 and list(said["captions"]) == [str(root / "a.png")]
+    assert len(said["drawn"]) == 4 and list(said["captions"]) == [str(root / f"{x}.png") for x in "ab"]
     plan = json.loads((root / "codes" / "train" / "index.json").read_text())["plan"]
     assert said["tokenizer"] == plan["tokenizer"] and np.shape(said["codes"]) == (4, plan["num_tokens"])
     first = (root / "g.png").read_bytes()

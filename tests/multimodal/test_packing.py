@@ -114,3 +114,10 @@ def test_a_document_that_fits_no_row_is_named():
 
 def test_blocks_fill_many_rows():
     assert block_size(50, 8192) == 20972 and block_size(1e6, 8192) == 2048
+
+
+def test_what_cutting_would_not_mend_is_not_to_be_cut():
+    with pytest.raises(UserError, match=r"needs \[4, 3\].* holds \[20, 2\]; raise sequences.targets .* to 0"):
+        RowStream(packing([3, 4], limits=(20, 2), images=[1, 3])).row(0)
+    with pytest.raises(UserError, match=r"needs \[21, 3\].*; take a longer context.* sequences.truncate=True"):
+        RowStream(packing([3, 21], limits=(20, 2), images=[1, 3])).row(0)
