@@ -181,9 +181,7 @@ def test_a_run_from_before_a_setting_existed_goes_on(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(older))
     claim(tmp_path, tree, lambda: pytest.fail("taken for a new run"))
     with pytest.raises(UserError, match=r"other settings \(optimizer.spike_skip\)"):
-        claim(
-            tmp_path, config.dump(config.from_dict(config.override(tree, (("optimizer.spike_skip", "6"),)))), None
-        )
+        claim(tmp_path, config.dump(config.from_dict(config.override(tree, (("optimizer.spike_skip", "6"),)))), None)
 
 
 def test_other_settings_are_refused_by_name_unless_forced(workdir, capsys):
