@@ -24,5 +24,7 @@ def get_config(variant="codes"):
             if part["kind"] == "pictures":
                 part["source"], part["records"] = source, count
     c.sequences.context = scenes.DOCUMENTS * (scenes.ROWS.get(arm, tokenizers.CODES) + CAPTION)
+    if arm not in scenes.ROWS:  # codes are targets: with EOS, and what stands before and behind them
+        c.sequences.targets = scenes.DOCUMENTS * (tokenizers.CODES + 3)
     c.evaluate.verifier, c.evaluate.classifier = False, CLASSIFIER
     return c

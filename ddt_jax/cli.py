@@ -116,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--caption", action="extend", nargs="+", default=[], metavar="IMAGE", help="describe this picture, or these"
     )
+    p.add_argument(
+        "--ask",
+        action="append",
+        default=[],
+        nargs=2,
+        metavar=("IMAGE", "QUESTION"),
+        help="answer a question about a picture, of a run that has learned to",
+    )
     p.add_argument("--edit", action="append", default=[], nargs=2, metavar=("IMAGE", "TEXT"), help="change a picture")
     p.add_argument(
         "--continue",
@@ -123,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="TEXT",
         dest="go_on",
-        help="go on with this in text and pictures, of a run whose images are denoised",
+        help="go on with this in text and pictures",
     )
     p.add_argument("--force-image", action="store_true", help="go on with a picture first")
     p.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each text (default: 1)")
@@ -316,10 +324,10 @@ def _tokenize(args, overrides) -> int:
 
 
 def _generate(args, overrides) -> int:
-    from ddt_jax import drawings, speaking
+    from ddt_jax import drawings, generating
 
     if drawings.draws(args.workdir):
-        if any([args.prompts, args.caption, args.edit, args.go_on, args.force_image]):
+        if any([args.prompts, args.caption, args.ask, args.edit, args.go_on, args.force_image]):
             raise UserError(f"generate: {args.workdir} only draws; give --class or --prompt, or neither")
         how = {
             "classes": args.classes,
@@ -333,11 +341,12 @@ def _generate(args, overrides) -> int:
         return 0
     if args.classes or args.frames:
         raise UserError(f"generate: {args.workdir} is told texts, not --class and --frames; give --prompt TEXT")
-    result = speaking.generate(
+    result = generating.generate(
         args.workdir,
         prompt=args.prompt,
         prompts_file=args.prompts,
         caption=args.caption,
+        ask=args.ask,
         edit=args.edit,
         go_on=args.go_on,
         force_image=args.force_image,
@@ -346,6 +355,7 @@ def _generate(args, overrides) -> int:
         overrides=overrides,
     )
     lines = [f"{file}: {text}" for file, text in result["captions"].items()]
+    lines += [f"{a['image']}: {a['question']} {a['answer']}" for a in result["answers"]]
     lines += [" ".join(p if isinstance(p, str) else f"[picture {p}]" for p in parts) for parts in result["told"]]
     lines += [f"{result['no_image']} of {len(result['drawn'])} answers are no image"] if result["no_image"] else []
     lines += [f"written: {result['written']}"] if result["written"] else []

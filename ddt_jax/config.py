@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import math
 import types
@@ -80,13 +81,17 @@ def load(path: str, overrides: tuple[tuple[str, str], ...] = ()) -> settings.Exp
             tree = json.loads(Path(file).read_text())
         else:
             module = _run(file)
+            if variant and not inspect.signature(module.get_config).parameters:
+                raise UserError(f"config: {file} has no variants; leave out :{variant}")
             tree = module.get_config(variant) if variant else module.get_config()
             tree = tree.to_dict()
     except UserError:
         raise
     except Exception as error:  # whatever the user's file did
         raise UserError(f"config: {path} failed with {type(error).__name__}: {error}".replace("\n", " ")) from error
-    return from_dict(override(tree, overrides))
+    experiment = from_dict(override(tree, overrides))
+    _check_sense(experiment)
+    return experiment
 
 
 def sibling(file: str, name: str):
@@ -164,7 +169,9 @@ def override(tree: dict, overrides: tuple[tuple[str, str], ...]) -> dict:
       UserError: for a key that is no setting, naming the nearest one.
     """
     tree = copy.deepcopy(tree)
-    for key, text in overrides:
+    # Kinds first, and of them the outermost: each brings the defaults of its group.
+    kinds = [o for o in overrides if o[0].rpartition(".")[2] == "kind"]
+    for key, text in (*sorted(kinds, key=lambda o: o[0].count(".")), *(o for o in overrides if o not in kinds)):
         _override(tree, key, text)
     return tree
 
@@ -232,6 +239,8 @@ def _parse(kind, value, path):
         value = _read(kind, value.text)
     if origin is typing.Literal:
         choices = typing.get_args(kind)
+        if isinstance(value, bool) and "full" in choices:  # `remat` of runs from when it was yes or no
+            value = "full" if value else "none"
         if value not in choices:
             raise UserError(f"config: {path}={value!r} is not one of {', '.join(map(repr, choices))}")
         return value
@@ -300,7 +309,6 @@ def _check(e: settings.Experiment):
         "train.max_bad_steps": t.max_bad_steps,
         "train.keep_checkpoints": t.keep_checkpoints,
         "optimizer.guard_window": o.guard_window,
-        "optimizer.newton_schulz_steps": o.newton_schulz_steps,
         "data.image_size": d.image_size,
         "data.prefetch": d.prefetch,
         "data.threads": d.threads,
@@ -323,11 +331,6 @@ def _check(e: settings.Experiment):
         "train.keep_every": t.keep_every,
         "train.keep_best": t.keep_best,
         "train.recheck_every": t.recheck_every,
-        "train.silence_limit": t.silence_limit,
-        "optimizer.warmup": o.warmup,
-        "optimizer.weight_decay": o.weight_decay,
-        "optimizer.clip_norm": o.clip_norm,
-        "optimizer.discriminator.clip_norm": o.discriminator.clip_norm,
         "optimizer.spike_skip": o.spike_skip,
         "optimizer.clip_update": o.clip_update,
         "seed": e.seed,
@@ -345,27 +348,9 @@ def _check(e: settings.Experiment):
         t.batch_size % t.accumulate == 0,
         f"train.batch_size={t.batch_size} does not divide into train.accumulate={t.accumulate} parts",
     )
-    for key, value in {
-        "optimizer.lr": o.lr,
-        "optimizer.eps": o.eps,
-        "optimizer.discriminator.lr": o.discriminator.lr,
-    }.items():
-        need(value > 0, f"{key} must be above 0, got {value}")
-    for key, value in {
-        "train.ema": t.ema,
-        "optimizer.b1": o.b1,
-        "optimizer.b2": o.b2,
-        "optimizer.momentum": o.momentum,
-        "optimizer.discriminator.b1": o.discriminator.b1,
-        "optimizer.discriminator.b2": o.discriminator.b2,
-    }.items():
-        need(0 <= value < 1, f"{key} must lie in [0, 1), got {value}")
-    for key, value in {
-        "optimizer.decay_fraction": o.decay_fraction,
-        "optimizer.final_lr_fraction": o.final_lr_fraction,
-        "data.max_bad_fraction": d.max_bad_fraction,
-    }.items():
-        need(0 <= value <= 1, f"{key} must lie in [0, 1], got {value}")
+    need(o.lr > 0, f"optimizer.lr must be above 0, got {o.lr}")
+    need(0 <= t.ema < 1, f"train.ema must lie in [0, 1), got {t.ema}")
+    need(0 <= d.max_bad_fraction <= 1, f"data.max_bad_fraction must lie in [0, 1], got {d.max_bad_fraction}")
     need(
         not d.eval_source.startswith("latents:"),
         f"data.eval_source={d.eval_source} holds no images to compare with; name the images it was made of",
@@ -387,6 +372,48 @@ def _check(e: settings.Experiment):
             d.image_size % m.patch_size == 0,
             f"data.image_size={d.image_size} is not a multiple of model.patch_size={m.patch_size}",
         )
+    need(
+        not (e.evaluate.classifier and e.evaluate.verifier),
+        "evaluate.verifier=True judges scenes and evaluate.classifier other pictures; leave one of them out",
+    )
+    need(
+        not (isinstance(m, settings.VAE) and e.evaluate.verifier),
+        "evaluate.verifier=True judges tokenizers, model.kind='vae' is none; set evaluate.verifier=False",
+    )
+    if isinstance(m, settings.DDTTokenizer):
+        need(m.width % m.heads == 0, f"model.width={m.width} is not a multiple of model.heads={m.heads}")
+
+
+def _check_sense(e: settings.Experiment):
+    """Values that do nothing, or harm. Of a new config alone: a run that was trained with them can be read."""
+
+    def need(ok, message):
+        if not ok:
+            raise UserError(f"config: {message}")
+
+    t, m, o, quantizer = e.train, e.model, e.optimizer, getattr(e.model, "quantizer", settings.Quantizer())
+    need(o.newton_schulz_steps >= 1, f"optimizer.newton_schulz_steps must be at least 1, got {o.newton_schulz_steps}")
+    for key, value in {
+        "train.silence_limit": t.silence_limit,
+        "optimizer.warmup": o.warmup,
+        "optimizer.weight_decay": o.weight_decay,
+        "optimizer.clip_norm": o.clip_norm,
+        "optimizer.discriminator.clip_norm": o.discriminator.clip_norm,
+    }.items():
+        need(value >= 0, f"{key} must not be negative, got {value}")
+    for key, value in {"optimizer.eps": o.eps, "optimizer.discriminator.lr": o.discriminator.lr}.items():
+        need(value > 0, f"{key} must be above 0, got {value}")
+    for key, value in {
+        "optimizer.b1": o.b1,
+        "optimizer.b2": o.b2,
+        "optimizer.momentum": o.momentum,
+        "optimizer.discriminator.b1": o.discriminator.b1,
+        "optimizer.discriminator.b2": o.discriminator.b2,
+        "model.quantizer.decay": quantizer.decay,
+    }.items():
+        need(0 <= value < 1, f"{key} must lie in [0, 1), got {value}")
+    for key in ("decay_fraction", "final_lr_fraction"):
+        need(0 <= getattr(o, key) <= 1, f"optimizer.{key} must lie in [0, 1], got {getattr(o, key)}")
     if isinstance(flow := getattr(m, "flow", None), settings.Flow):
         need(flow.solver_steps >= 1, f"model.flow.solver_steps must be at least 1, got {flow.solver_steps}")
         for key in ("shift", "logit_std"):
@@ -401,17 +428,10 @@ def _check(e: settings.Experiment):
         )
     if isinstance(prefixes := getattr(getattr(m, "decoder", None), "random_prefixes", None), float):
         need(0 <= prefixes <= 1, f"model.decoder.random_prefixes must lie in [0, 1], got {prefixes}")
-    need(0 <= quantizer.decay < 1, f"model.quantizer.decay must lie in [0, 1), got {quantizer.decay}")
     need(quantizer.commitment >= 0, f"model.quantizer.commitment must not be negative, got {quantizer.commitment}")
     variance = quantizer.init_variance
     need(0 < variance < 1, f"model.quantizer.init_variance must lie in (0, 1), got {variance}")
     need(
-        not (e.evaluate.classifier and e.evaluate.verifier),
-        "evaluate.verifier=True judges scenes and evaluate.classifier other pictures; leave one of them out",
+        not (isinstance(m, settings.SEED) and quantizer.diversity),
+        f"model.quantizer.diversity={quantizer.diversity} is no part of SEED's loss; set it to 0",
     )
-    need(
-        not (isinstance(m, settings.VAE) and e.evaluate.verifier),
-        "evaluate.verifier=True judges tokenizers, model.kind='vae' is none; set evaluate.verifier=False",
-    )
-    if isinstance(m, settings.DDTTokenizer):
-        need(m.width % m.heads == 0, f"model.width={m.width} is not a multiple of model.heads={m.heads}")

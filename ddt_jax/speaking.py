@@ -1,4 +1,4 @@
-"""A trained transformer that draws and describes: `ddt-jax generate`, and `evaluate` of its run.
+"""A trained transformer that draws and describes: `Speaker`, and `ddt-jax evaluate` of its run.
 
 Where images are codes, their image tokenizer goes along.
 """
@@ -30,7 +30,6 @@ from ddt_jax.evaluation import (
     named_classes,
     pictures,
     plots,
-    prompts,
     reconstruction,
     samples,
     suite,
@@ -48,7 +47,7 @@ from ddt_jax.training import corpus
 from ddt_jax.training.progress import Progress
 
 BATCH = 64  # prompts that are answered at once
-_AHEAD = 1024  # pictures that are held at once, for FID or to be described
+AHEAD = 1024  # pictures that are held at once, for FID or to be described
 _NO_IMAGE = 128  # grey, where an answer is no image
 
 
@@ -191,16 +190,16 @@ class Speaker:
     def tell(
         self, given: Sequence[documents.Document], seeds: Sequence[int], done=None, *, force_image: bool = False
     ) -> list[list[str | np.ndarray]]:
-        """Texts and pictures in turns that answer documents; see `DiffusionAnswerer.both`.
-
-        Raises:
-          UserError: images of the run are codes.
-        """
-        if not isinstance(self.answerer, DiffusionAnswerer):
-            raise UserError("generate: text and images in turns need a run with model.image.kind='diffusion'")
+        """Texts and pictures uint8 [H, W, 3] in turns that answer documents; see `both` of the answerer."""
         e = self.built.settings.evaluate
         s = replace(e.image_to_text, guidance=e.text_to_image.guidance)
-        return self.answerer.both(given, s, seeds, self.corpus.text.decode, done, force_image=force_image)
+        told = self.answerer.both(given, s, seeds, self.corpus.text.decode, done, force_image=force_image)
+        held = [(row, i) for row, parts in enumerate(told) for i, part in enumerate(parts) if not isinstance(part, str)]
+        if held:
+            seen = self.eyes.decode(np.stack([told[row][i] for row, i in held]), [seeds[row] for row, _ in held])
+            for (row, i), picture in zip(held, seen, strict=True):
+                told[row][i] = picture
+        return told
 
     def encode_text(self, text: str) -> np.ndarray:
         return self.corpus.text.encode(text)
@@ -218,96 +217,6 @@ def open_speaker(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> S
     found = corpus.load(workdir, s)
     eyes = Eyes(s) if s.model.image.kind == "codes" else Sight(s.data)
     return Speaker(*experiment.restore(workdir, overrides), found, eyes)
-
-
-def generate(
-    workdir: str,
-    *,
-    prompt: Sequence[str] = (),
-    prompts_file: str = "",
-    caption: Sequence[str] = (),
-    edit: Sequence[tuple[str, str]] = (),
-    go_on: Sequence[str] = (),
-    force_image: bool = False,
-    samples: int = 1,
-    out: str = "",
-    overrides: tuple[tuple[str, str], ...] = (),
-) -> dict:
-    """Draws prompts, describes pictures, changes pictures, goes on with texts in text and pictures.
-
-    Args:
-      prompt: texts to draw. prompts_file: a file of them, see `evaluation.prompts`.
-      caption: files of pictures to describe.
-      edit: (file of a picture, what to do with it).
-      go_on: texts to go on with; force_image: with a picture first.
-      samples: answers to each prompt, edit and text to go on with; they differ in their seeds, evaluate.seed and those
-        after it.
-      out: PNG; "" = WORKDIR/generated.png.
-
-    Returns:
-      "drawn": what was asked for, in the order of the pictures, "no_image": how many answers are none, "captions": file
-      → text, "told": of each text to go on with what came, texts and numbers of pictures, "written"; of a run on codes
-      also "codes" of each picture, in the order of its sequences, None where the answer is no image, and "tokenizer",
-      the fingerprint of what makes them.
-
-    Raises:
-      UserError: there is nothing to do, or a file or text cannot be used.
-    """
-    texts = [*prompt, *(p.text for p in (prompts.open_prompts(prompts_file) if prompts_file else ()))]
-    if not (texts or caption or edit or go_on):
-        raise UserError(
-            "generate: there is nothing to do; give --prompt TEXT, --prompts FILE, --caption IMG, --edit or --continue"
-        )
-    if samples < 1:
-        raise UserError(f"generate: --samples {samples} must be at least 1")
-    if force_image and not go_on:
-        raise UserError("generate: --force-image says how --continue begins; give --continue TEXT, or leave it out")
-    speaker = open_speaker(workdir, overrides)
-    seed = speaker.built.settings.evaluate.seed
-    encode, eyes = speaker.encode_text, speaker.eyes
-    given = [documents.text_to_image(encode(text), Image()) for text in texts]
-    labels = list(texts)
-    for file, instruction in edit:
-        (held,) = eyes.encode(eyes.read(file)[None])
-        given.append(documents.editing([Image(held)], encode(instruction), Image()))
-        labels.append(f"{file}: {instruction}")
-    given = [document for document in given for _ in range(samples)]
-    labels = [label for label in labels for _ in range(samples)]
-    result: dict[str, Any] = {"drawn": labels, "no_image": 0, "captions": {}, "told": [], "written": ""}
-    told: list[list[str | np.ndarray]] = []
-    with jax.set_mesh(speaker.built.mesh):
-        if go_on := [text for text in go_on for _ in range(samples)]:
-            begun = [documents.text_to_image(encode(text), Image()) for text in go_on]
-            told = speaker.tell(begun, [seed + n for n in range(len(begun))], force_image=force_image)
-        for file in caption[_AHEAD:]:  # those before them are read before anything is said
-            if not epath.Path(file).exists():
-                eyes.read(file)
-        for at in range(0, len(caption), _AHEAD):
-            files = caption[at : at + _AHEAD]
-            held = eyes.encode(np.stack([eyes.read(file) for file in files]))
-            shown = [documents.image_to_text([], Image(h)) for h in held]
-            said = speaker.say(shown, [seed + at + n for n in range(len(shown))])
-            result["captions"] |= dict(zip(files, said, strict=True))
-        drawn = speaker.draw(given, [seed + n for n in range(len(given))])
-    shown, labels = list(drawn.pictures), drawn.labels(labels)
-    for text, parts in zip(go_on, told, strict=True):
-        result["told"].append([])
-        for part in parts:
-            if not isinstance(part, str):
-                result["drawn"].append(text)
-                labels.append(text)
-                shown.append(part)
-                part = len(shown)
-            result["told"][-1].append(part)
-    if shown:
-        path = out or str(epath.Path(workdir) / "generated.png")
-        written = pictures.save_png(pictures.grid(np.stack(shown), labels), path)
-        result |= {"no_image": int((~drawn.valid).sum()), "written": str(written)}
-    image = speaker.built.settings.model.image
-    if image.kind == "codes":
-        codes = [row.tolist() if valid else None for row, valid in zip(drawn.answers, drawn.valid, strict=True)]
-        result |= {"tokenizer": image.tokenizer, "codes": codes}
-    return result
 
 
 def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
@@ -341,6 +250,9 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
     if verifier:  # both raise for what they cannot judge, before anything is drawn
         verifier.captions(captions, captions)
         wanted = compositional.edited(told, orders) if e.verifier else ()
+    real: list[np.ndarray] = []
+    if isinstance(verifier, named_classes.NamedClasses):
+        real = [picture for _, picture in asked.with_pictures(s, speaker.eyes.data, len(chosen))]
     fid = None
     if e.inception_file and e.fid_images and chosen:
         fid = drawn_fid.DrawnFID(*suite.read_inception(e), s, speaker.eyes.data, speaker.built.mesh)
@@ -386,7 +298,6 @@ def evaluate(workdir: str, overrides: tuple[tuple[str, str], ...] = ()) -> dict:
         # Of each prompt: by which two runs can be compared that were asked the same.
         results["marks"] = {name: "".join("01"[right] for right in of) for name, of in marks.items()}
     if isinstance(verifier, named_classes.NamedClasses):
-        real = [picture for _, picture in asked.with_pictures(s, speaker.eyes.data, len(chosen))]
         found |= verifier.real(real, captions)
     elif verifier:
         found |= compositional.editing(changed.pictures, told, wanted, changed.valid)
@@ -467,8 +378,8 @@ def _drawn_on(speaker: Speaker, texts: Sequence[str], seed: int, done) -> Iterat
       seed: of the first; the others' are those after it.
       done: told how many are drawn.
     """
-    for at in range(0, len(texts), _AHEAD):
-        given = [documents.text_to_image(speaker.encode_text(text), Image()) for text in texts[at : at + _AHEAD]]
+    for at in range(0, len(texts), AHEAD):
+        given = [documents.text_to_image(speaker.encode_text(text), Image()) for text in texts[at : at + AHEAD]]
         seeds = [seed + at + n for n in range(len(given))]
         yield from speaker.draw(given, seeds, lambda n, at=at: done(at + n)).pictures
 

@@ -125,8 +125,9 @@ def test_another_kind_has_its_own_defaults():
     """Also of settings with the same name: a flow decoder's tokens see the image, a released renderer's do not."""
     file = f"{ROOT}/configs/ddt_selftok_256.py"
     assert config.load(file).model.decoder.context_see_xt
-    decoder = (("model.decoder.kind", "renderer"), ("model.decoder.depth", "6"))
-    assert config.load(file, decoder).model.decoder == settings.SelftokRenderer(depth=6)
+    decoder = (("model.decoder.depth", "6"), ("model.decoder.kind", "renderer"))
+    for overrides in (decoder, decoder[::-1]):
+        assert config.load(file, overrides).model.decoder == settings.SelftokRenderer(depth=6)
     kept = config.load(file, (("model.decoder.kind", "mmdit"),)).model.decoder
     assert kept == config.load(file).model.decoder
     images = f"{ROOT}/configs/transfusion_scenes.py"
@@ -147,14 +148,29 @@ def test_a_run_can_be_named_by_its_settings(tmp_path):
         config.load(f"{tmp_path}/config.json")
 
 
-def test_weights_of_gradients_are_refused_where_they_do_nothing():
-    for changes in (
-        {"decoder": settings.Renderer(), "stage": "decoder"},
-        {"flow": settings.Flow(time="logit_normal")},
+def test_runs_from_when_remat_was_yes_or_no_are_read():
+    tree = config.dump(settings.Experiment(model=settings.SelftokTokenizer()))
+    for before, now in ((True, "full"), (False, "none")):
+        tree["model"]["remat"] = before
+        assert config.from_dict(tree).model.remat == now
+
+
+def test_what_does_nothing_is_refused_of_a_new_config_and_read_of_a_run():
+    weighted = ("model.token_gradient_weights", "True")
+    for file, changes, message in (
+        (
+            "smoke.py",
+            (weighted, ("model.decoder.kind", "renderer")),
+            "token_gradient_weights=True is for a flow decoder",
+        ),
+        ("smoke.py", (weighted, ("model.stage", "decoder")), "token_gradient_weights=True is for a flow decoder"),
+        ("smoke.py", (weighted, ("model.flow.time", "logit_normal")), "token_gradient_weights=True is for a flow"),
+        ("seed_scenes.py", (("model.quantizer.diversity", "1"),), "diversity=1.0 is no part of SEED's loss"),
     ):
-        model = replace(settings.DDTTokenizer(token_gradient_weights=True), **changes)
-        with pytest.raises(UserError, match="model.token_gradient_weights=True is for a flow decoder"):
-            config.from_dict(config.dump(settings.Experiment(model=model)))
+        path = f"{ROOT}/configs/{file}"
+        with pytest.raises(UserError, match=message):
+            config.load(path, changes)
+        config.from_dict(config.override(config.dump(config.load(path)), changes))
 
 
 def test_an_autoencoder_has_no_codes_to_verify():
@@ -290,10 +306,13 @@ def test_every_golden_has_its_config():
     assert goldens == {p.stem for p in CONFIGS}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def variant_of(path):
+    """The name of what follows the file of a config, "" if nothing may."""
+    return next(iter(inspect.signature(config.sibling(str(path), path.stem).get_config).parameters), "")
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if variant_of(p) != "root"], ids=lambda p: p.stem)
 def test_no_config_takes_a_variant_that_it_does_not_have(path):
-    takes = inspect.signature(config.sibling(str(path), path.stem).get_config).parameters
-    if next(iter(takes), "") == "root":
-        pytest.skip("its variant is a folder, which may have any name")
-    with pytest.raises(UserError, match=r"'nonsense'.*choose" if takes else "nonsense failed with TypeError"):
+    """But for those whose variant is a folder, which may have any name."""
+    with pytest.raises(UserError, match="'nonsense'.*choose" if variant_of(path) else "has no variants; leave out"):
         config.load(f"{path}:nonsense")

@@ -1,12 +1,13 @@
 """What a training finds out before it has begun: nothing is written, and no data are read that need not be."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from ddt_jax import config, experiment
 from ddt_jax.errors import UserError
-from ddt_jax.training import feed, loop
+from ddt_jax.training import corpus, feed, loop
 from tests.test_cli import ROOT
 
 LINEAR = str(ROOT / "configs" / "smoke.py:linear")
@@ -58,6 +59,22 @@ def test_mesh_batch_and_workdir_come_before_data(tmp_path, monkeypatch, changes,
     monkeypatch.setattr(feed, "open_feed", lambda *args: pytest.fail("data were opened"))
     with pytest.raises(UserError, match=message):
         experiment.train(settings_with(**changes), str(tmp_path))
+
+
+def test_what_a_run_keeps_of_its_data_is_kept_whole_or_again(tmp_path, untrained, monkeypatch):
+    """A save that failed behind the run's settings is made good by the next start."""
+    root = str(ROOT / "configs" / "transfusion_scenes.py")
+    s = config.load(root, (("train.batch_size", "8"), ("data.cache_dir", str(tmp_path / "cache"))))
+    sources = (replace(s.sequences.sources[0], records=300),)
+    s = replace(s, sequences=replace(s.sequences, sources=sources, eval_sources=sources, targets=0))
+    save = corpus.save
+    monkeypatch.setattr(corpus, "save", lambda *args: (_ for _ in ()).throw(UserError("no space left")))
+    with pytest.raises(UserError, match="no space left"):
+        experiment.train(s, str(tmp_path / "run"))
+    monkeypatch.setattr(corpus, "save", save)
+    with pytest.raises(untrained):
+        experiment.train(s, str(tmp_path / "run"))
+    assert corpus.load(str(tmp_path / "run"), s).vocabulary.size > 300 and (tmp_path / "run" / "data.json").exists()
 
 
 def test_a_run_that_has_its_settings_alone_keeps_what_its_data_are(tmp_path, untrained):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ddt_jax import config, experiment, ledger, settings, speaking
+from ddt_jax.data import files
 from ddt_jax.data.base import open_source
 from ddt_jax.data.codes import CodesWriter, Plan
 from ddt_jax.errors import UserError
@@ -77,6 +78,7 @@ def write(root, name, s, **results):
     corpus.save(workdir, found)
     (workdir / "config.json").write_text(config.to_json(s))
     results = {"step": STEPS, "prompts": 9, "drawn_with": speaking.drawn_with(s), "t2i_all_correct": 0.5} | results
+    results |= {"marks": {"t2i": "010101010"}}
     (workdir / "results.json").write_text(json.dumps(results))
     return s, str(workdir)
 
@@ -89,6 +91,7 @@ def codes(root):
 def test_costs_of_a_run_are_those_by_hand(root, codes):
     s, workdir = codes
     (row,) = ledger.rows("codes", workdir)
+    assert row.results["marks"] == {"t2i": "010101010"}  # by which arms are compared prompt by prompt
     vocab = s.model.transformer.vocab_size
     assert row.flops["training"] == STEPS * by_hand(vocab, context=160, targets=160)
     t = experiment.saved_settings(str(root / "tokenizer"))
@@ -263,6 +266,31 @@ def test_rows_of_the_comparison_hold_two_documents_whatever_images_are(tmp_path)
     # Of documents of one length either may come first; over a block that is nothing.
     for other in held[1:]:
         np.testing.assert_allclose(held[0].sum(axis=0), other.sum(axis=0), rtol=0.005)
+
+
+@pytest.mark.parametrize("variant", ["codes", "seed", "transfusion", "blocks"])
+def test_rows_of_the_comparison_on_photographs_hold_two_documents_in_the_same_order(tmp_path, data_dir, variant):
+    """configs/comparison_cifar10.py: its rows can be packed, and formats come in one order whatever images are."""
+    count, tokenizers = 400, config.sibling(f"{CONFIGS}/comparison_cifar10.py", "cifar10_tokenizers")
+    spec = files.expand(tokenizers.SOURCE)
+    source = open_source(spec)
+    plan = Plan("f" * 64, 64, 4096, 32, "coarse_to_fine", False, spec, count, count)
+    writer = CodesWriter(tmp_path / "codes" / "train", plan)
+    zeros = np.zeros((1, 64), np.int32)
+    writer.write(0, ({"caption": source[i]["caption"], "codes": zeros} for i in range(count)))
+    writer.write_vectors(np.zeros((4096, 8)))
+    writer.complete()
+    s = config.load(f"{CONFIGS}/comparison_cifar10.py:{variant}:{tmp_path}", (("data.cache_dir", str(tmp_path)),))
+    part = s.sequences.sources[0]
+    part = part if part.kind == "codes" else replace(part, records=count)
+    folder = replace(part, folder=str(tmp_path / "codes" / "train")) if part.kind == "codes" else part
+    s, found = corpus.resolve(replace(s, sequences=replace(s.sequences, sources=(folder,), eval_sources=())))
+    loader = corpus.open_rows(s, found, s.sequences.sources)
+    loader.batch_at(0)
+    held = np.array([loader.batcher.contents(row) for row in range(100)])
+    assert (held[:, 2] == 2).all()
+    records = corpus.open_records(s, s.sequences.sources[0])
+    assert records.origin == f"parquet:{data_dir}/cifar10/train-0000[0-3]-of-00005.parquet"
 
 
 def test_a_point_of_a_scaling_study_is_the_runs_own_training(codes, monkeypatch):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddt_jax import config, ledger, settings
+from ddt_jax.data import files
 from ddt_jax.errors import UserError
 from ddt_jax.scaling import trial
 from ddt_jax.scaling.trial import Trial
@@ -146,7 +147,8 @@ def priced(found: Trial, path: str, root: str) -> list[Arm]:
                 )
             data = loaded[-1].data
             sources = ((data.source, found.records), (data.eval_source, found.held_out))
-            folders = tuple((*of, part.folder) for of, part in zip(sources, parts, strict=True))
+            # As records of pictures call them: the order of formats is keyed by it.
+            folders = tuple((files.expand(x), n, part.folder) for (x, n), part in zip(sources, parts, strict=True))
         flops = {"training": steps * planned.step, **planned.before}
         place = trial.place(path, arm.config, root)
         workdir = s.sequences.tokenizer if loaded else ""

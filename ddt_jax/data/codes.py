@@ -22,7 +22,7 @@ import numpy as np
 
 from ddt_jax.data import files
 from ddt_jax.data.array_record import ArrayRecordSource, write_array_record
-from ddt_jax.data.base import BadRecord, Source
+from ddt_jax.data.base import BadRecord, Source, parse_spec
 from ddt_jax.data.images import prepare
 from ddt_jax.data.patience import Patience
 from ddt_jax.data.pictures import encoded_images, fields_of
@@ -237,8 +237,9 @@ class CodesSource(ArrayRecordSource):
 
     @property
     def origin(self) -> str:
-        """What the order of formats is keyed by."""
-        return self.plan.source
+        """What the order of formats is keyed by: the source, as `PictureRecords` calls it."""
+        kind, rest, _ = parse_spec(self.plan.source)
+        return f"{kind}:{rest}"
 
     def without_images(self, index):
         """What can be read without decoding images, of which there are none. Raises BadRecord."""

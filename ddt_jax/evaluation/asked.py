@@ -55,7 +55,8 @@ def with_pictures(s: settings.Experiment, data: settings.Data, most: int) -> Ite
     Raises:
       UserError: those pictures are not where they were, or can no longer be read.
     """
-    return islice((pair for part in s.sequences.eval_sources for pair in _with_pictures(s, data, part)), most)
+    parts = (part for part in s.sequences.eval_sources if part.kind != "texts")
+    return islice((pair for part in parts for pair in _with_pictures(s, data, part)), most)
 
 
 def _with_pictures(s, data, part):
@@ -71,8 +72,8 @@ def _with_pictures(s, data, part):
                 yield record["caption"], prepare(source[record["index"]]["image"], replace(data, flip=False))
     except (UserError, BadRecord, IndexError) as error:
         raise UserError(
-            f"evaluate: FID needs the pictures of {spec}, which {part.folder} was made of: {error}; bring them back, "
-            "or leave out evaluate.inception_file"
+            f"evaluate: the pictures of {spec}, which {part.folder} was made of, are needed: {error}; bring them back, "
+            "or leave out evaluate.inception_file and evaluate.classifier"
         ) from error
 
 

@@ -53,8 +53,7 @@ class Answerer:
         self, model: Multimodal, params, extra, vocabulary: Vocabulary, form: ImageForm, *, context: int, batch: int
     ):
         c = model.config.transformer
-        params_of = backbone.as_computed(c, model.all_params(params, extra))
-        self.config, self.params = backbone.for_decoding(c, params_of)
+        self.config, self.params = backbone.for_decoding(c, model.all_params(params, extra), computed=True)
         self.places, self.whole_prompts = model.places(params, extra), model.config.whole_prompts
         self.vocabulary, self.form = vocabulary, form
         self.context, self.batch = context, batch
@@ -131,6 +130,51 @@ class Answerer:
         for prompts, some in self._batches(layouts, seeds):
             left_B = np.minimum(self.context - prompts.lengths_B, s.tokens)
             yield self._call(prompts, some, s, self._whole_images, (self.vocabulary["EOS"],), None, left_B)
+
+    def both(
+        self,
+        given: Sequence[Document],
+        s: settings.Sampling,
+        seeds: Sequence[int],
+        decode: Callable,
+        done=None,
+        *,
+        force_image: bool = False,
+    ) -> list[list[str | np.ndarray]]:
+        """What answers documents, texts and whole images in turns, images as codes int32 [K].
+
+        Args:
+          s: of texts and codes alike, without guidance; at most `tokens` of an answer, codes among them, but as many as
+            an image has in any case.
+          force_image: the answer begins with an image.
+          The rest: as `texts`.
+        """
+        layouts, answers = [self._prompt(document, force_image) for document in given], []
+        room = self.context - min(map(len, layouts), default=0)
+        s = replace(s, guidance=1.0, tokens=min(max(s.tokens, self.form.rows + 1), room))
+        for prompts, some in self._batches(layouts, seeds):
+            left_B = np.minimum(self.context - prompts.lengths_B, s.tokens)
+            found = self._call(prompts, some, s, self._whole_images, (self.vocabulary["EOS"],), None, left_B).run()
+            for ids, length in zip(np.asarray(found.tokens_BN), np.asarray(found.lengths_B), strict=True):
+                answers.append(self._parts(ids[:length], force_image, decode))
+            answers = answers[: len(given)]
+            if done is not None:
+                done(len(answers))
+        return answers
+
+    def _parts(self, ids, in_image: bool, decode) -> list[str | np.ndarray]:
+        """Texts and images that ids hold; an image that was cut off is left out."""
+        v, parts = self.vocabulary, []
+        begins = np.flatnonzero(ids == v["BOV"])
+        pieces = np.split(ids, begins)  # each but the first begins with BOV
+        for number, piece in enumerate(pieces):
+            if number or in_image:
+                codes, piece = np.split(piece[1 if number else 0 :], [self.form.rows])
+                if len(codes) == self.form.rows:
+                    parts.append(v.id_to_code(codes))
+            if (is_text := v.is_text(piece)).any():
+                parts.append(decode(piece[is_text]))
+        return parts
 
     def _prompt(self, document, force_image):
         return sequence.lay_out_prompt(

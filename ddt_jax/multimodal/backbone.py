@@ -193,10 +193,12 @@ def decoder(c: settings.Transformer) -> settings.Transformer:
     return replace(c, scan_layers=False, remat="none", dropout=0.0, attention=attention, lora=settings.LoRA())
 
 
-def for_decoding(c: settings.Transformer, params) -> tuple[settings.Transformer, Any]:
-    """Settings and parameters (plain arrays) of `decoder`."""
+def for_decoding(c: settings.Transformer, params, *, computed: bool = False) -> tuple[settings.Transformer, Any]:
+    """Settings and parameters (plain arrays) of `decoder`. computed: they are those of `as_computed`."""
     if c.lora.rank:
-        params = lora.merge(params, c.lora)
+        params = lora.merge(params, c.lora)  # before they are rounded: most updates are less than a weight's last bit
+    if computed:
+        params = as_computed(c, params)
     return decoder(c), blocks.unrolled(params) if c.scan_layers else params
 
 

@@ -63,8 +63,8 @@ class Segments:
 
     def __init__(self, model: DiffusionMultimodal, params, extra, vocabulary: Vocabulary, context: int):
         self.model, self.context = model, context
-        c = model.config.transformer
-        self.config, plain = backbone.for_decoding(c, backbone.as_computed(c, model.all_params(params, extra)))
+        c, all_params = model.config.transformer, model.all_params(params, extra)
+        self.config, plain = backbone.for_decoding(c, all_params, computed=True)
         self.weights = Weights(plain, params[PARAMS], {k: v for k, v in extra.items() if k == "codec"})
         self._begin, self._end, self._stop, self._pad = (vocabulary[name] for name in ("BOV", "EOV", "EOS", "PAD"))
         self.slack = model.form.rows + 1

@@ -205,23 +205,22 @@ class Stack(nn.Module):
       make: (name=…) → block.
       scan: one compiled body for all blocks, with parameters stacked along a first axis; `scanned` and `unrolled`
         convert between the two layouts.
-      remat: blocks are computed again for the gradient: True or "full" all of them, or but for what one of `REMAT`
-        keeps; False or "none" not at all. make must be a functools.partial of the block's class.
+      remat: blocks are computed again for the gradient but for what one of `REMAT` keeps; "none": they are not. make
+        must be a functools.partial of the block's class.
     """
 
     make: Callable
     depth: int
     scan: bool = False
-    remat: bool | str = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, carry, *rest, last=()):
         """last: further arguments of the last block alone, which has no body of its own under a scan."""
         make = self.make
-        if self.remat not in (False, "none"):
-            policy = REMAT["full" if self.remat is True else self.remat]
+        if self.remat != "none":
             # Under a scan nothing could merge the two computations anyway.
-            block = nn.remat(make.func, prevent_cse=not self.scan, policy=policy)
+            block = nn.remat(make.func, prevent_cse=not self.scan, policy=REMAT[self.remat])
             make = functools.partial(block, *make.args, **make.keywords)
         if not self.scan or self.depth == 0:
             for i in range(self.depth):

@@ -25,7 +25,7 @@ def without_remat(s: settings.Experiment) -> settings.Experiment:
         image = replace(m.image, coder=replace(coder, remat=False)) if hasattr(coder, "remat") else m.image
         return replace(s, model=replace(m, image=image, transformer=replace(m.transformer, remat="none")))
     if hasattr(m, "remat"):
-        return replace(s, model=replace(m, remat="none" if isinstance(m.remat, str) else False))
+        return replace(s, model=replace(m, remat="none" if isinstance(m.remat, str) else False))  # the VAE's is bool
     return s
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from ddt_jax.peers import EXIT_ALONE
 from ddt_jax.training.loop import EXIT_STOPPED
 
 LOOK_SECONDS = 2.0  # between two looks at what is going on
@@ -37,6 +38,8 @@ def became(code: int, log: Path, verb: str) -> tuple[str, str]:
         return "stopped", "asked to stop"
     said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     why = said[-1].removeprefix("ddt-jax: ") if said else ""
+    if code == EXIT_ALONE:  # what it needs was away
+        return "stopped", why
     state = "diverged" if _NOT_FINITE in why else "failed"
     killed = f"{verb} was killed by signal {-code}" if code < 0 else ""
     return state, killed or why or f"{verb} ended with code {code}"

@@ -253,7 +253,7 @@ class SelftokTokenizer:
     stage: Literal["joint", "decoder"] = "joint"  # decoder: encoder and codebook stand as they were in init_from
     token_gradient_weights: bool = False  # flow gradient of a token times 1 / P(it is visible), for u uniform
     scan_layers: bool = True
-    remat: bool = True  # compute a block again for its gradient rather than keep what it computed
+    remat: Literal["none", "full", "dots", "attention", "dots_attention"] = "full"  # see `Transformer`
     dtype: Literal["float32", "bfloat16"] = "float32"
     encoder: SelftokEncoder = field(default_factory=SelftokEncoder)
     decoder: SelftokDecoder | SelftokRenderer = field(default_factory=SelftokDecoder)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from ddt_jax import settings
-from ddt_jax.errors import UserError
 from ddt_jax.nn import quantize_l2
 from ddt_jax.nn.quantize import VectorQuantizer
 
@@ -117,10 +116,5 @@ class Published(Codes):
 
 
 def make_codes(c: settings.SEED, batch_size: int) -> Codes:
-    """The recipe that the settings name. Raises UserError for what neither knows."""
-    if c.quantizer.diversity:
-        raise UserError(
-            f"config: model.quantizer.diversity={c.quantizer.diversity} is no part of SEED's loss; set it to 0, or "
-            "train a tokenizer of another kind"
-        )
+    """The recipe that the settings name."""
     return Published(c.quantizer) if c.recipe == "l2-legacy" else Averaged(c.quantizer, c.num_tokens, batch_size)

@@ -66,9 +66,9 @@ class ImageFeed:
             _check_labels(self.loader, model.classes)
 
     def save(self, workdir):
-        _remember_records(workdir, self)
         if self.captions is not None:
             captions.save(workdir, self.captions)
+        _remember_records(workdir, self)  # last, as `is_saved` goes by it
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class RowFeed:
         self.loader.batch_at(0)  # raises what is wrong with documents, before a run begins
 
     def save(self, workdir):
-        _remember_records(workdir, self)
         corpus.save(workdir, self.corpus)
+        _remember_records(workdir, self)
 
 
 def _remember_records(workdir, feed):

@@ -12,6 +12,7 @@ from ddt_jax.errors import UserError
 from ddt_jax.training.feed import Feed, RowFeed
 
 _TEXT = 2000  # bytes that a process says; the digest tells apart what differs behind them
+_CUT = "..."
 
 
 def check(feed: Feed) -> None:
@@ -21,7 +22,7 @@ def check(feed: Feed) -> None:
     from jax.experimental import multihost_utils
 
     text, digest = found(feed)
-    said = np.frombuffer(digest + text.encode()[:_TEXT].ljust(_TEXT), np.uint8)
+    said = np.frombuffer(digest + _cut(text).ljust(_TEXT), np.uint8)
     rows = [bytes(row) for row in np.asarray(multihost_utils.process_allgather(said))]
     size = len(digest)
     if problem := difference([(row[size:].decode(errors="ignore").rstrip(), row[:size]) for row in rows]):
@@ -50,13 +51,25 @@ def difference(of_all: Sequence[tuple[str, bytes]]) -> str:
     other = next((i for i, (_, digest) in enumerate(of_all) if digest != first_digest), None)
     if other is None:
         return ""
-    lines = zip_longest(of_all[other][0].splitlines(), first_text.splitlines(), fillvalue="nothing")
+    both = [text.splitlines() for text in (of_all[other][0], first_text)]
+    whole = [[line for line in text if line != _CUT] for text in both]
+    # What one of them has no room for may be the other's next line.
+    lines = zip_longest(*whole, fillvalue="nothing") if whole == both else zip(*whole, strict=False)
     apart = (pair for pair in lines if len({line.partition(" of ")[0] for line in pair}) == 2)
     theirs, first = next(apart, ("other sources", "its own"))
     return (
         f"data: process {other} of {len(of_all)} has found {theirs} where process 0 has {first}; all must learn from "
         "the same, so give every host the same files"
     )
+
+
+def _cut(text: str) -> bytes:
+    """As many whole lines as there is room for, and `_CUT` if those are not all."""
+    raw = text.encode()
+    if len(raw) <= _TEXT:
+        return raw
+    whole = raw[: _TEXT - len(_CUT) - 1].rpartition(b"\n")[0]
+    return whole + f"\n{_CUT}".encode()
 
 
 def _sha256(value) -> bytes:

@@ -74,11 +74,15 @@ def test_it_learns_and_is_evaluated_and_draws(root, trained, capsys, monkeypatch
     Image.fromarray(scenes.render(scene)).save(root / "a.png")
     Image.fromarray(scenes.render(scene)[::-1]).save(root / "b.png")
     more = ["--prompt", "a small red circle", "--caption", root / "a.png", root / "b.png"]
-    more += ["--edit", root / "a.png", "make it blue"]
+    more += ["--edit", root / "a.png", "make it blue", "--ask", root / "a.png", "what colour is it?"]
+    more += ["--continue", "a large blue bar", "--force-image"]
     out = ["--out", root / "g.png", "--json", root / "g.json", "--samples", 2]
     assert run("generate", "--workdir", trained, *more, *out) == 0
     said = json.loads((root / "g.json").read_text())
-    assert len(said["drawn"]) == 4 and list(said["captions"]) == [str(root / f"{x}.png") for x in "ab"]
+    assert [a["question"] for a in said["answers"]] == ["what colour is it?"] and len(said["told"]) == 2
+    pictures = [part for parts in said["told"] for part in parts if not isinstance(part, str)]
+    assert len(pictures) >= 2 and max(pictures) == len(said["drawn"])
+    assert len(said["drawn"]) == 4 + len(pictures) and list(said["captions"]) == [str(root / f"{x}.png") for x in "ab"]
     plan = json.loads((root / "codes" / "train" / "index.json").read_text())["plan"]
     assert said["tokenizer"] == plan["tokenizer"] and np.shape(said["codes"]) == (4, plan["num_tokens"])
     first = (root / "g.png").read_bytes()

@@ -137,6 +137,35 @@ def test_how_long_a_text_may_be_is_a_matter_of_its_own_prompt(answerer):
     assert alone == beside and len(long) <= room < len(alone)  # nothing here has learned to end
 
 
+def test_texts_and_images_in_turns_are_those_that_a_row_holds(answerer, monkeypatch):
+    first, end = VOCABULARY.codes_start, VOCABULARY["EOV"]
+    codes = [first + n for n in (3, 1, 4, 1, 5)]
+    rows = [
+        [7, 8, VOCABULARY["BOV"], *codes, end, 9, VOCABULARY["BOV"], *codes[::-1], end, VOCABULARY["EOS"]],
+        [7, VOCABULARY["BOV"], *codes, end, VOCABULARY["BOV"], *codes[:3]],  # and there was no more room
+        [VOCABULARY["EOS"]],
+    ]
+    lengths = np.array([*map(len, rows), 1], np.int32)
+    ids = np.array([row + [VOCABULARY["PAD"]] * (20 - len(row)) for row in [*rows, rows[2]]], np.int32)
+    monkeypatch.setattr(answerer, "_call", lambda *a: Call(lambda: generate.Generated(ids, lengths), ()))
+    told = answerer.both(prompts([3] * 3), GREEDY, range(3), lambda text: f"{text.tolist()}")
+    assert [[part if isinstance(part, str) else part.tolist() for part in parts] for parts in told] == [
+        ["[7, 8]", [3, 1, 4, 1, 5], "[9]", [5, 1, 4, 1, 3]],
+        ["[7]", [3, 1, 4, 1, 5]],
+        [],
+    ]
+
+
+def test_an_answer_may_begin_with_an_image_and_is_as_long_as_one_at_least(answerer):
+    given = prompts([3, 9])
+    told = answerer.both(given, replace(GREEDY, tokens=1), range(2), str, force_image=True)
+    drawn = answerer.images(given, GREEDY, range(2))
+    assert len(told) == 2
+    for parts, codes in zip(told, drawn, strict=True):
+        assert len(parts) == 1
+        np.testing.assert_array_equal(parts[0], codes)
+
+
 def test_a_few_prompts_do_not_cost_a_whole_batch(answerer):
     rows = [
         [len(call.arguments[3]) for call in answerer.image_calls(prompts([3] * n), GREEDY, range(n))]

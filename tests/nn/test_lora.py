@@ -76,6 +76,23 @@ def test_decoding_merges_updates():
     np.testing.assert_allclose(logits(c, values), logits(C, trained(C)), atol=1e-4)
 
 
+def test_updates_that_are_less_than_a_weights_last_bit_count_in_half_precision():
+    """Merged after rounding they would vanish: of weights near 1 in bf16 the last bit is 1/128."""
+    c = replace(C, dtype="bfloat16", scan_layers=False, depth=1, lora=replace(C.lora, alpha=3.0))  # a factor of 1
+    values = trained(c)
+    kernel = values["blocks"]["block_0"]["value"]
+    rng = np.random.default_rng(0)
+    kernel["kernel"] = rng.uniform(1, 2, kernel["kernel"].shape).astype(np.float32)
+    kernel["lora_a"], kernel["lora_b"] = (
+        np.full(kernel[name].shape, 0.03, np.float32) for name in ("lora_a", "lora_b")
+    )
+    _, merged = backbone.for_decoding(c, values, computed=True)
+    found = merged["blocks"]["block_0"]["value"]["kernel"]
+    assert found.dtype == "bfloat16"
+    moved = float(np.mean(np.asarray(found, np.float64) - kernel["kernel"]))
+    assert abs(moved - 3 * 0.03**2) < 0.0015  # three ranks of 0.03 x 0.03; rounding has no side
+
+
 def test_an_update_reads_what_it_is_given_and_the_kernel_all_of_the_input():
     rng = np.random.default_rng(0)
     dense = layers.Dense((3,), ("embed", "embed_out"), use_bias=False, lora=settings.LoRA(rank=2, alpha=6.0))

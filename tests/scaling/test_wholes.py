@@ -102,7 +102,7 @@ class Joint(nn.Module):
     @nn.compact
     def __call__(self, tokens_BKD, x_BND, condition_BD):
         make = functools.partial(blocks.JointBlock, 2)
-        stack = blocks.Stack(make, depth=3, scan=True, remat=True)
+        stack = blocks.Stack(make, depth=3, scan=True, remat="full")
         k, n = tokens_BKD.shape[1], x_BND.shape[1]
         return stack((tokens_BKD, x_BND), condition_BD, condition_BD, spans.full(k + n))
 

@@ -297,8 +297,6 @@ def test_mistakes_are_named():
     batch_norm = replace(CODES, quantizer=replace(CODES.quantizer, normalize_input="batch"))
     with pytest.raises(UserError, match="train.accumulate=2 would change encoder batch norm"):
         build(batch_norm, accumulate=2)
-    with pytest.raises(UserError, match="model.quantizer.diversity=1.0 is no part of SEED's loss"):
-        build(replace(CODES, quantizer=replace(CODES.quantizer, diversity=1.0)))
     with pytest.raises(UserError, match="model.vision.patch_size=3 does not divide data.image_size=8"):
         build(replace(ALIGN, vision=replace(ALIGN.vision, patch_size=3)))
     with pytest.raises(UserError, match="model.contrast.temperature=0.0 must be above 0"):

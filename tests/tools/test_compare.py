@@ -137,7 +137,7 @@ def test_stages_of_a_tokenizer_are_trained_in_turn_and_all_of_them_are_paid(comp
             "has no arm 'seeds'; choose from",
         ),
         ("changes={'train.stepz': 1}", "train.stepz is not a setting"),
-        ("changes={'evaluate.verifier': False}", "rates are chosen by what it finds"),
+        ("changes={'evaluate.verifier': False}", "rates are chosen by what they find"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(compare, written, tmp_path, capsys, changes, message):

@@ -25,6 +25,7 @@ NUMBERS = {
     "sequences.context",
     "sequences.images",
     "sequences.sources",
+    "sequences.targets",
     "train.batch_size",
     "train.steps",
 }

@@ -57,6 +57,21 @@ def test_the_first_process_that_differs_is_named_with_what_it_has(feeds, says):
     assert line.startswith("data: process ") and says in line and "\n" not in line
 
 
+def test_what_there_is_no_room_for_is_not_taken_for_a_difference():
+    """Names of other lengths leave room for other numbers of lines."""
+
+    def said(name, *counts):
+        text, digest = same_data.found(rows(*((name, count) for count in counts)))
+        return same_data._cut(text).decode(), digest
+
+    many = [5] * 400
+    short, long = said("a", *many, 7), said("a" * 30, *many, 8)
+    assert short[0].endswith("\n...") and len(short[0].splitlines()) > len(long[0].splitlines())
+    assert "has found other sources where process 0 has its own" in same_data.difference([short, long])
+    assert "found 6 records of a" in same_data.difference([long, said("a", *many[:3], 6, *many)])
+    assert same_data._cut("x\ny") == b"x\ny"
+
+
 def test_a_run_asks_before_it_writes_anything(tmp_path, monkeypatch):
     def refuse(feed):
         raise UserError(f"asked of {len(feed.loader.source):,} records")
