@@ -133,6 +133,8 @@ def test_mistakes_are_one_line_before_anything_is_written(root, trained, tmp_pat
     seed = ["--config.seed=9", "--config.data.image_size=32", "--config.data.source=scenes:train"]
     seed += ["--config.data.eval_source=scenes:heldout", "--config.train.steps=2"]
     assert run("train", "--config", "configs/smoke.py", "--workdir", other, *seed) == 0
+    questions, one = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json", {"question": "x", "question_id": 1}
+    questions.write_text(json.dumps({"data_subtype": "val2014", "questions": [one | {"image_id": 2}]}))
     for arguments, message in (
         (["generate", "--workdir", trained], "there is nothing to do"),
         (["generate", "--workdir", trained, "--prompt", "x", "--force-image"], "says how --continue begins"),
@@ -140,7 +142,7 @@ def test_mistakes_are_one_line_before_anything_is_written(root, trained, tmp_pat
         (["evaluate", "--workdir", trained, "--config.evaluate.text_to_image.top_p=0"], "top_p in (0, 1]"),
         (["generate", "--workdir", root / "tokenizer", "--prompt", "x"], "is a run of kind"),
         (["generate", "--workdir", trained, "--prompt", "red " * 500], "leaves no room"),
-        (["generate", "--workdir", trained, "--continue", "x"], "need a run with model.image.kind='diffusion'"),
+        (["generate", "--workdir", trained, "--prompts", questions], "which are asked by --ask IMAGE QUESTION"),
         (["export", "llama", "--workdir", trained, "--to", tmp_path / "x"], "train without it to export"),
         (["generate", "--workdir", trained, "--caption", tmp_path / "none.png"], "does not exist"),
         (
