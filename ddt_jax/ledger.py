@@ -98,14 +98,13 @@ def rows(arm: str, workdir: str, codecs: Mapping[str, str] | None = None) -> lis
     }
     alike = _alike(s, found, loader)
     theirs = {f"tokenizer_{name}": value for name, value in _of_tokenizer(s).items()}
-    kept = lambda name, value: isinstance(value, int | float) or name == "marks"  # noqa: E731
     return [
         Row(
             **shared,
             step=results["step"],
             alike=alike | {"evaluate.prompts": results["prompts"]},
             sampling=results["drawn_with"],
-            results={k: v for k, v in results.items() if kept(k, v)} | theirs,
+            results={k: v for k, v in results.items() if isinstance(v, int | float) or k == "marks"} | theirs,
         )
         for results in evaluated
     ]

@@ -124,7 +124,10 @@ class Answerer:
 
     def text_calls(self, given: Sequence[Document], s: settings.Sampling, seeds: Sequence[int]) -> Iterator[Call]:
         """What `texts` runs for one batch after the other, each of which makes `generate.Generated`. As `texts`."""
-        layouts = [self._prompt(document, force_image=False) for document in given]
+        yield from self._writing([self._prompt(document, force_image=False) for document in given], s, seeds)
+
+    def _writing(self, layouts, s: settings.Sampling, seeds) -> Iterator[Call]:
+        """Calls that go on behind prompts up to the end of text, each row as far as it has room."""
         room = self.context - min(map(len, layouts), default=0)
         s = replace(s, guidance=1.0, tokens=min(s.tokens, room))
         for prompts, some in self._batches(layouts, seeds):
@@ -150,11 +153,9 @@ class Answerer:
           The rest: as `texts`.
         """
         layouts, answers = [self._prompt(document, force_image) for document in given], []
-        room = self.context - min(map(len, layouts), default=0)
-        s = replace(s, guidance=1.0, tokens=min(max(s.tokens, self.form.rows + 1), room))
-        for prompts, some in self._batches(layouts, seeds):
-            left_B = np.minimum(self.context - prompts.lengths_B, s.tokens)
-            found = self._call(prompts, some, s, self._whole_images, (self.vocabulary["EOS"],), None, left_B).run()
+        s = replace(s, tokens=max(s.tokens, self.form.rows + 1))
+        for call in self._writing(layouts, s, seeds):
+            found = call.run()
             for ids, length in zip(np.asarray(found.tokens_BN), np.asarray(found.lengths_B), strict=True):
                 answers.append(self._parts(ids[:length], force_image, decode))
             answers = answers[: len(given)]
