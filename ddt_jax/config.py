@@ -129,6 +129,7 @@ _FREE += tuple(f"train.{k}" for k in ("log_every", "eval_every", "checkpoint_eve
 _FREE += tuple(f"train.{k}" for k in ("tensorboard", "wandb", "max_bad_steps", "keep_best", "best_metric", "best_is"))
 _FREE += tuple(f"train.{k}" for k in ("maintenance", "silence_limit", "profile_at", "profile_steps"))
 _FREE += ("train.recheck_every", "train.accumulate")  # losses that micro-batches would change are refused when built
+_FREE += ("optimizer.offload",)
 
 # Settings that decide, with the weights, which codes an image gets, or where these weights lie in the state.
 _CODES = ("data.image_size", "model.encoder")

@@ -8,7 +8,7 @@ import pytest
 
 from ddt_jax import cli, experiment, monitoring, planning
 from ddt_jax.errors import UserError
-from ddt_jax.scaling import memory, plan_text, topology
+from ddt_jax.scaling import memory, plan, plan_text, topology
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DOCS = CONFIGS.parent / "docs"
@@ -87,6 +87,31 @@ def test_a_plan_says_what_a_step_needs(scanned):
     e = scanned["estimate"]
     assert e["step_seconds"] == max(e[f"{term}_seconds"] for term in ("compute", "memory", "communication"))
     assert e["mfu"] == pytest.approx(by_hand / e["step_seconds"] / 8 / 989e12, rel=1e-6)
+
+
+def test_moments_of_the_hosts_are_none_of_a_chips_memory(scanned):
+    waits = planning.plan_one(request(**{"optimizer.offload": True}), POD, jax.devices())
+    assert waits["memory"]["optimizer"] < 64 and waits["memory"]["padding"] == scanned["memory"]["padding"]
+    assert waits["host_bytes_per_chip"] == 2 * waits["memory"]["parameters"] and scanned["host_bytes_per_chip"] == 0
+    assert waits["estimate"]["host_seconds"] == pytest.approx(waits["host_bytes_per_chip"] / 64e9)
+    assert waits["model_flops"] == scanned["model_flops"] and waits["hardware_flops"] == scanned["hardware_flops"]
+    text = plan_text.text(waits)
+    assert "with its host" in text and "host 0.0 ms" in text and "with its host" not in plan_text.text(scanned)
+
+
+@pytest.mark.parametrize(
+    ("said", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded",
+            21.5 * 2**30,
+        ),
+        ("the total memory required for HLO temporaries (15.83G) exceeds available HBM (15.75G).", 15.83 * 2**30),
+        ("INVALID_ARGUMENT: something else (3G)", None),
+    ],
+)
+def test_what_a_compiler_says_that_it_would_need(said, needed):
+    assert plan._needed(said) == needed
 
 
 @pytest.mark.slow

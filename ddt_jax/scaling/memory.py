@@ -1,8 +1,10 @@
-"""What a chip holds while a compiled train step runs, by kind, in bytes."""
+"""What a chip holds while a compiled train step runs, by kind, in bytes, and what waits for it with its host."""
 
 import math
 
 import jax
+
+from ddt_jax.training import offload
 
 
 def by_kind(compiled, abstract, batch) -> dict[str, int]:
@@ -18,8 +20,10 @@ def by_kind(compiled, abstract, batch) -> dict[str, int]:
       place; "code".
     """
     m, found = compiled.memory_analysis(), of_arguments(abstract, batch)
+    # A CPU has one memory, and its compiler's count one kind of arguments.
+    held = m.argument_size_in_bytes - (0 if m.host_argument_size_in_bytes else of_hosts(abstract))
     return found | {
-        "padding": max(m.argument_size_in_bytes - sum(found.values()), 0),
+        "padding": max(held - sum(found.values()), 0),
         "temporary": m.temp_size_in_bytes,
         "outputs": max(m.output_size_in_bytes - m.alias_size_in_bytes, 0),
         "code": m.generated_code_size_in_bytes,
@@ -38,5 +42,14 @@ def of_arguments(abstract, batch) -> dict[str, int]:
 
 
 def of_tree(tree) -> int:
-    """Bytes of one device. tree: of ShapeDtypeStructs with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes in the memory of one device. tree: of ShapeDtypeStructs with shardings."""
+    return sum(_bytes(x) for x in jax.tree.leaves(tree) if not offload.on_host(x.sharding))
+
+
+def of_hosts(tree) -> int:
+    """Bytes of one device's part that wait in the memory of its host."""
+    return sum(_bytes(x) for x in jax.tree.leaves(tree) if offload.on_host(x.sharding))
+
+
+def _bytes(x):
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -83,8 +83,9 @@ def report(planned: Step, topology: Topology) -> dict:
     try:
         compiled, spent = compile_program(planned.step, arguments, planned.mesh, planned.effort)
     except Refused as error:
-        kinds = memory.of_arguments(*arguments)
-        return found | {"fits": False, "hbm_bytes_per_chip": error.needed, "memory": kinds}
+        kinds, waiting = memory.of_arguments(*arguments), memory.of_hosts(planned.abstract)
+        refused = {"fits": False, "hbm_bytes_per_chip": error.needed, "memory": kinds}
+        return found | refused | {"host_bytes_per_chip": waiting}
     return found | spent | _measured(compiled, planned, topology)
 
 
@@ -107,8 +108,12 @@ def where(mesh, topology: Topology, params, effort: float) -> dict:
 
 def _needed(message: str) -> float | None:
     """Bytes that a TPU's compiler found to be too many; None: it complains of something else."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    return float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ") if found else None
+    # Of what it has laid out, and of what it finds before that it cannot.
+    size = r"([\d.]+)([KMGT]?)"
+    for said in (f"Used {size} of [\\d.]+[KMGT]? hbm", f"total memory required .*?\\({size}\\) exceeds available HBM"):
+        if found := re.search(said, message):
+            return float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ")
+    return None
 
 
 def _measured(compiled, planned: Step, topology: Topology) -> dict:
@@ -116,7 +121,8 @@ def _measured(compiled, planned: Step, topology: Topology) -> dict:
     work = program.read(compiled.as_text(), chips, planned.attention_share)
     kinds = memory.by_kind(compiled, planned.abstract, planned.batch)
     needed = sum(kinds.values())
-    estimate = roofline.estimate(work, planned.mesh, topology)
+    waiting = memory.of_hosts(planned.abstract)
+    estimate = roofline.estimate(work, planned.mesh, topology, waiting)
     seconds, unit, hardware = estimate["step_seconds"], planned.unit, work.flops * chips
     estimate |= {
         f"{unit}s_per_second_per_chip": planned.units / seconds / chips,
@@ -126,6 +132,7 @@ def _measured(compiled, planned: Step, topology: Topology) -> dict:
         "fits": needed <= chip.hbm_bytes,
         "hbm_bytes_per_chip": needed,
         "memory": kinds,
+        "host_bytes_per_chip": waiting,
         f"flops_per_{unit}": planned.model_flops / planned.units,
         f"hardware_flops_per_{unit}": hardware / planned.units,
         "model_flops": planned.model_flops,

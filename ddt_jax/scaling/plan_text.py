@@ -63,7 +63,10 @@ def verdict(report: dict, way_out: str = "") -> str:
     share = f"{needed / _GB:,.1f} GB of {has / _GB:,.0f} GB"
     if report["fits"]:
         return f"verdict: fits, {share} on each chip"
-    of_step = "mesh.fsdp divides the state, train.accumulate and remat the temporary memory; --search tries them"
+    of_step = (
+        "mesh.fsdp divides the state, train.accumulate and remat the temporary memory, and --search tries them; "
+        "optimizer.offload keeps moments with the hosts"
+    )
     return f"verdict: does NOT fit, {share} on each chip; {way_out or of_step}"
 
 
@@ -93,6 +96,8 @@ def memory_lines(r) -> Iterable[str]:
             yield f"  {kind.replace('_', ' '):<16}{count / _GB:>10,.2f}"
     whole = sum(r["memory"].values()) if "loading_bytes_per_chip" in r else r["hbm_bytes_per_chip"]
     yield f"  {'all':<16}{whole / _GB:>10,.2f} of {r['hbm_bytes_of_chip'] / _GB:,.0f}"
+    if waiting := r.get("host_bytes_per_chip"):
+        yield f"  {'with its host':<16}{waiting / _GB:>10,.2f}, which a step fetches and puts back"
 
 
 def _flops(r):
@@ -130,7 +135,8 @@ def collective_lines(r, of: str = "a step") -> Iterable[str]:
 
 def _estimate(r):
     e, unit = r["estimate"], r["unit"]
-    terms = ", ".join(f"{name} {e[f'{name}_seconds'] * 1e3:,.1f} ms" for name in ("compute", "memory", "communication"))
+    names = [name for name in ("compute", "memory", "communication", "host") if f"{name}_seconds" in e]
+    terms = ", ".join(f"{name} {e[f'{name}_seconds'] * 1e3:,.1f} ms" for name in names)
     yield f"estimate from the chip's figures, not a measurement: {terms}"
     yield (
         f"  a step takes at least {e['step_seconds'] * 1e3:,.1f} ms ({e['bound']}): at most "

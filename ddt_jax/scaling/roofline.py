@@ -3,8 +3,9 @@
     compute        products / peak
     memory         bytes of HBM / bandwidth
     communication  Σ over collectives, one after the other; those of different axes do not overlap here
+    host           bytes that wait in the memory of the host / bandwidth to it; they come while others go
 
-The step takes at least the longest of the three: as if the compiler hid the other two behind it. Real steps are slower.
+The step takes at least the longest of them: as if the compiler hid the others behind it. Real steps are slower.
 
 What a group of n devices takes for a whole of V bytes is that of a ring in both directions (scaling-book, chapter 3):
 V (n - 1) / n over its bandwidth to gather or to scatter, twice that to reduce, a quarter to change places. A group with
@@ -19,9 +20,12 @@ from ddt_jax.scaling.topology import Topology
 _TIMES = {"all-reduce": 2.0, "all-to-all": 0.25}
 
 
-def estimate(work: Work, mesh, topology: Topology) -> dict:
+def estimate(work: Work, mesh, topology: Topology, host_bytes: int = 0) -> dict:
     """Seconds of a step: "compute_seconds", "memory_seconds", "communication_seconds", "step_seconds", the longest of
-    them, and "bound", its name.
+    them, and "bound", its name; "host_seconds" where something waits there.
+
+    Args:
+      host_bytes: of a chip, that a step fetches from the memory of its host, and puts back.
     """
     chip = topology.chip
     seconds = {
@@ -29,6 +33,8 @@ def estimate(work: Work, mesh, topology: Topology) -> dict:
         "memory": work.hbm_bytes / chip.hbm_bandwidth,
         "communication": sum(n * seconds_of(c, mesh, topology) for c, n in work.collectives.items()),
     }
+    if host_bytes:
+        seconds["host"] = host_bytes / chip.host_bandwidth
     bound = max(seconds, key=seconds.get)
     return {f"{name}_seconds": value for name, value in seconds.items()} | {
         "step_seconds": seconds[bound],

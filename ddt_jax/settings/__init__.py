@@ -372,6 +372,7 @@ class Optimizer:
     spike_skip: float = 0.0  # a step whose loss or gradient norm is above its limit is skipped
     clip_update: float = 0.0  # an update whose norm, over the learning rate, is above its limit is shortened to it
     guard_window: int = 128
+    offload: bool = False  # moments wait in the memory of the hosts: room on the chips for slower steps
     discriminator: DiscriminatorOptimizer = field(default_factory=DiscriminatorOptimizer)
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddt_jax.training import offload
+
 _SEEDS = (np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15))
 _PIECE = 1 << 20  # elements that `part_sums` holds indices and hashes of at once
 
@@ -37,7 +39,7 @@ def _words(x):
 
 @jax.jit  # once per shape: one program of all arrays of a small model took half a minute to compile
 def _array_checksum(x):
-    words = _words(x)
+    words = _words(offload.fetched(x))
     index = jnp.zeros(words.shape, jnp.uint32)
     stride = 1
     for dim in reversed(range(words.ndim)):

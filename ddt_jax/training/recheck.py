@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from ddt_jax.errors import UserError
 from ddt_jax.training.checksum import checksums
@@ -49,10 +49,11 @@ class Recheck:
             )
 
     def _placed(self, sharding):
-        return NamedSharding(self._mesh, sharding.spec)
+        return NamedSharding(self._mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
     def _move(self, x):
-        parts = [jax.device_put(s.data, self._next[s.device], may_alias=False) for s in x.addressable_shards]
+        there = {d: SingleDeviceSharding(n, memory_kind=x.sharding.memory_kind) for d, n in self._next.items()}
+        parts = [jax.device_put(s.data, there[s.device], may_alias=False) for s in x.addressable_shards]
         return jax.make_array_from_single_device_arrays(x.shape, self._placed(x.sharding), parts)
 
 

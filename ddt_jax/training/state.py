@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from ddt_jax import mesh as meshes
 from ddt_jax import settings
 from ddt_jax.nn import params as params_lib
+from ddt_jax.training import offload, transfer
 from ddt_jax.training import optimizer as optimizers
-from ddt_jax.training import transfer
 from ddt_jax.training.guards import sides, with_guards
 
 
@@ -91,13 +91,20 @@ def shardings_of(boxed, mesh: Mesh) -> tuple[Any, list[meshes.Fallback]]:
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=params_lib.is_box), fallbacks
 
 
-def state_shardings(model, abstract: TrainState, mesh: Mesh) -> tuple[TrainState, list[meshes.Fallback]]:
-    """Where each array of the state lies. Optimizer moments and the average lie with their parameters."""
+def state_shardings(
+    model, abstract: TrainState, mesh: Mesh, offloaded: bool = False
+) -> tuple[TrainState, list[meshes.Fallback]]:
+    """Where each array of the state lies. Optimizer moments and the average lie with their parameters.
+
+    Args:
+      offloaded: moments lie in the memory of the hosts.
+    """
     boxed, boxed_extra = jax.eval_shape(model.init, jax.random.key(0))
     params, fallbacks = shardings_of(boxed, mesh)
     extra, more = shardings_of(boxed_extra, mesh)
     whole = meshes.replicated(mesh)
-    opt_state = _beside_params(abstract.opt_state, abstract.params, params, whole)
+    moments = jax.tree.map(lambda sh: sh.with_memory_kind(offload.HOST), params) if offloaded else params
+    opt_state = _beside_params(abstract.opt_state, abstract.params, moments, whole)
     ema = None if abstract.ema is None else params
     state = TrainState(whole, params, opt_state, ema, extra, whole, whole)
     return state, fallbacks + more
@@ -125,7 +132,7 @@ def abstract_state(s: settings.Experiment, model, mesh: Mesh, make_model: Callab
     abstract = jax.eval_shape(
         lambda: init_state(model, optimizer, declarations, seed=s.seed, use_ema=s.train.ema > 0, guard=s.optimizer)
     )
-    shardings, fallbacks = state_shardings(model, abstract, mesh)
+    shardings, fallbacks = state_shardings(model, abstract, mesh, s.optimizer.offload)
     abstract = jax.tree.map(lambda a, sh: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sh), abstract, shardings)
     return optimizer, declarations, abstract, fallbacks
 

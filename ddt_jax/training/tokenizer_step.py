@@ -13,7 +13,7 @@ import optax
 
 from ddt_jax import mesh as meshes
 from ddt_jax.tokenizers.image_loss import DISCRIMINATOR
-from ddt_jax.training import guards
+from ddt_jax.training import guards, offload
 from ddt_jax.training.state import TrainState
 
 STOP = "stop"  # a flag of each device: a host that was asked to stop says so to all of them through the step
@@ -77,8 +77,13 @@ def make_step(
         stop = jnp.max(batch.pop(STOP)) if STOP in batch else jnp.int32(0)
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         weights = {name: w(state.step) if callable(w) else w for name, w in model.loss_weights.items()}
-        value, grads, (sums, counts, stats) = gradients(state.params, state.extra, batch, rng, weights)
+        value, grads, aux = gradients(state.params, state.extra, batch, rng, weights)
         norms = _norms("grad_norm", grads)
+        state, metrics = offload.late(update, norms["grad_norm"], state, (value, grads, aux, norms, rng))
+        return state, metrics | {STOP: jnp.asarray(stop, jnp.float32)}
+
+    def update(state: TrainState, found):
+        value, grads, (sums, counts, stats), norms, rng = found
         before = guards.split(state.opt_state)
         updates, opt_state = optimizer.update(grads, before.inner, state.params)
         lengths = _norms("update_norm", updates)
@@ -118,7 +123,6 @@ def make_step(
             "bad_step": bad,
             "bad_steps": bad_steps[0],
             "bad_in_a_row": bad_steps[1],
-            STOP: stop,
         }
         opt_state = guards.join(opt_state)
         state = TrainState(state.step + 1, params, opt_state, average, extra, state.rng, bad_steps)

@@ -27,7 +27,9 @@ def test_the_longest_term_bounds_the_step():
     work = Work(flops=459e12, hbm_bytes=2 * 2.77e12)
     e = roofline.estimate(work, mesh, found)
     assert (e["compute_seconds"], e["memory_seconds"], e["communication_seconds"]) == pytest.approx((1, 2, 0))
-    assert e["step_seconds"] == pytest.approx(2) and e["bound"] == "memory"
+    assert e["step_seconds"] == pytest.approx(2) and e["bound"] == "memory" and "host_seconds" not in e
+    waits = roofline.estimate(work, mesh, found, host_bytes=45_000_000_000)
+    assert waits["host_seconds"] == waits["step_seconds"] == pytest.approx(3) and waits["bound"] == "host"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ddt_jax import planning
-from ddt_jax.scaling import topology
+from ddt_jax.scaling import plan_text, topology
 
 pytestmark = pytest.mark.tpu_compile
 
@@ -80,6 +80,23 @@ def test_parameters_are_gathered_layer_by_layer(report):
         "bytes": VOCAB * WIDTH * 2,
     }
     assert report["fits"] and report["compiler"] == "tpu"
+
+
+def test_moments_that_wait_with_the_host_leave_the_chip_to_activations(report):
+    """Nearly all of their memory: they are fetched when what activations took is free again."""
+    asked = replace(request(**{"optimizer.offload": True}), mesh="data=2,fsdp=2")
+    waits = planning.plan_one(asked, POD, topology.devices(POD))
+    moments = report["memory"]["optimizer"] - waits["memory"]["optimizer"]
+    assert moments == waits["host_bytes_per_chip"] == 2 * report["memory"]["parameters"]
+    assert waits["hbm_bytes_per_chip"] < report["hbm_bytes_per_chip"] - 0.8 * moments
+    assert waits["hardware_flops"] == report["hardware_flops"] and not waits["uncounted"]
+
+
+def test_a_step_for_which_a_chip_has_not_the_memory_is_refused_with_what_it_needs():
+    asked = replace(request(**{"train.batch_size": 4096, "model.transformer.remat": "none"}), mesh="data=2,fsdp=2")
+    found = planning.plan_one(asked, topology.parse("v5e:2x2"), topology.devices(topology.parse("v5e:2x2")))
+    assert not found["fits"] and found["hbm_bytes_per_chip"] > 16e9 and "estimate" not in found
+    assert "does NOT fit" in plan_text.text(found)
 
 
 def test_a_token_reads_the_weights_and_the_cache_and_little_else():
