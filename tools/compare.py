@@ -12,6 +12,7 @@ codes: 0 kept, or --draft; 1 not kept, or a step has failed; 2 something you can
 """
 
 import argparse
+import datetime
 import json
 import os
 import sys
@@ -85,14 +86,41 @@ def _write(work, options) -> int:
             lost.append(f"{arm} is left out: none of its runs with seed {work.found.seeds[0]} was evaluated")
     rows = [replace(row, run=os.path.relpath(row.run, work.root)) for row in rows + work.diverged()]
     found = comparison.compare(rows, tolerance=work.found.tolerance, lost=lost)
-    drawn = comparison_plots.draw(found, rows, to)
+    drawn = comparison_plots.draw(found, rows, _samples(work, found), to)
     text = "\n".join([comparison.markdown(found), *(f"![{path.stem}]({path.name})" for path in drawn), ""])
     atomic.write_text(to / "comparison.md", text)
-    atomic.write_text(to / "comparison.json", json.dumps(comparison.as_json(found, rows), indent=2) + "\n")
+    tree = {"made": _made(options), **comparison.as_json(found, rows)}
+    atomic.write_text(to / "comparison.json", json.dumps(tree, indent=2) + "\n")
     print(text)
     print("\n".join(["written:", *(f"  {to / name}" for name in ("comparison.md", "comparison.json")),
                      *(f"  {path}" for path in drawn)]))  # fmt: skip
     return NOT_KEPT if found.violations and not options.draft else 0
+
+
+def _samples(work, found) -> dict:
+    """What each arm has drawn with the second seed: of that there is one evaluation, as the first has chosen."""
+    from ddt_jax.evaluation import samples
+
+    seed, drawn = work.found.seeds[1], {}
+    for arm in found.arms:
+        path = next((Path(work.root, row.run, samples.FILE) for row in arm.rows if row.seed == seed), None)
+        if path is None or not path.exists():
+            return {}
+        drawn[arm.name] = samples.read(path).get("text_to_image", [])
+    return drawn
+
+
+def _made(options) -> dict:
+    """Where and from what a table was made. The runs say it of themselves, in their workdirs."""
+    import soak_runs
+
+    config = Path(options.config)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": soak_runs.git("rev-parse", "HEAD") or None,
+        "machine": soak_runs.machine(),
+        "command": f"python tools/compare.py table --config {config.name if config.is_absolute() else config} --to DIR",
+    }
 
 
 def parse(argv):

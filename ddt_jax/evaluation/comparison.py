@@ -32,6 +32,15 @@ FIGURES = {
 }
 SHARES = tuple(name for name in FIGURES if name.endswith("_all_correct"))
 CHOSEN_BY = SHARES
+# Of pictures of scenes: shares of what their captions ask for, by task (`evaluation.compositional`).
+TASKS = {
+    "t2i_single_object": "one object",
+    "t2i_colours": "its colour",
+    "t2i_two_objects": "two objects",
+    "t2i_counting": "counting",
+    "t2i_position": "position",
+    "t2i_attribute_binding": "binding",
+}
 # The same of an arm's image tokenizer, whose reconstructions no picture of the arm can better.
 TOKENIZER = {
     "tokenizer_psnr": ("PSNR, dB", ".2f"),
@@ -89,6 +98,7 @@ class Arm:
     Attributes:
       rates: how many learning rates were tried, of which the best is one.
       untuned: figures without the seed that rate and sampling settings were chosen on, which choosing flatters.
+      tasks: those of TASKS that it has.
     """
 
     name: str
@@ -97,6 +107,7 @@ class Arm:
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     rates: int = 1
     untuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,8 @@ def compare(rows: Sequence[Row], *, tolerance: float = TOLERANCE, lost: Sequence
             {figure: _figure(figure, of) for figure in FIGURES}
             for of in (final, [row for row in final if row.seed != seed])
         )
-        arms.append(Arm(name, lr, final, figures, len({row.lr for row in grids[name]}), untuned))
+        tasks = {task: of for task in TASKS if (of := _figure(task, final))}
+        arms.append(Arm(name, lr, final, figures, len({row.lr for row in grids[name]}), untuned, tasks))
     violations = [
         *lost,
         *_unlike(rows),
@@ -171,7 +183,7 @@ def _figure(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     low, high = mean_interval(values)
     found = {"value": statistics.fmean(values), "low": low, "high": high, "of": "seeds", "values": values}
     counts = [row.results.get(f"{name}_n", 0) for row in rows if row.results.get(name) is not None]
-    if name in SHARES and all(counts):
+    if (name in SHARES or name in TASKS) and all(counts):
         right = sum(round(value * n) for value, n in zip(values, counts, strict=True))
         answers = binomial_interval(right, sum(counts))
         if not math.isfinite(high - low) or answers[1] - answers[0] > high - low:
@@ -350,8 +362,8 @@ def _rates(rates) -> str:
 
 
 def markdown(found: Comparison) -> str:
-    """Four tables, figures, differences, tokenizers and costs, and below them what diverged and what does not keep the
-    protocol.
+    """Tables of figures, differences, tasks, tokenizers and costs, and below them what diverged and what does not keep
+    the protocol.
     """
     lines = ["| arm | seeds | " + " | ".join(FIGURES.values()) + " |", "|---|---:|" + "---:|" * len(FIGURES)]
     for arm in found.arms:
@@ -363,6 +375,7 @@ def markdown(found: Comparison) -> str:
     ]
     lines += ["answers of all runs, where that is wider.", ""]
     lines += paired.table(found.differences, FIGURES, SHARES)
+    lines += _tasks(found.arms)
     lines += _tokenizers(found.arms)
     parts = list(dict.fromkeys(name for arm in found.arms for row in arm.rows for name in row.flops))
     seen = list(dict.fromkeys(name for arm in found.arms for row in arm.rows for name in row.seen))
@@ -392,6 +405,21 @@ def markdown(found: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _tasks(arms) -> list[str]:
+    names = [name for name in TASKS if any(name in arm.tasks for arm in arms)]
+    if not names:
+        return []
+    lines = [f"| pictures of | {' | '.join(TASKS[name] for name in names)} |", "|---|" + "---:|" * len(names)]
+    for arm in arms:
+        lines.append(f"| {arm.name} | {' | '.join(_cell(name, arm.tasks.get(name)) for name in names)} |")
+    return [
+        *lines,
+        "",
+        "Shares of the pictures whose captions ask for that; further objects do no harm but in counting.",
+        "",
+    ]
+
+
 def _tokenizers(arms) -> list[str]:
     with_one = [arm for arm in arms if arm.rows and TOKENIZER.keys() & arm.rows[0].results.keys()]
     if not with_one:
@@ -408,7 +436,7 @@ def _tokenizers(arms) -> list[str]:
 def _cell(name, figure) -> str:
     if not figure:
         return "–"
-    form = ".1%" if name in SHARES else ".3f"
+    form = ".3f" if name in FIGURES and name not in SHARES else ".1%"
     if figure["low"] is None:
         return f"{figure['value']:{form}} (no interval)"
     return f"{figure['value']:{form}} ({figure['low']:{form}} to {figure['high']:{form}}, {figure['of']})"
@@ -419,7 +447,7 @@ def as_json(found: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "arms": {
             arm.name: {"lr": arm.lr, "rates": arm.rates, "runs": [r.run for r in arm.rows], **arm.figures}
-            | {"untuned": arm.untuned}
+            | {"untuned": arm.untuned, "tasks": arm.tasks}
             for arm in found.arms
         },
         "differences": [vars(difference) for difference in found.differences],

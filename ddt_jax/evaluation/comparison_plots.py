@@ -2,18 +2,50 @@
 were chosen from.
 """
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 from ddt_jax.evaluation import canvas
 from ddt_jax.evaluation.comparison import CHOSEN_BY, FIGURES, SHARES, Arm, Comparison, Row, guidance
+from ddt_jax.evaluation.samples import Sample
+
+COLUMNS = 9  # prompts whose pictures are shown
+RIGHT = "#2e9e5b"
 
 
-def draw(found: Comparison, rows: Sequence[Row], folder) -> list:
-    """All plots of a comparison. folder: a path that `/` works on; returns the paths of the PNGs."""
+def draw(found: Comparison, rows: Sequence[Row], drawn: Mapping[str, Sequence[Sample]], folder) -> list:
+    """All plots of a comparison, and what its arms have drawn.
+
+    Args:
+      drawn: arm → samples of a run; those of prompts that all of them got are shown, and nothing if there are none.
+      folder: a path that `/` works on.
+
+    Returns:
+      The paths of the PNGs.
+    """
     written = [_figure(found.arms, name, folder / f"{name}.png") for name in FIGURES]
     written.append(_rates(found, rows, folder / "rates.png"))
     written.append(_guidances(found, rows, folder / "guidance.png"))
-    return written
+    by_text = {arm: {s.text: s for s in reversed(samples)} for arm, samples in drawn.items()}
+    texts = [text for text in next(iter(by_text.values()), {}) if all(text in of for of in by_text.values())]
+    return [*written, _drawn(by_text, texts[::-1][:COLUMNS], folder / "drawn.png")] if texts else written
+
+
+def _drawn(by_text, texts, path):
+    """A row for each arm, a column for each prompt; a frame around what is right."""
+    figure = canvas.new(1.02 * len(texts) + 0.9, 0.95 * len(by_text) + 1.1)
+    axes = figure.subplots(len(by_text), len(texts), squeeze=False)
+    for (arm, of), row in zip(by_text.items(), axes, strict=True):
+        row[0].set_ylabel(arm, fontsize=8, color=canvas.FAINT)
+        for text, axis in zip(texts, row, strict=True):
+            axis.imshow(of[text].picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            right = bool(of[text].right)
+            axis.spines[:].set(color=RIGHT if right else "#d5d8dd", linewidth=2.4 if right else 0.8)
+    for text, axis in zip(texts, axes[-1], strict=True):
+        axis.set_xlabel(textwrap.fill(text, 17), fontsize=5.5, color=canvas.FAINT)
+    figure.suptitle("drawn by the second seed; framed: right", fontsize=10, x=0.01, ha="left", color="#262a30")
+    return canvas.save(figure, path)
 
 
 def _figure(arms: Sequence[Arm], name, path):

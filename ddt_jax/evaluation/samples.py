@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
-from ddt_jax.io import atomic
+from ddt_jax.io import atomic, json_object
 
 FILE = "samples.json"
 _SMALL = 128  # pixels of a side up to which a picture is kept exactly
@@ -42,6 +43,17 @@ def write(path, by_kind: dict[str, Sequence[Sample]]):
         for kind, samples in by_kind.items()
     }
     return atomic.write_text(path, json.dumps(tree, indent=1) + "\n")
+
+
+def read(path) -> dict[str, list[Sample]]:
+    """What `write` has written."""
+    tree = json_object.loads(epath.Path(path).read_bytes())
+    one = lambda s: Sample(_picture(s["picture"]), s["text"], s["right"])  # noqa: E731
+    return {kind: list(map(one, samples)) for kind, samples in tree.items()}
+
+
+def _picture(uri):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
 
 
 def data_uri(picture) -> str:

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ddt_jax.errors import UserError
 from ddt_jax.evaluation import comparison, comparison_plots, metrics
 from ddt_jax.evaluation.comparison import Row
+from ddt_jax.evaluation.samples import Sample
 
 RATES, BEST, GUIDANCES = (1e-3, 2e-3, 4e-3), 2e-3, (1.0, 2.0, 3.0)
 ARMS = {"codes": 0.5, "denoised": 0.4}
@@ -211,11 +213,40 @@ def test_tokenizers_have_a_table_of_their_own():
     assert "image tokenizer of" not in comparison.markdown(comparison.compare(kept()))
 
 
+def test_tasks_of_pictures_have_a_table_of_their_own():
+    def read(r):
+        return replace(r, results=r.results | {"t2i_counting": 0.5 + r.seed / 100, "t2i_counting_n": 100})
+
+    found = comparison.compare(edited(read, of("codes")))
+    low, high = metrics.binomial_interval(153, 300)
+    text = comparison.markdown(found)
+    assert "| pictures of | counting |" in text and f"| codes | 51.0% ({low:.1%} to {high:.1%}, answers) |" in text
+    assert "| denoised | – |" in text
+    assert comparison.as_json(found, kept())["arms"]["codes"]["tasks"]["t2i_counting"]["value"] == pytest.approx(0.51)
+    assert "pictures of" not in comparison.markdown(comparison.compare(kept()))
+
+
 def test_plots_are_written(tmp_path):
     rows = edited(diverged, of(lr=4e-3))
-    written = comparison_plots.draw(comparison.compare(rows), rows, tmp_path)
+    written = comparison_plots.draw(comparison.compare(rows), rows, {}, tmp_path)
     assert [p.name for p in written] == [*(f"{n}.png" for n in comparison.FIGURES), "rates.png", "guidance.png"]
     assert all(len(p.read_bytes()) > 5000 for p in written)
+
+
+def test_what_arms_have_drawn_of_the_same_prompts_is_one_picture(tmp_path):
+    colours = {"one": (255, 0, 0), "two": (0, 0, 255)}
+    samples = {arm: [Sample(np.full((8, 8, 3), c, np.uint8), t, t == "a") for t in "ab"] for arm, c in colours.items()}
+    samples["one"] = samples["one"][::-1] + [Sample(np.full((8, 8, 3), (0, 255, 0), np.uint8), "its own", True)]
+    found = comparison.compare(kept())
+    picture = np.asarray(Image.open(comparison_plots.draw(found, kept(), samples, tmp_path)[-1]).convert("RGB"))
+    reds, blues = ((picture == c).all(axis=-1) for c in colours.values())
+    assert np.argwhere(reds)[:, 0].max() < np.argwhere(blues)[:, 0].min()  # a row below the other
+    assert not (picture == (0, 255, 0)).all(axis=-1).any()  # nobody else was asked for it
+    framed = (picture == (0x2E, 0x9E, 0x5B)).all(axis=-1)
+    middle = np.argwhere(reds)[:, 1].mean()
+    assert framed.any() and np.argwhere(framed)[:, 1].min() > middle  # "one" was asked for "b" first
+    other = {arm: of[:1] for arm, of in samples.items()}
+    assert comparison_plots.draw(found, kept(), other, tmp_path)[-1].name == "guidance.png"  # they share no prompt
 
 
 def test_costs_may_differ_by_the_tolerance():

@@ -28,6 +28,8 @@ def test_small_pictures_are_kept_exactly_and_large_ones_small(tmp_path):
     path = samples.write(tmp_path / samples.FILE, {"text_to_image": [samples.Sample(PICTURES[0], "a", None)]})
     (kept,) = json.loads(path.read_text())["text_to_image"]
     assert (kept["text"], kept["right"]) == ("a", None)
+    (again,) = samples.read(path)["text_to_image"]
+    assert again[1:] == ("a", None) and (again.picture == PICTURES[0]).all()
     head, _, body = kept["picture"].partition(",")
     assert head == "data:image/png;base64"
     assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(body)))) == PICTURES[0]).all()

@@ -194,6 +194,7 @@ def test_the_table_is_written_and_what_is_not_kept_is_an_error(compare, finished
     assert "| one | 3 |" in text and "NOT KEPT" not in text and text in capsys.readouterr().out
     assert all(f"]({name}.png)" in text and (result / f"{name}.png").exists() for name in (*FIGURES, "rates"))
     tree = json.loads((result / "comparison.json").read_text())
+    assert tree["made"]["machine"]["cores"] and str(tmp_path) not in tree["made"]["command"]
     assert len(tree["rows"]) == 10 and tree["arms"]["two"]["t2i_all_correct"]["value"] == pytest.approx(0.51)
 
     again = [*arguments[:-1], str(tmp_path / "elsewhere"), "--known", str(result / "comparison.json")]
