@@ -47,7 +47,7 @@ def get_config(variant="pretrain"):
             settings.CodesFolder(folder="codes/laion_coco", weight=5.0, formats=both),
             settings.CodesFolder(folder="codes/mmc4", weight=2.0, formats=own),
             settings.CodesFolder(folder="codes/obelics", weight=1.0, formats=own),
-            settings.Texts(source="parquet:wikipedia/*.parquet", weight=1.0),
+            settings.Texts(source="parquet:wikipedia/*.parquet", split=True, weight=1.0),
         ]
         c.init_from = "vicuna_7b"
         c.optimizer.lr, c.optimizer.final_lr_fraction = 1.5e-4, 0.05

@@ -51,7 +51,7 @@ def get_config(variant="7b"):
     formats = settings.Formats(text_to_image=0.72, image_only=0.08, image_to_text=0.2)
     for name, where in (("sources", ""), ("eval_sources", "heldout/")):
         root = "${TRANSFUSION_DATA}/" + where
-        text = settings.Texts(source=f"parquet:{root}text/*.parquet")
+        text = settings.Texts(source=f"parquet:{root}text/*.parquet", split=True)
         pairs = settings.Pictures(source=f"webdataset:{root}pairs/*.tar", formats=formats)
         c.sequences[name] = (config.dump(text), config.dump(pairs))
     c.sequences.text = "tokenizer.model"

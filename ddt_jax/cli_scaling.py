@@ -33,7 +33,11 @@ def add_verbs(verb) -> None:
         help="try meshes, remat and accumulation (fsdp, tensor, remat, accumulate) and list what fits, fastest first",
     )
     p.add_argument(
-        "--effort", type=float, default=0.0, metavar="E", help="of the compiler, -1 (quick) to 1 (default: a run's, 0)"
+        "--effort",
+        type=float,
+        default=-1.0,
+        metavar="E",
+        help="of the compiler, -1 (quick, the default) to 1; a run's is 0",
     )
     p.add_argument("--to", "--json", dest="json", metavar="PATH", help="also write the report to this file, as JSON")
     p = verb(

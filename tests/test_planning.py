@@ -138,6 +138,13 @@ def test_a_plan_reads_well_and_is_marked_as_an_estimate(scanned):
     assert growth in plan_text.table([grown, scanned])
 
 
+def test_a_quick_plan_whose_memory_is_nearly_full_asks_for_that_of_a_run(scanned):
+    quick = scanned | {"compiler": "tpu", "effort": -1.0, "hbm_bytes_of_chip": 1.05 * scanned["hbm_bytes_per_chip"]}
+    assert "--effort 0" in plan_text.warnings(quick)[1]
+    assert len(plan_text.warnings(quick | {"hbm_bytes_of_chip": 1.2 * scanned["hbm_bytes_per_chip"]})) == 1
+    assert plan_text.warnings(quick | {"effort": 0.0}) == []
+
+
 def test_a_plan_warns_of_rows_that_travel(scanned):
     moved, waits = [{"axis": "data+fsdp", "bytes": 80 * scanned["parameters"]}], {"bound": "communication"}
     travels = scanned | {"collectives": moved, "estimate": scanned["estimate"] | waits}
@@ -233,7 +240,8 @@ def test_large_configs_scale_weakly_as_the_docs_say(file):
     assert table in (DOCS / "plan.md").read_text()
     first, per_unit = plans[0], f"flops_per_{plans[0]['unit']}"
     for report in plans:
-        assert report["fits"] and report["effort"] == 0 and not report["uncounted"]
+        assert report["fits"] and report["effort"] == -1 and not report["uncounted"]
+        assert report["compile_seconds"] < 180
         assert report["batch_size"] / report["chips"] == first["batch_size"] / first["chips"]
         for key in (per_unit, f"hardware_{per_unit}"):
             assert report[key] == pytest.approx(first[key], rel=0.05)

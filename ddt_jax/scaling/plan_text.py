@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 _GB = 1e9
+_QUICK = 0.1  # by how much of it a program of less effort may need less memory; of the large configs at most 0.06
 _STATE = ("parameters", "optimizer", "average", "other_state", "padding")  # what a run keeps from step to step
 
 
@@ -14,10 +15,14 @@ def warnings(report: dict) -> list[str]:
             "memory and collectives are those of a program that the CPU's compiler made for as many fake devices, in "
             "place of the GPU's: it holds many bf16 activations as fp32, so that temporary memory is an upper bound"
         )
-    if report["effort"]:
+    elif report["effort"]:
         found.append(
-            f"compiled with effort {report['effort']:g}; a run's is 0, and its program and memory are not quite these"
+            f"compiled with effort {report['effort']:g}; a run's is 0, whose program may need up to a tenth more memory"
         )
+        if report["fits"] and report["hbm_bytes_per_chip"] > (1 - _QUICK) * report["hbm_bytes_of_chip"]:
+            found.append(
+                "a chip's memory is nearly full: plan once more with --effort 0, which makes the program of a run"
+            )
     if report.get("uncounted"):
         found.append(f"not counted as often as they run: {', '.join(report['uncounted'][:4])}")
     return found

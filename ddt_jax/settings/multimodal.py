@@ -160,6 +160,7 @@ class Texts:
     kind: Literal["texts"] = "texts"
     source: str = ""  # parquet:GLOB, or parquet:GLOB?caption=COLUMN
     records: int = 0  # only so many, from the first; 0 = all
+    split: bool = False  # a text that is longer than a row goes on in further rows, whatever sequences.truncate says
     weight: float = 1.0  # share of rows, any scale
 
 

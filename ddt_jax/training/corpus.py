@@ -24,6 +24,7 @@ from ddt_jax.errors import UserError
 from ddt_jax.io import atomic
 from ddt_jax.multimodal.batches import RowBatcher, RowLimits, RowLoader
 from ddt_jax.multimodal.model import make_multimodal
+from ddt_jax.multimodal.pieces import MARKS, Pieces
 from ddt_jax.multimodal.records import RecordDocuments
 from ddt_jax.multimodal.sequence import ImageForm
 from ddt_jax.multimodal.vocabulary import Vocabulary
@@ -192,7 +193,9 @@ def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[Part]) -> 
         formats = _formats(part)
         # Who sees all of a prompt has nothing to predict in it.
         answers_only = s.model.whole_prompts or q.answers_only
-        documents[str(number)] = RecordDocuments(records, corpus.text, formats, s.seed, answers_only=answers_only)
+        found = RecordDocuments(records, corpus.text, formats, s.seed, answers_only=answers_only)
+        split = part.kind == "texts" and part.split
+        documents[str(number)] = Pieces(found, _piece(q)) if split else found
         weights[str(number)] = part.weight
     batcher = RowBatcher(
         documents,
@@ -206,6 +209,11 @@ def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[Part]) -> 
         shard_count=reader.count,
     )
     return RowLoader(batcher, s.data)
+
+
+def _piece(q: settings.Sequences) -> int:
+    """Text tokens of the longest text that fits a row."""
+    return min(q.context - MARKS, (q.targets or q.context) - 1)
 
 
 def _as_they_come(form: ImageForm, opened: Iterable[Records]) -> ImageForm:

@@ -193,8 +193,11 @@ def test_sources_that_images_are_not_made_of_are_one_line(folder, tmp_path):
         corpus.resolve(replace(s, sequences=codes))
 
 
+SAID = ["a red circle, said at length", "", "two squares"]
+
+
 def test_texts_alone_stand_beside_codes(folder, tmp_path):
-    pq.write_table(pa.table({"text": ["a red circle, said at length", "", "two squares"] * 20}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": SAID * 20}), tmp_path / "a.parquet")
     s = experiment(folder)
     texts = settings.Texts(source=f"parquet:{tmp_path}/a.parquet")
     both = replace(s, sequences=replace(s.sequences, sources=(texts, *s.sequences.sources)))
@@ -211,6 +214,11 @@ def test_texts_alone_stand_beside_codes(folder, tmp_path):
         rows = zip(*(batch[name][batch["source"] == 0] for name in ("tokens", "document")), strict=True)
         said |= {found.text.decode(ids[at == n][1:-1]) for ids, at in rows for n in range(at.max() + 1)}
     assert said == {"a red circle, said at length", "two squares"}  # what has no text is left out
+    # Longer than a row, they go on in further ones.
+    rows = replace(s.sequences, sources=(replace(texts, split=True), *s.sequences.sources), context=8, truncate=False)
+    loader = corpus.open_rows(replace(both, sequences=rows), found, rows.sources[:1])
+    _, length = loader.batcher.records[0]
+    assert length == sum(max(1, -(-len(found.text.encode(t)) // 6)) for t in SAID) * 20
     alone = replace(s, sequences=replace(s.sequences, sources=(texts,)))
     with pytest.raises(UserError, match="sequences.sources has texts alone; a folder of codes must say"):
         corpus.resolve(alone)
