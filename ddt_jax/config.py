@@ -402,6 +402,8 @@ def _check_sense(e: settings.Experiment):
         "optimizer.discriminator.clip_norm": o.discriminator.clip_norm,
     }.items():
         need(value >= 0, f"{key} must not be negative, got {value}")
+    for part in o.parts:
+        need(part.times >= 0, f"optimizer.parts: times={part.times} of {part.part!r} must not be negative")
     for key, value in {"optimizer.eps": o.eps, "optimizer.discriminator.lr": o.discriminator.lr}.items():
         need(value > 0, f"{key} must be above 0, got {value}")
     for key, value in {

@@ -351,6 +351,14 @@ class DiscriminatorOptimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartRate:
+    """A learning rate of a part of the model's own."""
+
+    part: str = ""  # names of parameters, as a run lists them when it begins, with * for anything: "decoder/*"
+    times: float = 1.0  # of optimizer.lr, at every step; decay goes by it too
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     name: Literal["adamw", "muon"] = "muon"  # muon: on matrices that ask for it, AdamW on the rest
     lr: float = 3e-3
@@ -372,6 +380,7 @@ class Optimizer:
     spike_skip: float = 0.0  # a step whose loss or gradient norm is above its limit is skipped
     clip_update: float = 0.0  # an update whose norm, over the learning rate, is above its limit is shortened to it
     guard_window: int = 128
+    parts: tuple[PartRate, ...] = ()  # of those that a parameter's name fits, the last one counts
     offload: bool = False  # moments wait in the memory of the hosts: room on the chips for slower steps
     discriminator: DiscriminatorOptimizer = field(default_factory=DiscriminatorOptimizer)
 

@@ -2,7 +2,9 @@
 Muon or AdamW by group, decay, rate and clipping.
 """
 
+import fnmatch
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from ddt_jax import settings
+from ddt_jax.errors import UserError
 from ddt_jax.nn.params import Declaration
 
 MUON_RMS = 0.2  # size of a Muon update, so that it shares AdamW's learning rate (arXiv 2502.16982 eq. 4)
@@ -29,6 +32,32 @@ def learning_rate(s: settings.Optimizer, steps: int) -> optax.Schedule:
     return optax.join_schedules(
         [optax.linear_schedule(s.lr / max(warmup, 1), s.lr, max(warmup - 1, 1)), rest], [warmup]
     )
+
+
+def with_part_rates(declarations, parts: tuple[settings.PartRate, ...]):
+    """Declarations with the rates of `optimizer.parts` beside their own.
+
+    Args:
+      declarations: tree of `Declaration`.
+
+    Raises:
+      UserError: a part fits no name.
+    """
+    if not parts:
+        return declarations
+    paths, tree = jax.tree_util.tree_flatten_with_path(declarations)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    times = [1.0] * len(names)
+    for part in parts:
+        fits = [fnmatch.fnmatchcase(name, part.part) for name in names]
+        if not any(fits):
+            raise UserError(
+                f"config: optimizer.parts: no parameter's name fits {part.part!r}; they are such as {names[0]}, and "
+                "`ddt-jax train` lists all of them when a run begins"
+            )
+        times = [part.times if fit else t for fit, t in zip(fits, times, strict=True)]
+    scaled = [replace(d, lr_scale=d.lr_scale * t) for (_, d), t in zip(paths, times, strict=True)]
+    return jax.tree_util.tree_unflatten(tree, scaled)
 
 
 def label(declaration: Declaration, s: settings.Optimizer) -> str:

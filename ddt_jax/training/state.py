@@ -121,10 +121,11 @@ def abstract_state(s: settings.Experiment, model, mesh: Mesh, make_model: Callab
       whole).
 
     Raises:
-      UserError: as `transfer.narrowed`.
+      UserError: as `transfer.narrowed` and `optimizer.with_part_rates`.
     """
     boxed, _ = jax.eval_shape(model.init, jax.random.key(0))
     _, declarations = params_lib.split(boxed)
+    declarations = optimizers.with_part_rates(declarations, s.optimizer.parts)
     if narrow := transfer.narrowed(s):
         narrow_boxed, _ = jax.eval_shape(make_model(narrow).init, jax.random.key(0))
         declarations = transfer.scaled(declarations, unbox(boxed), unbox(narrow_boxed), s.optimizer)

@@ -206,6 +206,20 @@ def test_every_member_has_a_second_stage_of_its_own_size():
         load("ddt_selftok_256.py:xl_rendered")
 
 
+def test_a_start_from_sd3_has_the_published_rates():
+    """A fifth for patches and the image stream of the decoder, which SD3 has trained; the rest is new."""
+    s = load("ddt_selftok_256.py:small_sd3")
+    built = experiment.build(replace(s, mesh=settings.Mesh()), jax.devices()[:1], to_train=False)
+    rates = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): d.lr_scale
+        for path, d in jax.tree_util.tree_leaves_with_path(built.declarations)
+    }
+    slow = {name for name, rate in rates.items() if rate != 1}
+    assert {rates[name] for name in slow} == {0.2}
+    image = {n for n in rates if n.startswith("decoder/") and "/joint/" in n and "/joint/token_" not in n}
+    assert slow == image | {"decoder/embed/kernel", "decoder/embed/bias"} and len(image) == 16
+
+
 def test_the_first_generation_has_its_published_sizes():
     model = load("ddt_llama_256.py").model
     _, (shapes, _) = shapes_of(model, (16, 16), 64)

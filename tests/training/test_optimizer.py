@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ddt_jax import mesh as meshes
 from ddt_jax import settings
+from ddt_jax.errors import UserError
 from ddt_jax.nn.params import Declaration
-from ddt_jax.training.optimizer import learning_rate, make_optimizer, table
+from ddt_jax.training.optimizer import learning_rate, make_optimizer, table, with_part_rates
 
 MATRIX = Declaration(axes=("embed", "mlp"), group="matrix", matrix=((-2,), (-1,)))
 STACK = Declaration(axes=("layers", "embed", None, "heads", "head_dim"), group="matrix", matrix=((-4,), (-2, -1)))
@@ -78,6 +79,23 @@ def test_lr_scale_multiplies_the_whole_update():
     p, g = {"w": jnp.ones((4,))}, {"w": jnp.ones((4,))}
     full = one_update({"w": Declaration(axes=("mlp",))}, p, g)["w"]
     np.testing.assert_allclose(one_update({"w": slow}, p, g)["w"], 0.1 * full, rtol=1e-6)
+
+
+def test_parts_have_rates_of_their_own():
+    declarations = {"decoder": {"embed": MATRIX, "blocks": {"image": MATRIX, "token": BIAS}}, "encoder": BIAS}
+    params = jax.tree.map(lambda d: jnp.ones((4,) * len(d.axes)), declarations)
+    parts = (("decoder/*", 0.5), ("decoder/blocks/*", 0.1), ("decoder/blocks/tok*", 2.0))
+    parts = tuple(settings.PartRate(part=part, times=times) for part, times in parts)
+    scaled = with_part_rates(declarations, parts)
+    plain, now = (one_update(d, params, params, name="adamw", weight_decay=0.1) for d in (declarations, scaled))
+    ratios = jax.tree.map(lambda a, b: float((b / a).mean()), plain, now)
+    wanted = {"decoder": {"embed": 0.5, "blocks": {"image": 0.1, "token": 2.0}}, "encoder": 1.0}
+    assert jax.tree.map(lambda x: round(x, 5), ratios) == wanted
+    assert with_part_rates(declarations, ()) is declarations
+    with pytest.raises(
+        UserError, match=r"no parameter's name fits 'decoder/bloks/\*'; they are such as decoder"
+    ):
+        with_part_rates(declarations, (settings.PartRate(part="decoder/bloks/*"),))
 
 
 def clipped_update(scale_w, scale_judge):
