@@ -2,15 +2,16 @@
 
 Variants, each with the folder that holds text/train.parquet and text/heldout.parquet: "alone:ROOT"; "pixels:ROOT", half
 of the rows are scenes that are denoised; "codes:ROOT", half are DDT codes of scenes, from ROOT/codes/train and the
-tokenizer ROOT/tokenizer. Half of the rows in twice the steps: the same text. `python tools/soak.py text_beside_images`
-trains them; it has not been measured yet.
+tokenizer ROOT/tokenizer. Half of the rows in twice the steps: the same text, in twice as many updates. So both are held
+against "updates:ROOT", text alone with half the rows in twice the steps. `python tools/soak.py text_beside_images`
+trains all four.
 """
 
 from ddt_jax import config, settings
 from ddt_jax.errors import UserError
 
-VARIANTS = ("alone", "pixels", "codes")
-STEPS = 700
+VARIANTS = ("alone", "updates", "pixels", "codes")
+ROWS, STEPS = 16, 700
 
 
 def get_config(variant="alone"):
@@ -23,14 +24,14 @@ def get_config(variant="alone"):
     )
     c.name = f"text_beside_images_{arm}"
     text, held_out = (settings.Texts(source=f"parquet:{root}/text/{x}.parquet") for x in ("train", "heldout"))
-    pictures = () if arm == "alone" else c.sequences.sources[:1]
+    pictures = c.sequences.sources[:1] if arm in ("pixels", "codes") else ()
     c.sequences.sources = (config.dump(text), *({**part, "weight": 1.0} for part in pictures))
     c.sequences.eval_sources = (config.dump(held_out),)
     c.sequences.truncate = True
     c.sequences.context = 192
     c.sequences.targets = 0  # all of a row of text
     c.optimizer.lr = 3e-3
-    c.train.batch_size = 16
+    c.train.batch_size = ROWS // 2 if arm == "updates" else ROWS
     c.train.steps = STEPS if arm == "alone" else 2 * STEPS
     c.evaluate.verifier = False
     return c

@@ -69,13 +69,14 @@ def seed_codes(options, folder: Path) -> dict:
 
 
 def text_beside_images(options, folder: Path) -> dict:
-    """configs/text_beside_images.py: perplexity of real text that was learned alone, beside pixels, beside codes.
+    """configs/text_beside_images.py: perplexity of real text that was learned alone, in as many updates as beside
+    images, beside pixels, beside codes.
 
     --tokenizer: the folder of `make quickstart`, with its tokenizer and codes; without it there is no arm of codes.
     What images cost is reported, not judged.
     """
     _write_texts(folder / "text")
-    arms = ("alone", "pixels", *(("codes",) if options.tokenizer else ()))
+    arms = ("alone", "updates", "pixels", *(("codes",) if options.tokenizer else ()))
     for name in ("tokenizer", "codes") if options.tokenizer else ():
         (folder / name).symlink_to((options.tokenizer / name).resolve(), target_is_directory=True)
     runs, gates, made = {arm: {} for arm in arms}, [], ()
@@ -87,10 +88,10 @@ def text_beside_images(options, folder: Path) -> dict:
             # The first run makes a text tokenizer of the text alone; all others read with it.
             made = made or (f"--config.sequences.text={workdir / 'text'}",)
             gates += [{"arm": arm, "seed": number, **check} for check in quiet(outcomes)]
-    costs = [
-        100 * (r["plain_perplexity"] / runs["alone"][n]["plain_perplexity"] - 1) for n, r in runs["pixels"].items()
-    ]
-    note(f"perplexity beside pixels, percent more than alone: {', '.join(f'{x:+.2f}' for x in costs)}")
+    for arm in arms[2:]:
+        of = {n: (r["plain_perplexity"], runs["updates"][n]["plain_perplexity"]) for n, r in runs[arm].items()}
+        costs = ", ".join(f"{100 * (beside / alone - 1):+.2f}" for beside, alone in of.values())
+        note(f"perplexity beside {arm}, percent more than alone in as many updates: {costs}")
     config = "configs/text_beside_images.py"
     return {"config": config, "seeds": options.seeds, "results": {"arms": runs}, "gates": gates}
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from ddt_jax import fitting
 from ddt_jax.evaluation import scaling_plots
 from ddt_jax.scaling import fits, points, rates
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 GRID = [1e-3 * 2**i for i in range(6)]
 
 
@@ -116,3 +118,17 @@ def _noting(draw, seen):
         return draw(name, found, lost, family, path)
 
     return drawing
+
+
+def test_the_best_rate_stays_from_width_64_to_512_as_the_docs_say():
+    """The table of docs/scaling.md is that of the runs, and what is asked of transfer: less than a step of the grid."""
+    found = rates.curves(points.read(str(DOCS / "scaling" / "transfer.csv")), "loss")
+    assert [curve.width for curve in found] == [64, 128, 256, 512]
+    text = (DOCS / "scaling.md").read_text()
+    for curve in found:
+        cells = [
+            f"**{v:.3f}**" if r == curve.best else f"{v:.3f}" for r, v in zip(curve.rates, curve.values, strict=True)
+        ]
+        assert f"| {curve.width:g} | {' | '.join(cells)} | {curve.bottom:.4f} |" in text
+    assert abs(rates.moved(found)) < 1
+    assert max(c.bottom for c in found) / min(c.bottom for c in found) < 2

@@ -92,9 +92,7 @@ def test_parts_have_rates_of_their_own():
     wanted = {"decoder": {"embed": 0.5, "blocks": {"image": 0.1, "token": 2.0}}, "encoder": 1.0}
     assert jax.tree.map(lambda x: round(x, 5), ratios) == wanted
     assert with_part_rates(declarations, ()) is declarations
-    with pytest.raises(
-        UserError, match=r"no parameter's name fits 'decoder/bloks/\*'; they are such as decoder"
-    ):
+    with pytest.raises(UserError, match=r"no parameter's name fits 'decoder/bloks/\*'; they are such as decoder"):
         with_part_rates(declarations, (settings.PartRate(part="decoder/bloks/*"),))
 
 
