@@ -9,7 +9,7 @@ rates, decay and clipping, the weight of the loss, DDPM with 250 of 1,000 steps,
 Tables 3 to 7 have no limit of noise for images that are described; 4.4 does not say, and has that of 4.3.4 here.
 
 Not published: how often captions are dropped for guidance (here in 10 % of the pairs that begin with one), how losses
-are reduced, a weight average (none here). Left out: finer images in the last 1 % of the large run; what a document has
+are reduced, a weight average (none here). Left out: finer images in the last 1 % of the large run; what a caption has
 beyond a row. Weights of sources are shares of rows, and rows are full but for some 2 % where no further pair fits: that
 is a mixture by tokens, a caption counted with its image.
 

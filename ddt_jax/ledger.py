@@ -319,12 +319,15 @@ def _alike(s: settings.Experiment, found: corpus.Corpus, loader: RowLoader) -> d
 
     def described(part):
         records = corpus.open_records(s, part)
-        return [records.origin, len(records), part.weight, config.dump(getattr(part, "formats", None))]
+        split = ["split"] if getattr(part, "split", False) else []
+        return [records.origin, len(records), part.weight, config.dump(getattr(part, "formats", None)), *split]
 
     q = s.sequences
     transformer, optimizer = config.dump(s.model.transformer), config.dump(s.optimizer)
     alike = {f"model.transformer.{name}": value for name, value in transformer.items() if name not in _FREE}
-    alike |= {f"optimizer.{name}": value for name, value in optimizer.items() if name != "lr"}
+    # Parts are named where there are any: rows that were made before there were some stay alike.
+    free = {"lr", "offload"} | ({"parts"} if not optimizer["parts"] else set())
+    alike |= {f"optimizer.{name}": value for name, value in optimizer.items() if name not in free}
     return alike | {
         "model.whole_prompts": s.model.whole_prompts,
         "sequences.sources": [described(part) for part in q.sources],

@@ -154,10 +154,13 @@ def test_runs_on_codes_and_on_pictures_differ_in_nothing_that_has_to_be_alike(ro
     assert row.flops.keys() == {"training"} and not row.uncounted
     assert row.seen.keys() == {"images", "text tokens", "image positions"}
     assert row.seen["image positions"] == 64 * row.seen["images"]
-    changed = replace(s, optimizer=replace(s.optimizer, b2=0.5), seed=3)
+    parts = (settings.PartRate(part="head", times=0.5),)
+    changed = replace(s, optimizer=replace(s.optimizer, b2=0.5, offload=True, parts=parts), seed=3)
     (Path(workdir) / "config.json").write_text(config.to_json(changed))
     (now,) = ledger.rows("pictures", workdir)
-    assert {n for n in row.alike if row.alike[n] != now.alike[n]} == {"optimizer.b2"} and now.seed == 3
+    differing = {n for n in now.alike if row.alike.get(n) != now.alike[n]}
+    assert differing == {"optimizer.b2", "optimizer.parts"} and now.seed == 3
+    assert row.alike.keys() < now.alike.keys()
 
 
 def test_each_choice_of_sampling_settings_is_a_row(root):

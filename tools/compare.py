@@ -101,6 +101,8 @@ def _samples(work, found) -> dict:
     """What each arm has drawn with the second seed: of that there is one evaluation, as the first has chosen."""
     from ddt_jax.evaluation import samples
 
+    if len(work.found.seeds) < 2:
+        return {}
     seed, drawn = work.found.seeds[1], {}
     for arm in found.arms:
         path = next((Path(work.root, row.run, samples.FILE) for row in arm.rows if row.seed == seed), None)

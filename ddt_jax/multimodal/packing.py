@@ -120,6 +120,7 @@ class Packing:
         if too_large.size:
             worst = sizes[too_large[0]].tolist()
             way = "take a longer context, or let text be cut: raise sequences.context, or set sequences.truncate=True"
+            way += " (or split=True of a source of texts alone)"
             if worst[0] <= self.limits[0]:  # cutting is for positions alone
                 way = "raise sequences.targets and sequences.images, or set them to 0 for no limit of their own"
             raise UserError(

@@ -12,6 +12,7 @@ from ddt_jax.multimodal.records import DocumentSource
 
 _EMPTY, _LONGER = (np.array(documents.count(documents.text_only(ids))) for ids in ([], [0]))
 MARKS = int(_EMPTY[0])
+_SOME = 1 << 20  # documents that are measured at once
 _OPEN = np.array([0, 0, 0, 1, 0, 0])  # the mark that is not learned, of a piece after which the text goes on
 
 
@@ -28,8 +29,8 @@ class Pieces:
     def __init__(self, whole: DocumentSource, length: int):
         self.name, self.num_codes, self.text_fingerprint = whole.name, whole.num_codes, whole.text_fingerprint
         self._whole, self._length = whole, length
-        every = np.arange(len(whole))
-        self._tokens_N = whole.counts(every, every)[:, 1].astype(np.int64)
+        some = (np.arange(a, min(a + _SOME, len(whole))) for a in range(0, len(whole), _SOME))
+        self._tokens_N = np.concatenate([np.zeros(0, np.int64), *(whole.counts(of, of)[:, 1] for of in some)])
         # A text of none, as of a record that cannot be read, is a document as well.
         self._ends_N = np.cumsum(np.maximum(-(-self._tokens_N // length), 1))
 
@@ -47,6 +48,10 @@ class Pieces:
         whole = self._whole.document(int(record), int(record))
         (ids,) = (segment.ids[begin:] for segment in whole.segments if isinstance(segment, Text))
         return documents.truncate_text(documents.text_only(ids), max(len(ids) - self._length, 0))
+
+    def record_of(self, index):
+        """The number of the text that a piece is of."""
+        return int(np.searchsorted(self._ends_N, index, side="right"))
 
     def _place(self, index_D):
         """Of each piece: (record, where it begins, tokens from there to the end of the text)."""

@@ -67,6 +67,10 @@ class DocumentSource(Protocol):
         """Raises BadRecord if it cannot be read."""
         ...
 
+    def record_of(self, index: int) -> int:
+        """Which record a document is of, for messages."""
+        ...
+
 
 class RecordDocuments:
     """The documents of records.
@@ -121,6 +125,9 @@ class RecordDocuments:
 
     def __len__(self):
         return len(self.records)
+
+    def record_of(self, index):
+        return index
 
     def format_of(self, index, number) -> np.ndarray:
         """Numbers of formats in FORMATS, int [D], of documents with these numbers in the series."""

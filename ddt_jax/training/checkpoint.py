@@ -23,6 +23,7 @@ from etils import epath
 from ddt_jax import peers, settings
 from ddt_jax.errors import Away, UserError
 from ddt_jax.io import atomic, json_object
+from ddt_jax.training import offload
 from ddt_jax.training.checksum import checksums
 from ddt_jax.training.readback import ReadBack, own_parts
 from ddt_jax.training.retention import superfluous
@@ -94,7 +95,10 @@ class Checkpoints:
         meta = {"format": FORMAT, "step": step, "checksums": sums, "metrics": metrics or {}, "config": config}
         with self._storage_errors():
             self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(offload.apart(state)), meta=ocp.args.JsonSave(meta)
+                ),
             )
         self._read_back.expect(self._directory / str(step), sums, own_parts(state))
 

@@ -213,7 +213,13 @@ def open_rows(s: settings.Experiment, corpus: Corpus, parts: Iterable[Part]) -> 
 
 def _piece(q: settings.Sequences) -> int:
     """Text tokens of the longest text that fits a row."""
-    return min(q.context - MARKS, (q.targets or q.context) - 1)
+    length = min(q.context - MARKS, (q.targets or q.context) - 1)
+    if length < 1:
+        raise UserError(
+            f"config: sequences.context={q.context} with sequences.targets={q.targets} has no room for a piece of a "
+            "text; raise them"
+        )
+    return length
 
 
 def _as_they_come(form: ImageForm, opened: Iterable[Records]) -> ImageForm:

@@ -48,5 +48,19 @@ def late(change: Callable, norm, held, found):
     return jax.lax.cond(norm < 0, never, branch, held, found)
 
 
+def apart(tree):
+    """A tree of arrays, of which those of the hosts are copies: for who reads them while the next step takes theirs.
+
+    A write in the background copies what lies on chips, but looks at pages of the host where they are; a step that is
+    then given these to reuse is refused by GPUs.
+    """
+    return jax.tree.map(lambda x: _copy(x) if isinstance(x, jax.Array) and on_host(x.sharding) else x, tree)
+
+
+def _copy(x):
+    parts = [jax.device_put(s.data, s.data.sharding, may_alias=False) for s in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
+
+
 def _waits(x) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Host

@@ -81,7 +81,8 @@ def test_a_text_that_is_not_what_was_measured_is_left_out():
     lengths = [40, 8]
     shorter, other = Texts(lengths).texts[0][:20], Texts(lengths).texts[1]
     batch, errors = batcher(Pieces(Texts(lengths, [shorter, other]), 14), batch_size=8).make(0)
-    assert errors and all("not the length that was stored" in why for _, why in errors)
+    assert errors and {name for name, _ in errors} == {"texts record 0"}  # the text's number, not the piece's
+    assert all("not the length that was stored" in why for _, why in errors)
     assert set(range(40, 48)) <= set(batch["tokens"].ravel().tolist())
     _, errors = batcher(Pieces(Texts(lengths, [None, other]), 14), batch_size=8).make(0)
     assert errors and all(why == "no text" for _, why in errors)

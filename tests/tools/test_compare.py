@@ -4,6 +4,7 @@ import importlib
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -196,6 +197,8 @@ def test_the_table_is_written_and_what_is_not_kept_is_an_error(compare, finished
     tree = json.loads((result / "comparison.json").read_text())
     assert tree["made"]["machine"]["cores"] and str(tmp_path) not in tree["made"]["command"]
     assert len(tree["rows"]) == 10 and tree["arms"]["two"]["t2i_all_correct"]["value"] == pytest.approx(0.51)
+
+    assert compare._samples(SimpleNamespace(found=SimpleNamespace(seeds=(0,))), None) == {}  # a trial of one seed
 
     again = [*arguments[:-1], str(tmp_path / "elsewhere"), "--known", str(result / "comparison.json")]
     assert compare.main(again) == 0 and (tmp_path / "elsewhere" / "result" / "comparison.md").read_text() == text

@@ -219,6 +219,8 @@ def test_texts_alone_stand_beside_codes(folder, tmp_path):
     loader = corpus.open_rows(replace(both, sequences=rows), found, rows.sources[:1])
     _, length = loader.batcher.records[0]
     assert length == sum(max(1, -(-len(found.text.encode(t)) // 6)) for t in SAID) * 20
+    with pytest.raises(UserError, match="context=8 with sequences.targets=1 has no room for a piece of a text"):
+        corpus.open_rows(replace(both, sequences=replace(rows, targets=1)), found, rows.sources[:1])
     alone = replace(s, sequences=replace(s.sequences, sources=(texts,)))
     with pytest.raises(UserError, match="sequences.sources has texts alone; a folder of codes must say"):
         corpus.resolve(alone)

@@ -96,6 +96,21 @@ def test_checkpoints_hold_them_and_do_not_ask_where_they_lay(tmp_path):
     assert kinds(there) == ({"device"}, {"device"}) and checksums(there) == checksums(expected)
 
 
+def test_what_is_written_in_the_background_is_not_what_the_next_step_reuses(monkeypatch, tmp_path):
+    """Of a host's memory a write takes no copy by itself, and a GPU gives no buffer away that somebody looks at."""
+    b, given = built(), []
+    points = checkpoint.Checkpoints(tmp_path)
+    monkeypatch.setattr(points._manager, "save", lambda step, args: given.append(args["state"].item))
+    monkeypatch.setattr(points._read_back, "expect", lambda *_: None)
+    state = b.init()
+    points.save(state, {})
+    points.close()
+    held = lambda tree: {s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(tree) for s in x.addressable_shards}  # noqa: E731
+    assert not held(given[0].opt_state) & held([x for x in jax.tree.leaves(state) if offload.on_host(x.sharding)])
+    assert jax.tree.leaves(given[0].params)[0] is jax.tree.leaves(state.params)[0] and kinds(given[0]) == kinds(state)
+    assert checksums(given[0]) == checksums(state)
+
+
 def test_a_run_may_change_it_when_it_goes_on():
     there, here = (config.dump(built(offloaded=where).settings) for where in (True, False))
     assert there != here and config.difference(there, here) == []
