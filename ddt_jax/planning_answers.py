@@ -40,7 +40,7 @@ class Asked:
     of: str
     rows: int = 0
     prompt: int = 64
-    effort: float = 0.0
+    effort: float = -1.0
 
 
 def report(s: settings.Experiment, asked: Asked, pod: Topology, devices: list) -> tuple[dict, list[str]]:

@@ -148,7 +148,7 @@ class RowBatcher:
             try:
                 layouts.append(self._lay_out(source.document(int(index), int(place)), counts, int(cut)))
             except BadRecord as error:
-                errors.append((f"{source.name} record {source.record_of(int(index))}", str(error)))
+                errors.append((f"{source.name} record {source.record_of(index)}", str(error)))
         return layouts, errors
 
     def _lay_out(self, document, planned, excess):

@@ -38,7 +38,7 @@ class Pieces:
         return int(self._ends_N[-1]) if len(self._ends_N) else 0
 
     def counts(self, index, number):
-        _, begin, left = self._place(np.asarray(index))
+        _, _, left = self._place(np.asarray(index))
         kept = np.minimum(left, self._length)
         return _EMPTY + kept[:, None] * (_LONGER - _EMPTY) - (left > kept)[:, None] * _OPEN
 
@@ -50,12 +50,12 @@ class Pieces:
         return documents.truncate_text(documents.text_only(ids), max(len(ids) - self._length, 0))
 
     def record_of(self, index):
-        """The number of the text that a piece is of."""
-        return int(np.searchsorted(self._ends_N, index, side="right"))
+        """The number of the text that a piece is of; of several as an array."""
+        return np.searchsorted(self._ends_N, index, side="right")
 
     def _place(self, index_D):
         """Of each piece: (record, where it begins, tokens from there to the end of the text)."""
-        record = np.searchsorted(self._ends_N, index_D, side="right")
+        record = self.record_of(index_D)
         pieces_before = np.where(record, self._ends_N[record - 1], 0)
         begin = (index_D - pieces_before) * self._length
         return record, begin, self._tokens_N[record] - begin

@@ -3,6 +3,7 @@
 import json
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,6 +225,43 @@ def test_tasks_of_pictures_have_a_table_of_their_own():
     assert "| denoised | – |" in text
     assert comparison.as_json(found, kept())["arms"]["codes"]["tasks"]["t2i_counting"]["value"] == pytest.approx(0.51)
     assert "pictures of" not in comparison.markdown(comparison.compare(kept()))
+
+
+def test_the_page_of_the_comparison_says_what_its_runs_say():
+    """Every demand is kept, the generated tables are those of the rows, and so are the figures of the page."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    tree = json.loads((docs / "comparison" / "comparison.json").read_text())
+    found = comparison.compare(comparison.from_json(tree))
+    assert not found.violations and not found.diverged
+    assert (docs / "comparison" / "comparison.md").read_text().startswith(comparison.markdown(found))
+    page = (docs / "comparison.md").read_text()
+    for arm in found.arms:
+        of, untuned = arm.figures, arm.untuned
+        text = "{value:.3f} ({low:.3f} to {high:.3f})".format(**of["plain_perplexity"])
+        shares = " | ".join(
+            f"{100 * of[name]['value']:.1f} % ({100 * of[name]['low']:.1f} to {100 * of[name]['high']:.1f}) "
+            f"[{100 * untuned[name]['value']:.1f}]"
+            for name in comparison.SHARES
+        )
+        assert f"| {text} | {shares} |" in page, arm.name
+    for arm in (arm for arm in found.arms if arm.name in ("codes", "spatial", "unordered", "transfusion")):
+        tasks = [name for name in comparison.TASKS if name != "t2i_position"]
+        cells = (
+            f"{100 * t['value']:.0f} % ({100 * t['low']:.0f} to {100 * t['high']:.0f})"
+            for t in map(arm.tasks.get, tasks)
+        )
+        assert " | ".join(cells) in page, arm.name
+    signed = lambda d, k, form: f"{k * d.value:+{form}} ({k * d.low:+{form}} to {k * d.high:+{form}})"  # noqa: E731
+    names = {"codes": "DDT", "transfusion": "Transfusion"}
+    wanted = [("codes", other) for other in ("spatial", "unordered", "transfusion", "blocks")]
+    for pair in (*wanted, ("spatial", "unordered"), ("spatial", "transfusion"), ("transfusion", "blocks")):
+        of = {d.figure: d for d in found.differences if (d.first, d.second) == pair}
+        cells = [
+            signed(of["plain_perplexity"], 1, ".3f"),
+            *(signed(of[name], 100, ".1f") for name in comparison.SHARES),
+        ]
+        line = f"| {names.get(pair[0], pair[0])} less {names.get(pair[1], pair[1])} | {' | '.join(cells)} |"
+        assert line in page.replace("**", ""), pair
 
 
 def test_plots_are_written(tmp_path):

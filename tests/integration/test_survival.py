@@ -162,7 +162,9 @@ def copied_up_to(step, workdir, target):
 
 
 def test_on_other_meshes_and_processes_the_same_losses_follow(eight, tmp_path, monkeypatch, capsys):
-    """8 devices, 4, two processes of 4, and 8 again, five steps each; every mesh lays parameters out otherwise."""
+    """8 devices, 4, two processes of 4 with moments in the hosts' memory, and 8 again, five steps each; every mesh lays
+    parameters out otherwise.
+    """
     four = copied_up_to(5, eight, tmp_path / "four")
     with monkeypatch.context() as only:
         devices = jax.devices()[:4]
@@ -170,7 +172,7 @@ def test_on_other_meshes_and_processes_the_same_losses_follow(eight, tmp_path, m
         assert train_as_one(four, "--config.mesh.tensor=2") == 0
     assert "goes on from step 5 " in capsys.readouterr().err
     two = copied_up_to(10, four, tmp_path / "two")
-    assert "goes on from step 10 " in train_as(2, 4, two)
+    assert "goes on from step 10 " in train_as(2, 4, two, "--config.optimizer.offload=True")
     again = copied_up_to(15, two, tmp_path / "again")
     assert train_as_one(again, "--config.mesh.data=2") == 0
     assert "goes on from step 15 " in capsys.readouterr().err
